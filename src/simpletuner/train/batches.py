@@ -1,4 +1,4 @@
-"""From a step to its global batch: which samples, which captions, which random draws."""
+"""Build the global batch of a step from the caches: samples, captions and random draws."""
 
 import random
 from collections.abc import Sequence
@@ -26,15 +26,15 @@ from simpletuner.train.rollout import Rollout
 from simpletuner.train.step import Objective
 
 HELD_OUT_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Five even quantiles of (0, 1). Fixed, so that losses can be compared between steps and between runs."""
+"""Sigmas of the held-out loss, evenly spaced. They are fixed, so that losses compare between steps and runs."""
 HELD_OUT_SEED = 0
-"""Not the run's: two runs with different seeds measure the same thing."""
+"""Seed of the held-out noise, independent of the run's seed, so that losses of runs with different seeds compare."""
 
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Builds batches whole, from the caches. A function of the step, so that a resumed run reads what the first would
-    have read.
+    """Builds batches from the caches. The result depends on the step alone, so a resumed run trains on the same
+    batches.
     """
 
     config: RunConfig
@@ -43,13 +43,13 @@ class BatchBuilder:
     objective: Objective
     rollout: Rollout | None
     batches_per_step: int
-    """Micro-batches of a global batch, over all processes."""
+    """Micro-batches per global batch, over all processes."""
     world: World
     routes: Sequence[Route] = ()
-    """TREAD's routes."""
+    """The routes of TREAD."""
 
     def __call__(self, step: int) -> GlobalBatch:
-        """The micro-batches of `step` that this process trains on, counted from 1.
+        """The global batch of `step`, counted from 1, with the micro-batches that this process trains on.
 
         Raises:
             DataError: a cache file is missing or damaged.
@@ -57,35 +57,39 @@ class BatchBuilder:
         batches: list[Batch] = []
         names: list[str] = []
         all_slots: list[range] = []
-        distills: list[bool] = []
+        is_distilled: list[bool] = []
         first = (step - 1) * self.batches_per_step
-        for place in range(self.batches_per_step):
-            _, micro_batch = self.order.micro_batch(first + place)
-            if place % self.world.size == self.world.rank:
+        for index in range(self.batches_per_step):
+            _, micro_batch = self.order.micro_batch(first + index)
+            if index % self.world.size == self.world.rank:
                 batches.append(self.batch(micro_batch, step, len(names)))
             all_slots.append(range(len(names), len(names) + len(micro_batch.visits)))
-            distills.append(self._set_of(micro_batch).is_regularisation_data)
+            is_distilled.append(self._set_of(micro_batch).is_regularisation_data)
             names += names_of(self._samples(micro_batch))
         if not self.world.is_alone:
-            turns = [range(at, at + self.world.size) for at in range(0, len(all_slots), self.world.size)]
+            rounds = [range(start, start + self.world.size) for start in range(0, len(all_slots), self.world.size)]
             batches = [
                 replace(
                     batch,
-                    rolls_elsewhere=any(self._rolls(step, all_slots[place]) for place in turn if not distills[place]),
-                    distills_elsewhere=any(distills[place] for place in turn),
+                    rolls_elsewhere=any(
+                        self._rolls(step, all_slots[index]) for index in round_indices if not is_distilled[index]
+                    ),
+                    distills_elsewhere=any(is_distilled[index] for index in round_indices),
                 )
-                for batch, turn in zip(batches, turns, strict=True)
+                for batch, round_indices in zip(batches, rounds, strict=True)
             ]
         epoch, _ = self.order.micro_batch(first)
         return GlobalBatch(step, epoch, tuple(batches), len(names), tuple(names))
 
     def trial(self, micro_batch: MicroBatch) -> GlobalBatch:
-        """A micro-batch by itself as step 0, which is outside every epoch."""
+        """A global batch of only `micro_batch`, as step 0, which belongs to no epoch."""
         batch = self.batch(micro_batch, 0, 0)
         return GlobalBatch(0, 0, (batch,), len(batch.names))
 
     def batch(self, micro_batch: MicroBatch, step: int, first_slot: int) -> Batch:
-        """One micro-batch, its captions and draws keyed by `step` and its samples' slots in the global batch."""
+        """The batch of `micro_batch`. Captions and draws are keyed by `step` and the samples' slots in the global
+        batch.
+        """
         image_set = self._set_of(micro_batch)
         samples = self._samples(micro_batch)
         slots = range(first_slot, first_slot + len(samples))
@@ -102,7 +106,12 @@ class BatchBuilder:
             condition=Condition(
                 self.prepared.contexts(prompts, image_set),
                 draws.guidance,
-                self._references([self._kept(sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]),
+                self._references(
+                    [
+                        self._with_reference_dropout(sample, step, slot)
+                        for sample, slot in zip(samples, slots, strict=True)
+                    ]
+                ),
             ),
             sigma=draws.sigma,
             noise=draws.noise,
@@ -121,7 +130,7 @@ class BatchBuilder:
     def _mask_effects(
         self, image_set: ImageSet, samples: Sequence[Sample], step: int, slots: range, shape: tuple[int, int]
     ) -> MaskEffects:
-        if image_set.is_regularisation_data:  # the base model's prediction is held everywhere
+        if image_set.is_regularisation_data:  # the base model's prediction is the target everywhere
             return MaskEffects()
         masking = Masking(self.config, self.config.seed)
         return masking.effects(masking.used(self.prepared.masks(samples), step, slots), shape)
@@ -129,14 +138,14 @@ class BatchBuilder:
     def _preserved(
         self, image_set: ImageSet, prompts: Sequence[str]
     ) -> tuple[TextContext, Float[Tensor, " b"]] | tuple[None, None]:
-        """The contexts of the prompts that `preservation` holds beside `prompts`, and each sample's weight: 0, with the
-        empty prompt, where it takes no part. None where none does.
+        """The contexts of the prompts whose predictions `preservation` preserves, one for each of `prompts`, and each
+        sample's weight. A sample without such a prompt gets the empty prompt and weight 0. None if all samples do.
         """
-        held = [PreservedPrompts(self.config).of(image_set, prompt) for prompt in prompts]
-        if all(prompt is None for prompt in held):
+        preserved = [PreservedPrompts(self.config).of(image_set, prompt) for prompt in prompts]
+        if all(prompt is None for prompt in preserved):
             return None, None
-        weights = [0.0 if prompt is None else self.config.preservation_weight for prompt in held]
-        return self.prepared.contexts([prompt or BLANK for prompt in held], image_set), torch.tensor(weights)
+        weights = [0.0 if prompt is None else self.config.preservation_weight for prompt in preserved]
+        return self.prepared.contexts([prompt or BLANK for prompt in preserved], image_set), torch.tensor(weights)
 
     def _rolls(self, step: int, slots: range) -> bool:
         return self.rollout is not None and any(self.rollout.lengths(step, slots))
@@ -149,7 +158,7 @@ class BatchBuilder:
         return [manifest.samples[visit.sample_index] for visit in micro_batch.visits]
 
     def held_out(self, image_set: ImageSet, sample: Sample) -> dict[float, Batch]:
-        """A held-out sample with its first caption and fixed noise, at each of `HELD_OUT_SIGMAS`."""
+        """A held-out sample with its first caption and fixed noise, as a batch for each of `HELD_OUT_SIGMAS`."""
         latents = self.prepared.latents(image_set, [sample])
         names = names_of([sample])
         height, width = latents.shape[2:]
@@ -173,12 +182,12 @@ class BatchBuilder:
         return batches
 
     def _references(self, samples: Sequence[Sample]) -> References | None:
-        """The references of `samples`, padded to the longest; None where none has any."""
-        each = [reference_tokens(images) if images else None for images in self.prepared.references(samples)]
-        return References.stacked(each, [1] * len(each))
+        """The references of `samples`, padded to the longest; None if no sample has any."""
+        tokens = [reference_tokens(images) if images else None for images in self.prepared.references(samples)]
+        return References.stacked(tokens, [1] * len(tokens))
 
-    def _kept(self, sample: Sample, step: int, slot: int) -> Sample:
-        """`sample`, without its references where this visit drops them. A trial, step 0, drops none."""
+    def _with_reference_dropout(self, sample: Sample, step: int, slot: int) -> Sample:
+        """`sample`, without its references if they are dropped for this step and slot. A trial, step 0, drops none."""
         probability = self.config.reference_dropout_probability
         if not sample.references or not probability or step == 0:
             return sample

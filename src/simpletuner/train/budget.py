@@ -1,4 +1,4 @@
-"""What a run will take of this machine, before it is taken: the plan's first lines, its verdict, and what to change."""
+"""Plan a run's memory before it starts: peak memory per phase, whether it fits, and the smallest change that fits."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,15 +53,15 @@ from simpletuner.train.engine import EngineAdvice, advise, is_possible, with_opt
 from simpletuner.train.length import Plan
 
 RESOLUTION = "resolution"
-"""An option of the picture sets and not of the run."""
+"""An option of the image datasets, not of the run."""
 IN_SETS = "in each image set"
-"""Where such an option is written."""
+"""The place of such an option, in messages."""
 
 MEMORY_WORDS: Mapping[MemoryTier, str] = {"accelerator": "VRAM", "ram": "RAM"}
-"""What the sentence calls them."""
+"""Names of the memory tiers in the summary sentence."""
 
-WORTH = 0.9
-"""After a failed allocation a change is named only if it saves a tenth: the plan was off by something."""
+REMEDY_TARGET = 0.9
+"""After a failed allocation, suggest only changes that need at most this part of the memory: the plan was inexact."""
 
 PLANNED: Mapping[Phase, PlannedPhase] = {
     "text": "text",
@@ -70,43 +70,45 @@ PLANNED: Mapping[Phase, PlannedPhase] = {
     "train": "train",
     "validation": "validation",
 }
-"""The phase of the plan in which each of a run's is."""
+"""The planned phase that contains each phase of a run."""
 
 
 def this_machine(device: torch.device, folder: Path, gpus: int = 1) -> Machine:
-    """What is free here: on `device`, in RAM, and on the disk of `folder`, which may not be there yet.
+    """The free bytes of this machine: on `device`, in RAM, and on the disk of `folder`, which need not exist yet.
 
     Args:
-        gpus: of so many, as far as there are, the one with the least free memory is meant instead of `device`.
+        gpus: if above 1, use the GPU with the least free memory among the first `gpus`, instead of `device`.
     """
-    card = free_memory_bytes(device) if device.type == "cuda" else None
-    if card is not None and gpus > 1:
-        found = range(min(gpus, torch.cuda.device_count()))
-        card = min(free_memory_bytes(torch.device("cuda", index)) for index in found)
-    return Machine(card, free_memory_bytes(torch.device("cpu")), machine.disk_room(folder))
+    accelerator = free_memory_bytes(device) if device.type == "cuda" else None
+    if accelerator is not None and gpus > 1:
+        indices = range(min(gpus, torch.cuda.device_count()))
+        accelerator = min(free_memory_bytes(torch.device("cuda", index)) for index in indices)
+    return Machine(accelerator, free_memory_bytes(torch.device("cpu")), machine.disk_room(folder))
 
 
 def machine_of(world: World, folder: Path) -> Machine:
-    """`this_machine` as all processes of `world` see it: the least that is free to any of them, so that all plan alike.
+    """The minimum of `this_machine` over all processes of `world`, so that all of them make the same plan.
 
     Raises:
-        RanksError: a process is gone, or is waited for in vain.
+        RanksError: a process died or timed out.
     """
-    own = this_machine(world.device, folder)
+    local = this_machine(world.device, folder)
     if world.is_alone:
-        return own
-    found = [Machine(**each) for each in world.gather_json(asdict(own))]
+        return local
+    machines = [Machine(**each) for each in world.gather_json(asdict(local))]
 
     def least(values: Iterable[int | None]) -> int | None:
         return min((value for value in values if value is not None), default=None)
 
     return Machine(
-        least(each.accelerator for each in found), min(each.ram for each in found), least(each.disk for each in found)
+        least(each.accelerator for each in machines),
+        min(each.ram for each in machines),
+        least(each.disk for each in machines),
     )
 
 
 def with_processes(config: RunConfig, gpus: int) -> RunConfig:
-    """`config` with the number of processes that `train` would start beside so many visible GPUs of each machine."""
+    """`config` with the number of processes that `train` would start on machines with `gpus` visible GPUs each."""
     if config.num_processes is not None:
         return config
     on_each = max(1, gpus) if config.takes_every_gpu else 1
@@ -114,30 +116,30 @@ def with_processes(config: RunConfig, gpus: int) -> RunConfig:
 
 
 def configured(loaded: Loaded) -> Workload:
-    """The work as the configuration tells it: no picture is looked at."""
+    """The workload from the configuration alone, without reading any image."""
     sets = loaded.datasets.train_sets
     run_batch = loaded.config.train_batch_size
     loads: list[_Load] = []
     references: list[tuple[int, int]] = []
     for each in sets:
         conditions = loaded.datasets.conditions_of(each)
-        loose = [aligned_square(own) for own in conditions if own.conditioning_type == "reference_loose"]
-        strict = tokens_of(_size(each)) * sum(own.conditioning_type == "reference_strict" for own in conditions)
+        loose = [aligned_square(item) for item in conditions if item.conditioning_type == "reference_loose"]
+        strict = tokens_of(_size(each)) * sum(item.conditioning_type == "reference_strict" for item in conditions)
         loads.append(
             _Load(_size(each), each.train_batch_size or run_batch, strict + sum(map(tokens_of, loose)), strict)
         )
         references += loose
     largest = max(loads, key=lambda load: load.tokens)
-    most_drawn = max((len(prompt.references) for prompt in loaded.drawn_prompts), default=0)
-    drawn = [LARGEST_REFERENCE] * most_drawn
-    encoded = max([*map(_size, sets), *references, *drawn], key=math.prod)
+    max_references = max((len(prompt.references) for prompt in loaded.drawn_prompts), default=0)
+    prompt_references = [LARGEST_REFERENCE] * max_references
+    encoded = max([*map(_size, sets), *references, *prompt_references], key=math.prod)
     return Workload(
         largest.size,
         largest.batch,
         references=largest.reference_tokens,
         strict_references=largest.strict_tokens,
         encoded=None if encoded == largest.size else encoded,
-        drawn_references=sum(map(tokens_of, drawn)),
+        drawn_references=sum(map(tokens_of, prompt_references)),
         draws=_draws(loaded),
     )
 
@@ -147,12 +149,12 @@ class _Load:
     """The images of a micro-batch."""
 
     size: tuple[int, int]
-    """(width, height) of each, in pixels."""
+    """(width, height) of each image, in pixels."""
     batch: int
     reference_tokens: int
-    """Of the sample with the most: the others are padded to it."""
+    """Reference tokens of the sample with the most; the other samples are padded to it."""
     strict_tokens: int
-    """Those of them whose references have the image's size."""
+    """The part of them from references that have the image's size."""
 
     @property
     def tokens(self) -> int:
@@ -160,25 +162,27 @@ class _Load:
 
 
 def _size(image_set: ImageSet) -> tuple[int, int]:
-    """A square of the resolution; where the shorter edge is given and shapes are kept, three by two."""
+    """(width, height) assumed for an image: a square of the dataset's resolution; 3:2 where the resolution is the
+    shorter edge and aspect ratios are kept.
+    """
     if image_set.resolution_type == "pixel" and not (image_set.crop and image_set.crop_aspect == "square"):
         width, height = aligned_square(image_set)
         return width * 3 // 2 // 16 * 16, height
     return aligned_square(image_set)
 
 
-def looked_at(loaded: Loaded, most: int = 50) -> Workload:
-    """The work as the pictures tell it, if that takes no time: at most `most` of them are new since the last scan.
-    Else, or where a folder is missing or empty, as the configuration tells it.
+def looked_at(loaded: Loaded, limit: int = 50) -> Workload:
+    """The workload from a scan of the images, if that is quick: at most `limit` images are new since the last scan.
+    Otherwise, or if a folder is missing or empty, the workload from the configuration.
     """
     manifests: list[list[Manifest]] = []
     try:
         for sets in (loaded.datasets.train_sets, loaded.datasets.eval_sets):
             pairs = [(each, loaded.datasets.conditions_of(each)) for each in sets]
-            if sum(count_new(*pair) for pair in pairs) > most:
+            if sum(count_new(*pair) for pair in pairs) > limit:
                 return configured(loaded)
             manifests.append([scan_of(loaded, each) for each in sets])
-    except (DataError, OSError):  # `train` and `dataset scan` say what is wrong with them
+    except (DataError, OSError):  # `train` and `dataset scan` report these errors
         return configured(loaded)
     return scanned(loaded, *manifests)
 
@@ -190,13 +194,13 @@ def scanned(
     *,
     drawn: Mapping[str, Crop] | None = None,
 ) -> Workload:
-    """The work as the pictures tell it.
+    """The workload from scanned images.
 
     Args:
-        drawn: the references of prompts by path, where they are known; else they are read.
+        drawn: the crops of validation prompts' references by path; None reads them.
 
     Raises:
-        ConfigError: a prompt's reference is no image, or of a size that no reference has.
+        ConfigError: a prompt's reference is not an image, or its size is out of range for a reference.
     """
     run_batch = loaded.config.train_batch_size
     loads = [
@@ -241,16 +245,16 @@ def scanned(
 
 
 def _load_of(manifest: Manifest, bucket: tuple[int, int], batch: int) -> _Load:
-    """The load of a bucket's micro-batch."""
+    """The load of a micro-batch of `bucket`."""
     samples = [manifest.samples[index] for index in manifest.buckets[bucket]]
-    most = max(samples, key=reference_tokens_of)
-    strict = {each.id for each in manifest.conditions if each.conditioning_type == "reference_strict"}
-    own = (reference for reference in most.references if reference.dataset in strict)
-    return _Load(bucket, batch, reference_tokens_of(most), _reference_tokens(own))
+    heaviest = max(samples, key=reference_tokens_of)
+    strict_ids = {each.id for each in manifest.conditions if each.conditioning_type == "reference_strict"}
+    strict = (reference for reference in heaviest.references if reference.dataset in strict_ids)
+    return _Load(bucket, batch, reference_tokens_of(heaviest), _reference_tokens(strict))
 
 
 def reference_tokens_of(sample: Sample) -> int:
-    """Tokens of all references of a sample."""
+    """The number of tokens of a sample's references."""
     return _reference_tokens(sample.references)
 
 
@@ -263,10 +267,10 @@ def _draws(loaded: Loaded) -> bool:
 
 
 def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None) -> Iterator[Change]:
-    """What can be changed, from what costs least to what costs most: time first, then precision, then the result.
+    """Yield changes that save memory, cheapest first: those that cost time, then precision, then the result.
 
     Args:
-        fitting_blocks: resident blocks for which there is room, where more are asked for.
+        fitting_blocks: number of resident blocks that fit, if more are configured.
     """
     is_lora = config.model_type == "lora"
     if config.ranks > 1 and not config.fsdp_enable and not config.zero_stage:
@@ -294,9 +298,9 @@ def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None)
         yield Change("vae_enable_tiling", True)
     if config.use_ema and not config.is_average_on_cpu:
         yield Change("ema_device", "cpu")
-    now = PRECISIONS[config.base_model_precision].bits if config.base_model_precision in PRECISIONS else 16
+    bits = PRECISIONS[config.base_model_precision].bits if config.base_model_precision in PRECISIONS else 16
     for precision in ("int8-quanto", "int4-quanto"):
-        if is_lora and PRECISIONS[precision].bits < now:
+        if is_lora and PRECISIONS[precision].bits < bits:
             yield Change("base_model_precision", precision)
     if config.gradient_checkpointing and not config.activation_offload:
         yield Change("activation_offload", True)
@@ -309,8 +313,8 @@ def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None)
     if not is_lora and config.optimizer != "adamw_bf16" and config.base_dtype != "fp16":
         yield Change("optimizer", "adamw_bf16")
     if work.batch > 1:
-        is_own = work.batch != config.train_batch_size
-        yield Change("train_batch_size", 1, IN_SETS if is_own else "")
+        is_set_batch = work.batch != config.train_batch_size
+        yield Change("train_batch_size", 1, IN_SETS if is_set_batch else "")
     if any(math.prod(size) > 512 * 512 for size in config.sizes):
         yield Change("validation_resolution", "512x512")
     for edge in (768, 512):
@@ -322,7 +326,7 @@ def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None)
 
 @dataclass(frozen=True)
 class Budget:
-    """A run's plan, and what would be of it with other options."""
+    """A run's memory plan, also with other options, and its texts for the user."""
 
     config: RunConfig
     work: Workload
@@ -341,7 +345,7 @@ class Budget:
         return self.with_changes({})
 
     def with_changes(self, changes: Mapping[str, object]) -> MemoryPlan:
-        """The plan with other values of options."""
+        """The plan with other values of options, and of `RESOLUTION`."""
         options = {option: value for option, value in changes.items() if option != RESOLUTION}
         config = with_options(self.config, options)
         work = self.work
@@ -358,12 +362,12 @@ class Budget:
 
     @cached_property
     def remedy(self) -> Remedy | None:
-        """The smallest change with which everything fits."""
+        """The smallest change that makes everything fit; None if there is none."""
         return smallest_change(self.plan, self.rungs, self.with_changes)
 
     @property
     def rungs(self) -> list[Change]:
-        """Those of `ladder` that the other options allow."""
+        """The changes of `ladder` that the other options allow."""
 
         def is_allowed(change: Change) -> bool:
             options = {} if change.where else {change.option: change.value}
@@ -373,148 +377,151 @@ class Budget:
 
     @property
     def _fitting_blocks(self) -> int | None:
-        """Resident blocks for which the accelerator has room; None where no more are asked for."""
-        asked = self.config.resident_blocks
-        if not asked or not self.footprint.streams_blocks or self.machine.accelerator is None:
+        """The number of resident blocks that fit on the accelerator; None unless more are configured."""
+        configured_blocks = self.config.resident_blocks
+        if not configured_blocks or not self.footprint.streams_blocks or self.machine.accelerator is None:
             return None
         config = self.config.model_copy(update={"group_offload_resident_blocks": AUTO})
         fitting = Footprint(config, self.architecture, self.work, self.machine).settled.resident_blocks or 0
-        return fitting if fitting < asked else None
+        return fitting if fitting < configured_blocks else None
 
     @cached_property
     def advice(self) -> EngineAdvice:
-        """Which engine to take."""
+        """The engine that the run should use."""
         return advise(self)
 
     def lines(self) -> list[str]:
-        """The short form: a line a phase, the verdict, and the way out."""
-        told = [f"{plan_title(self.plan)}:"]
-        told += [f"  {phase_line(phase)}" for phase in self.plan.phases]
-        told += [*self._verdict(), *self._over_the_wire()]
-        is_other = self.plan.processes > 1 and self.advice.engine not in (None, self.plan.engine)
-        return [*told, self.advice.text] if is_other else told
+        """The short text: a line per phase, whether it fits, and the remedy."""
+        lines = [f"{plan_title(self.plan)}:"]
+        lines += [f"  {phase_line(phase)}" for phase in self.plan.phases]
+        lines += [*self._verdict(), *self._communication()]
+        has_better_engine = self.plan.processes > 1 and self.advice.engine not in (None, self.plan.engine)
+        return [*lines, self.advice.text] if has_better_engine else lines
 
     def sentence(self) -> str:
-        """What the run does and what it takes, for somebody who has not started it yet."""
-        return f"Trains {self._task}; {self._price}."
+        """One sentence: what the run trains, and how much memory and download it needs."""
+        return f"Trains {self._task}; {self._requirements}."
 
     @property
     def _task(self) -> str:
         config, images, visits = self.config, self.work.train_images, self.work.visits
         model = base_name(config)
         if config.model_type == "full":
-            told = f"all weights of {model}"
+            target = f"all weights of {model}"
         elif config.init_lora is not None:
-            told = f"the LoRA {Path(config.init_lora).name} of {model} further"
+            target = f"the LoRA {Path(config.init_lora).name} of {model} further"
         else:
-            told = f"a rank-{config.lora_rank} LoRA of {model}"
+            target = f"a rank-{config.lora_rank} LoRA of {model}"
         if images is None or visits is None:
             length = f"{self.steps:,} steps" if self.steps else _counted(config.num_train_epochs, "epoch")
-            return f"{told} on images that are not scanned yet, {length}"
+            return f"{target} on images that are not scanned yet, {length}"
         times = f"{visits:,.0f}" if visits >= 10 else f"{visits:.2g}"
-        seen = "once" if times == "1" else f"{times} times"
-        return f"{told} on {_counted(images, 'image')}, {_counted(self.steps or 0, 'step')} (each image seen {seen})"
+        frequency = "once" if times == "1" else f"{times} times"
+        steps = _counted(self.steps or 0, "step")
+        return f"{target} on {_counted(images, 'image')}, {steps} (each image seen {frequency})"
 
     @property
-    def _price(self) -> str:
-        """Peak memory against what is usable, and the download."""
-        told = []
-        for place, name in MEMORY_WORDS.items():
-            there, needed = self.machine.has(place), self.plan.peak(place)
-            if there is not None and needed:
-                each = f" on each of {self.plan.machines} machines" if self.plan.machines > 1 else ""
-                if place == "accelerator":
-                    each = f" on each of {self.plan.processes} GPUs" if self.plan.processes > 1 else ""
-                told.append(f"{format_size(needed)} of {format_size(there)} usable {name}{each}")
+    def _requirements(self) -> str:
+        """Peak memory of usable memory, and the download."""
+        needs = []
+        for tier, name in MEMORY_WORDS.items():
+            usable, needed = self.machine.has(tier), self.plan.peak(tier)
+            if usable is not None and needed:
+                per_unit = f" on each of {self.plan.machines} machines" if self.plan.machines > 1 else ""
+                if tier == "accelerator":
+                    per_unit = f" on each of {self.plan.processes} GPUs" if self.plan.processes > 1 else ""
+                needs.append(f"{format_size(needed)} of {format_size(usable)} usable {name}{per_unit}")
         lacks = ", which is not enough" if any(lack.place != "disk" for lack in self.plan.lacks) else ""
         download = missing_download(self.config, preview_download(self.config))
         fetched = f", downloads {download / 1e9:.0f} GB" if download else ""
-        return f"needs {' and '.join(told)}{lacks}{fetched}"
+        return f"needs {' and '.join(needs)}{lacks}{fetched}"
 
-    def _over_the_wire(self) -> list[str]:
-        """What several processes hold together, and send in a step; nothing of a single process."""
+    def _communication(self) -> list[str]:
+        """The total GPU memory of several processes, and the bytes each sends per step; empty for a single process."""
         plan, wire = self.plan, self.plan.wire
         if wire is None:
             return []
-        told = []
+        lines = []
         if self.machine.accelerator is not None:
             together = plan.processes * plan.peak("accelerator")
-            told.append(f"{plan.processes} processes take {format_size(together)} of GPU memory together.")
+            lines.append(f"{plan.processes} processes take {format_size(together)} of GPU memory together.")
         parts = {"weights": wire.gathered, "gradients": wire.reduced}
-        shown = " and ".join(f"{format_size(size)} of {name}" for name, size in parts.items() if size)
-        sent = f"Each process sends {shown} a step"
+        amounts = " and ".join(f"{format_size(size)} of {name}" for name, size in parts.items() if size)
+        sent = f"Each process sends {amounts} a step"
         if self.machine.accelerator is None:
-            return [*told, f"{sent}."]
+            return [*lines, f"{sent}."]
         seconds = ", ".join(
-            f"{format_seconds(own)} over {name} ({wire.links[name] / 1e9:g} GB/s)"
-            for name, own in wire.seconds().items()
+            f"{format_seconds(duration)} over {name} ({wire.links[name] / 1e9:g} GB/s)"
+            for name, duration in wire.seconds().items()
         )
-        return [*told, f"{sent}; estimated, not measured: {seconds}."]
+        return [*lines, f"{sent}; estimated, not measured: {seconds}."]
 
     def _verdict(self) -> list[str]:
         lacks = any(lack.place != "disk" for lack in self.plan.lacks)
-        return [verdict(self.plan), *([self._way_out] if lacks else [])]
+        return [verdict(self.plan), *([self._remedy_text] if lacks else [])]
 
     @property
-    def _way_out(self) -> str:
+    def _remedy_text(self) -> str:
         return f"It would fit with {self.remedy}." if self.remedy else "No option of this program would make it fit."
 
     def table(self, flop_per_s: float | None = None, *, has_advice: bool = False) -> list[str]:
-        """The long form: every part of every phase, the caches, the least time, the verdict, and the way out; with
-        `has_advice`, which engine to take.
+        """The long text: each part of each phase, caches, minimum time, whether it fits, and the remedy. With
+        `has_advice`, also the engine to use.
         """
         work, foot = self.work, self.footprint
-        seen = "as configured; no pictures looked at" if work.images is None else f"{work.images} pictures"
-        told = [f"{plan_title(self.plan)} ({seen}):", *plan_table(self.plan), ""]
-        told.append(
-            f"Caches: up to {format_size(foot.context_bytes)} a caption, {format_size(foot.latent_bytes)} a picture of "
-            f"the largest size; a checkpoint is about {format_size(foot.checkpoint_bytes)}."
+        basis = "from the configuration, without images" if work.images is None else f"{work.images} images"
+        lines = [f"{plan_title(self.plan)} ({basis}):", *plan_table(self.plan), ""]
+        lines.append(
+            f"Caches: up to {format_size(foot.context_bytes)} per caption and {format_size(foot.latent_bytes)} per "
+            f"image of the largest size; a checkpoint takes about {format_size(foot.checkpoint_bytes)}."
         )
-        told += self._longest_caption()
-        told.append(self._time(flop_per_s))
+        lines += self._longest_caption()
+        lines.append(self._time(flop_per_s))
         if has_advice and self.plan.processes > 1:
-            told += ["", *engine_table(self.advice.plans), ""]
-        told += [*self._verdict(), *self._over_the_wire()]
-        return [*told, self.advice.text] if has_advice else told
+            lines += ["", *engine_table(self.advice.plans), ""]
+        lines += [*self._verdict(), *self._communication()]
+        return [*lines, self.advice.text] if has_advice else lines
 
     def _longest_caption(self) -> list[str]:
-        """Its tokens, and what counted them; nothing where no caption was looked at."""
+        """A line with the tokens of the longest caption and the tokenizer that counted them; none if no caption was
+        read.
+        """
         tokens, tokenizer, limit = self.work.caption_tokens, self.work.tokenizer, self.architecture.text_length
         if tokens is None:
             return []
         if tokenizer is None:
-            told = f"at most about {tokens} tokens by its characters: no tokenizer of this model is on this disk"
+            count_text = f"at most about {tokens} tokens by its characters: this model's tokenizer is not on this disk"
         else:
-            told = f"{tokens} tokens with its template, counted with {tokenizer / 'tokenizer.json'}"
-        is_cut = "is" if tokenizer else "would be"
-        cut = f"; what is beyond {limit} {is_cut} left out" if tokens > limit else ""
-        return [f"The longest caption has {told}{cut}."]
+            count_text = f"{tokens} tokens with its template, counted with {tokenizer / 'tokenizer.json'}"
+        verb = "are" if tokenizer else "would be"
+        truncation = f"; tokens beyond {limit} {verb} truncated" if tokens > limit else ""
+        return [f"The longest caption has {count_text}{truncation}."]
 
     def _time(self, flop_per_s: float | None) -> str:
-        told = f"A step computes {self.step_flop / 1e12:.3g} TFLOP"
+        text = f"A step computes {self.step_flop / 1e12:.3g} TFLOP"
         if flop_per_s is None:
-            return f"{told}."
+            return f"{text}."
         step_s = self.step_flop / flop_per_s
-        told = f"{told}: at least {step_s:.3g} s, at the {flop_per_s / 1e12:.3g} TFLOP/s measured here"
-        return f"{told}; {self.steps} steps {format_duration(self.steps * step_s)}." if self.steps else f"{told}."
+        text = f"{text}: at least {step_s:.3g} s, at the {flop_per_s / 1e12:.3g} TFLOP/s measured here"
+        return f"{text}; {self.steps} steps {format_duration(self.steps * step_s)}." if self.steps else f"{text}."
 
     @property
     def steps(self) -> int | None:
-        """Of the run; None where that depends on pictures that nobody has looked at."""
+        """Steps of the run; None if they depend on images that are not scanned."""
         return self.config.max_train_steps or self.work.steps
 
     @cached_property
     def step_flop(self) -> int:
-        """What an optimizer step computes, at the largest bucket, recompute counted."""
+        """FLOP of an optimizer step at the largest bucket, recompute included."""
         passing = self.footprint.passing(self.work.bucket, self.work.batch, self.work.references)
         return self.config.gradient_accumulation_steps * training_flop(passing).hardware
 
     def summary(self, flop_per_s: float | None = None, *, has_advice: bool = False) -> dict[str, Any]:
-        """For a JSON reader, in bytes and seconds; docs/plan.md says what each key means.
+        """The plan as JSON values, in bytes and seconds; docs/plan.md explains each key.
 
         Args:
-            flop_per_s: of the machine; None where it is not this one.
-            has_advice: say which engine to take.
+            flop_per_s: FLOP/s of the machine; None if the plan is for another machine.
+            has_advice: whether to include the engine to use.
         """
         foot = self.footprint
         width, height = self.work.bucket
@@ -549,27 +556,27 @@ class Budget:
         }
 
     def event(self) -> PlanEvent:
-        """For the run's events."""
+        """The plan as an event of the run."""
         return PlanEvent(plan=self.plan.summary(), remedy=None if self.remedy is None else self.remedy.summary())
 
     def check(self) -> None:
-        """Raise a MemoryBudgetError if the accelerator is too small to train. RAM is never refused: what is free of it
-        changes, and a system can swap. Nor is a phase that fills caches, which may be full already.
+        """Raise a MemoryBudgetError if the accelerator is too small to train. A lack of RAM raises nothing, because
+        free RAM changes and a system can swap; nor does a phase that fills caches, which may be complete already.
         """
-        there = self.machine.accelerator
+        capacity = self.machine.accelerator
         for phase in self.plan.phases:
             needed = phase.total("accelerator")
-            if there is not None and phase.phase in ("train", "validation", "preview") and needed > there:
+            if capacity is not None and phase.phase in ("train", "validation", "preview") and needed > capacity:
                 raise MemoryBudgetError.of(
-                    f"{phase_line(phase)}, and {format_size(there)} of the GPU are free",
-                    remedy=self._way_out,
+                    f"{phase_line(phase)}, but only {format_size(capacity)} of the GPU are free",
+                    remedy=self._remedy_text,
                 )
 
-    def explain(self, failed: Phase | None, place: MemoryTier, peak: PeakMemory, *, saved: bool) -> list[str]:
-        """For a run that ran out of `place` in `failed`: the plan's line, what was measured, and what would fit.
+    def explain(self, failed: Phase | None, tier: MemoryTier, peak: PeakMemory, *, saved: bool) -> list[str]:
+        """Explain why a run ran out of `tier` in phase `failed`: planned memory, measured peak, and a remedy.
 
         Args:
-            saved: whether there is a checkpoint. What a resumed run may change comes first then.
+            saved: whether there is a checkpoint; if so, changes that a resumed run may make come first.
         """
         name = None if failed is None else PLANNED.get(failed)
         phase = None if name is None else self.plan.phase(name)
@@ -578,32 +585,35 @@ class Budget:
         if phase is None:
             return []
         if self.machine.accelerator is None or peak.reserved is None or peak.allocated is None:
-            place, measured, shown = "ram", peak.resident, format_size(peak.resident)
-        elif place == "ram":
-            measured, shown = peak.resident, f"{format_size(peak.resident)} of RAM"
-        else:  # the plan counts tensors, not what the allocator holds beside them
-            measured, shown = peak.allocated, f"{format_size(peak.allocated)}, {format_size(peak.reserved)} reserved"
-        if place == "ram":  # of which the plan counts that of all processes of a machine
+            tier, measured, measured_text = "ram", peak.resident, format_size(peak.resident)
+        elif tier == "ram":
+            measured, measured_text = peak.resident, f"{format_size(peak.resident)} of RAM"
+        else:  # the plan counts tensors, not memory that the allocator reserves beyond them
+            measured, measured_text = (
+                peak.allocated,
+                f"{format_size(peak.allocated)}, {format_size(peak.reserved)} reserved",
+            )
+        if tier == "ram":  # the plan counts RAM of all processes of a machine
             measured *= self.plan.processes_per_machine
-        there = int(WORTH * min(phase.total(place), measured))
-        less = with_less(self.plan, phase.phase, place, there)
-        # What `auto` took is what ran out; what it would take of less memory is what is looked for.
+        target = int(REMEDY_TARGET * min(phase.total(tier), measured))
+        less = with_less(self.plan, phase.phase, tier, target)
+        # The run that failed used `auto` values settled for the full memory; search from these with less memory.
         smaller = replace(self, config=self.footprint.settled, machine=less.machine)
-        of_one = "" if self.plan.processes == 1 else f" in the first of {self.plan.processes} processes"
+        process_text = "" if self.plan.processes == 1 else f" in the first of {self.plan.processes} processes"
 
         def replan(changes: Mapping[str, object]) -> MemoryPlan:
-            return with_less(smaller.with_changes(changes), phase.phase, place, there)
+            return with_less(smaller.with_changes(changes), phase.phase, tier, target)
 
-        told = [f"The plan was {phase_line(phase)}; the measured peak is {shown}{of_one}."]
+        sentences = [f"The plan was {phase_line(phase)}; the measured peak is {measured_text}{process_text}."]
         if saved:
             remedy = smallest_change(less, [rung for rung in smaller.rungs if rung.option in MAY_CHANGE], replan)
             if remedy is not None:
-                return [*told, f"Less is taken with {remedy}."]
+                return [*sentences, f"Take less memory with {remedy}."]
         remedy = smallest_change(less, smaller.rungs, replan)
         if remedy is not None:
-            anew = ", in a new run: give another --output_dir too" if saved else ""
-            told.append(f"Less is taken with {remedy}{anew}.")
-        return told
+            new_run = ", in a new run: give another --output_dir too" if saved else ""
+            sentences.append(f"Take less memory with {remedy}{new_run}.")
+        return sentences
 
 
 def _counted(count: int, noun: str) -> str:

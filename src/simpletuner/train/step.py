@@ -1,4 +1,4 @@
-"""One optimizer step: draw, noise, predict, compare, backward, clip, update."""
+"""One optimizer step: draws, noising, forward, loss, backward, clipping and update."""
 
 import contextlib
 import functools
@@ -35,7 +35,7 @@ from simpletuner.train.timesteps import Timesteps
 
 @dataclass(frozen=True)
 class Draws:
-    """Random draws of the samples of one batch. On the CPU, fp32."""
+    """Random draws for the samples of one batch, on the CPU, in fp32."""
 
     sigma: Float[Tensor, " b"]
     guidance: Float[Tensor, " b"]
@@ -49,10 +49,10 @@ class Objective:
     seed: int
     timesteps: Timesteps
     guidance: tuple[float, float]
-    """Lowest and highest; equal for a constant."""
+    """Lowest and highest guidance; equal for a constant."""
     penalty: Penalty
     strata: Strata | None = None
-    """Where given, it decides which part of the density each sample draws from."""
+    """If not None, assigns each sample a stratum of the sigma density to draw from."""
 
     @classmethod
     def of(
@@ -77,22 +77,22 @@ class Objective:
         )
 
     def draw(self, step: int, slots: Sequence[int], shape: tuple[int, int, int], offset: float = 0.0) -> Draws:
-        """The draws of the samples in `slots` of `step`; `shape` is one sample's latent (channels, h, w), and `offset`
-        their set's `timestep_sampling_offset`.
+        """The draws of the samples in `slots` of `step`. `shape` is that of one sample's latents, (channels, h, w);
+        `offset` is the dataset's `timestep_sampling_offset`.
         """
         tokens = shape[1] * shape[2]
         low, high = self.guidance
-        sigma = [self.timesteps.sigma(self._level(step, slot), tokens, offset) for slot in slots]
+        sigma = [self.timesteps.sigma(self._quantile(step, slot), tokens, offset) for slot in slots]
         guidance = [
             low if low == high else low + (high - low) * self._uniform("guidance", step, slot) for slot in slots
         ]
         noise = [torch.randn(shape, generator=self._generator("noise", step, slot)) for slot in slots]
         return Draws(torch.tensor(sigma), torch.tensor(guidance), torch.stack(noise))
 
-    def _level(self, step: int, slot: int) -> float:
-        """How far up its density a sample's sigma lies, in (0, 1)."""
+    def _quantile(self, step: int, slot: int) -> float:
+        """The quantile of the sample's sigma in its density, in (0, 1)."""
         u = self._uniform("sigma", step, slot)
-        if self.strata is None or step == 0:  # step 0 is a trial, outside every epoch
+        if self.strata is None or step == 0:  # step 0 is a trial and belongs to no epoch
             return u
         return in_stratum(u, *self.strata(step, slot))
 
@@ -100,7 +100,7 @@ class Objective:
         return torch.Generator().manual_seed(draw_seed(self.seed, purpose, step, slot))
 
     def _uniform(self, purpose: Purpose, step: int, slot: int) -> float:
-        """Even in (0, 1), both ends left out: a quantile is infinite there."""
+        """A uniform draw in (0, 1) without the ends, where quantiles are infinite."""
         draw = torch.rand((), dtype=torch.float64, generator=self._generator(purpose, step, slot)).item()
         return max(draw, 2.0**-53)
 
@@ -109,15 +109,15 @@ class NotFiniteError(DataError):
     """A loss or gradient is infinite or not a number."""
 
     @classmethod
-    def at(cls, what: str, step: int, names: Sequence[str]) -> "NotFiniteError":
-        """`what`, the loss or the gradient, of the samples `names`."""
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        place = f"step {step}" if step > 0 else "the trial pass"
-        return cls.of(f"the {what} of {place} is not finite; it came from {shown}")
+    def at(cls, quantity: str, step: int, names: Sequence[str]) -> "NotFiniteError":
+        """The error for `quantity`, a loss or a gradient, of the samples `names`."""
+        samples = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        pass_name = f"step {step}" if step > 0 else "the trial pass"
+        return cls.of(f"the {quantity} of {pass_name} is not finite; it came from {samples}")
 
 
 class PartialStepError(NotFiniteError):
-    """A gradient is not finite, and parameters whose gradients came before it in the backward pass are stepped."""
+    """A gradient is not finite, but parameters earlier in the backward pass are already stepped."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ class StepResult:
     rollout_calls: int
     """Model calls without gradient that scheduled sampling added."""
     preservation_loss: float | None = None
-    """Mean over the samples of the weighted loss of `preservation`, which `loss` leaves out; None without one."""
+    """Mean over the samples of the weighted preservation loss, which `loss` does not include; None without one."""
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """Everything a step works on. `denoise` runs on `device`; `parameters` are the trainable ones."""
+    """Makes optimizer steps. `denoise` runs on `device`; `parameters` are the trainable parameters."""
 
     denoise: Denoise
     parameters: Sequence[torch.nn.Parameter]
@@ -142,46 +142,46 @@ class Stepper:
     scaler: torch.amp.GradScaler
     device: torch.device
     route: Callable[[Sequence[Choice]], Denoise] | None = None
-    """Makes of a batch's choices the denoiser of the pass with gradients, and of what is compared with it; a rollout is
-    not routed.
+    """Returns the denoiser with TREAD routing for a batch's choices; used in the pass with gradients and for
+    predictions that are compared with it, but not in a rollout.
     """
     rollout: Rollout | None = None
     preservation: Preservation | None = None
-    """Where given, the base model's predictions can be had: without it no batch may ask for them."""
+    """Computes the base model's predictions; required if a batch needs them."""
     masters: SteppedParameters | None = None
-    """Where given, `parameters` are these, and the weights that compute follow them."""
+    """If not None, `parameters` belong to it, and it updates the model's weights after each step."""
     is_autocast: bool = False
-    """Whether products are computed in fp16 over weights of another format."""
+    """Whether matrix products run in fp16 over weights of another dtype."""
     release: GradientRelease | None = None
-    """Where given, it steps on the gradients inside the backward pass, of one micro-batch a step, and frees them."""
+    """If not None, it steps each parameter inside the backward pass and frees the gradient; one micro-batch a step."""
     world: World | None = None
-    """Where given, its ranks train on their shares of each global batch, and step alike."""
+    """If not None, each rank trains on its micro-batches of the global batch, and all ranks make the same step."""
 
     @property
     def shards(self) -> Shards | None:
-        """Where `parameters` are this rank's share of those that ranks share out."""
+        """The sharding, if `parameters` are this rank's shards; else None."""
         return self.masters if isinstance(self.masters, Shards) else None
 
     @property
     def zero(self) -> ZeroShards | None:
-        """Where DeepSpeed's engine computes the gradients and gathers the stepped weights."""
+        """DeepSpeed's shards, if its engine reduces the gradients and gathers the stepped weights; else None."""
         return self.masters if isinstance(self.masters, ZeroShards) else None
 
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
-        """Weighted loss of each sample of `batch`, with gradients; without that of `preservation`."""
+        """The weighted loss of each sample of `batch`, with gradients, without the preservation loss."""
         batch = batch.to(self.device, non_blocking=True)
         return self._losses_at(batch, self._inputs(batch))
 
     def _inputs(self, batch: Batch) -> RolloutInputs:
-        """What `batch`, which is on the device, is trained at."""
+        """The noisy latents for `batch`, which is on the device."""
         if self.rollout is None:
             return RolloutInputs(noised(batch.latents, batch.noise, batch.sigma))
         with self._autocast():
             return self.rollout.inputs(self._routed(batch), batch, sample=self.denoise)
 
     def _losses_at(self, batch: Batch, inputs: RolloutInputs) -> Float[Tensor, " b"]:
-        """`losses` of a batch that is on the device. The base model's pass comes first, so that its activations are
-        gone before those of the pass with gradients are kept.
+        """The `losses` of a batch that is on the device. The base model's pass runs first, so that its activations are
+        freed before the pass with gradients stores its own.
         """
         denoise, penalty, base = self._routed(batch), self.objective.penalty, self.preservation
         with self._autocast():
@@ -209,7 +209,7 @@ class Stepper:
             return losses * batch.weights
 
     def _preservation_losses(self, batch: Batch, x: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"] | None:
-        """Weighted loss of `preservation` of each sample, with gradients; None where the batch has none."""
+        """The weighted preservation loss of each sample, with gradients; None if the batch has none."""
         base = self.preservation
         second = None if base is None else base.second_pass(batch)
         if base is None or second is None:
@@ -231,40 +231,40 @@ class Stepper:
         return self.denoise if self.route is None else self.route(batch.choices)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
-        """A block in which products are computed in fp16, where the run does."""
+        """A context in which matrix products run in fp16, if `is_autocast`."""
         if self.is_autocast:
             return torch.autocast(self.device.type, dtype=torch.float16)
         return contextlib.nullcontext()
 
     def backward(self, whole: GlobalBatch) -> list[float]:
-        """Add the gradients of the global batch's mean loss, which DeepSpeed's engine forgets again; returns the
-        weighted loss of each sample, in order.
+        """Accumulate the gradients of the global batch's mean loss, without an update; DeepSpeed's are discarded.
+        Returns the weighted loss of each sample, in order.
 
         Raises:
             NotFiniteError: a loss is not finite. Nothing has been updated.
         """
         device_losses = self._accumulate(whole)
         if self.zero is not None:
-            self.zero.discard()  # its gradients are seen in a step alone
-        losses, preserved = _rows(self.read(device_losses), whole)
+            self.zero.discard()  # its gradients are only available within a step
+        losses, preserved = _split_losses(self.read(device_losses), whole)
         _check_losses(whole, losses, preserved)
         return losses
 
     def read(self, values: Float[Tensor, " n"]) -> list[float]:
-        """The numbers in `values`, once the device has computed them.
+        """Copy `values` to the host, which waits for the device to compute them.
 
-        The host waits for the device here and nowhere else in a step: once, and with `release` once more, before the
-        backward pass. Exceptions: fp16's GradScaler asks the device
-        whether gradients overflowed; an optimizer of another library may read its state.
+        This is the only place in a step where the host waits for the device: once, and with `release` a second time,
+        before the backward pass. Exceptions: fp16's GradScaler reads from the device whether gradients overflowed, and
+        an optimizer of another library may read its state.
         """
         numbers: list[float] = values.tolist()
         return numbers
 
     def _accumulate(self, whole: GlobalBatch) -> Float[Tensor, " n"]:
-        """Add the gradients of the global batch's mean loss. Returns the samples' weighted losses, on the device;
-        after them, with `preservation`, those of its loss.
+        """Accumulate the gradients of the global batch's mean loss. Returns the samples' weighted losses, on the
+        device, followed by their preservation losses if there is such a loss.
 
-        That loss has a backward pass of its own, after the other's: the two graphs never lie in memory together.
+        The preservation loss has a separate backward pass, after the first, so that only one graph is in memory.
         """
         losses: list[Tensor] = []
         preserved: list[Tensor] = []
@@ -282,8 +282,8 @@ class Stepper:
         return torch.cat(losses + preserved)
 
     def _preserve(self, batch: Batch, x: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, " b"]:
-        """Add the gradients of `preservation`; returns the samples' weighted losses, 0 where they take no part. The
-        dropout that it draws changes no later draw.
+        """Accumulate the gradients of the preservation loss. Returns the samples' weighted losses, 0 for samples
+        without one. Its dropout does not advance torch's generators.
         """
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             losses = self._preservation_losses(batch, x)
@@ -293,7 +293,7 @@ class Stepper:
         return losses.detach()
 
     def _backward(self, loss: Float[Tensor, ""]) -> None:
-        """Add the gradients of `loss`."""
+        """Accumulate the gradients of `loss`."""
         if self.zero is not None:
             self.zero.backward(loss)
         else:
@@ -304,22 +304,22 @@ class Stepper:
         return self.preservation is not None and self.preservation.has_second_loss
 
     def _seed(self, batch: Batch, step: int) -> None:
-        # The adapter's dropout is the one draw made inside the model, from torch's global generator.
+        # Adapter dropout is the only random draw inside the model; it uses torch's global generator.
         torch.manual_seed(draw_seed(self.objective.seed, "lora_dropout", step, batch.slots[0]))
 
     def __call__(self, whole: GlobalBatch, lr: float) -> StepResult:
         """Train on one global batch.
 
         Raises:
-            PartialStepError: a gradient is not finite, and `release` has stepped parameters before it.
-            NotFiniteError: a loss or gradient is not finite. Nothing has been updated; `discard` before the next step.
+            PartialStepError: a gradient is not finite, but `release` has already stepped other parameters.
+            NotFiniteError: a loss or gradient is not finite. Nothing is updated; call `discard` before the next step.
         """
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = lr * parameters[optim.RATIO]
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group[optim.RATIO]
         return self._step(whole) if self.release is None else self._step_inside(whole, self.release)
 
     def _step(self, whole: GlobalBatch) -> StepResult:
-        """Backward passes, then the optimizer's step."""
+        """Run the backward passes, then the optimizer's step."""
         device_losses = self._accumulate(whole)
         calls = self._rollout_calls(whole)
         if self.world is not None:
@@ -328,17 +328,17 @@ class Stepper:
         return update() if self.zero is None else self.zero.step(update)
 
     def _update(self, whole: GlobalBatch, device_losses: Float[Tensor, " n"], calls: int) -> StepResult:
-        """The optimizer's step on gradients that are summed over the ranks, if all numbers are finite."""
+        """Step the optimizer on gradients summed over the ranks, if all losses and the gradient norm are finite."""
         self.scaler.unscale_(self.optimizer)
         norm = optim.clip(self.parameters, self.options, None if self.shards is None else self.world)
-        # One tensor, so that the host waits once. `cat` takes the wider of the two dtypes: no number is rounded.
+        # One tensor, so that the host waits once. `cat` promotes to the wider dtype, so no number is rounded.
         *losses, grad_norm = self.read(torch.cat([device_losses, norm[None].to(device_losses.device)]))
         if self.world is not None:
             calls = int(losses.pop())
-        losses, preserved = _rows(losses, whole)
+        losses, preserved = _split_losses(losses, whole)
         _check_losses(whole, losses, preserved)
         if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
-            # With fp16 an overflow is part of the method: the scaler skips the step and lowers its scale.
+            # With fp16 overflows are expected: the scaler skips the step and lowers its scale.
             raise NotFiniteError.at("gradient", whole.step, whole.names)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -349,29 +349,29 @@ class Stepper:
         return StepResult(math.fsum(losses) / whole.size, grad_norm, calls, preservation_loss)
 
     def _rollout_calls(self, whole: GlobalBatch) -> int:
-        """Model calls without gradient for the micro-batches of this process."""
+        """Model calls without gradient for this process's micro-batches."""
         return 0 if self.rollout is None else sum(map(self.rollout.calls_of, whole.batches))
 
     def _summed(self, whole: GlobalBatch, losses: Float[Tensor, " n"], calls: int, world: World) -> Float[Tensor, " m"]:
-        """Sum the gradients over the ranks. Returns the losses of all samples, by slot, those of `preservation` after
-        them, and the calls of all ranks, on the device: they travel with the gradients. Sums with zeros, they are
-        exact.
+        """Sum the gradients over the ranks. Returns, on the device, the losses of all samples by slot, then their
+        preservation losses if any, then the calls of all ranks. They are reduced together with the gradients; these
+        sums are exact, because each loss is zero on all ranks but one.
         """
-        kinds = 2 if self._has_second_loss else 1
-        numbers = losses.new_zeros(kinds * whole.size + 1)
+        loss_count = 2 if self._has_second_loss else 1
+        numbers = losses.new_zeros(loss_count * whole.size + 1)
         slots = [slot for batch in whole.batches for slot in batch.slots]
-        numbers[[kind * whole.size + slot for kind in range(kinds) for slot in slots]] = losses
+        numbers[[index * whole.size + slot for index in range(loss_count) for slot in slots]] = losses
         numbers[-1] = calls
-        reduced = self.parameters if self.shards is None else ()  # FSDP2 or DeepSpeed sum the gradients of shards
+        reduced = self.parameters if self.shards is None else ()  # FSDP2 or DeepSpeed sums the gradients of shards
         if isinstance(self.shards, RowShards) and self.scaler.is_enabled():
             self.shards.share_overflow()
         world.sum_([*(each.grad for each in reduced if each.grad is not None), numbers])
-        # An optimizer may draw from torch's global generator, which micro-batches have seeded differently.
+        # An optimizer may draw from torch's global generator, which micro-batches have seeded differently per rank.
         torch.manual_seed(draw_seed(self.objective.seed, "optimizer", whole.step))
         return numbers
 
     def _step_inside(self, whole: GlobalBatch, release: GradientRelease) -> StepResult:
-        """A backward pass that steps on its gradients. The losses are checked before it."""
+        """Check the losses, then run a backward pass that steps each parameter on its gradient."""
         (batch,) = whole.batches
         self._seed(batch, whole.step)
         device_losses = self.losses(batch)
@@ -383,19 +383,19 @@ class Stepper:
         return StepResult(math.fsum(losses) / whole.size, grad_norm, self._rollout_calls(whole))
 
     def discard(self) -> None:
-        """Forget the gradients of a step that is not taken."""
+        """Discard the gradients of a step that is not taken."""
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def _rows(values: list[float], whole: GlobalBatch) -> tuple[list[float], list[float]]:
-    """The samples' losses, and those of `preservation`, which come after them; none without it."""
+def _split_losses(values: list[float], whole: GlobalBatch) -> tuple[list[float], list[float]]:
+    """Split `values` into the samples' losses and their preservation losses; the latter may be empty."""
     count = len(whole.names)
     return values[:count], values[count:]
 
 
 def _check_losses(whole: GlobalBatch, losses: Sequence[float], preserved: Sequence[float] = ()) -> None:
-    for what, values in (("loss", losses), ("preservation loss", preserved)):
+    for quantity, values in (("loss", losses), ("preservation loss", preserved)):
         bad = [name for name, loss in zip(whole.names, values, strict=False) if not math.isfinite(loss)]
         if bad:
-            raise NotFiniteError.at(what, whole.step, bad)
+            raise NotFiniteError.at(quantity, whole.step, bad)

@@ -73,9 +73,9 @@ def test_the_work_is_configured_then_seen() -> None:
 
 @pytest.mark.usefixtures("project")
 def test_many_new_pictures_are_not_looked_at_and_known_ones_are() -> None:
-    assert looked_at(loaded(), most=1).pictures is None
+    assert looked_at(loaded(), limit=1).pictures is None
     assert looked_at(loaded()).pictures == 2
-    assert looked_at(loaded(), most=0).pictures == 2
+    assert looked_at(loaded(), limit=0).pictures == 2
 
 
 def test_references_of_validation_prompts_are_counted(project: Path) -> None:
