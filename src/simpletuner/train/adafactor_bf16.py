@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from simpletuner.base.draws import draw_seed
-from simpletuner.train.adamw_bf16 import chunk_size, noise_bits, rounded
+from simpletuner.train.adamw_bf16 import chunk_size, noise_bits, stochastically_rounded
 
 
 class AdafactorBf16(torch.optim.Optimizer):
-    """Adafactor (arXiv 1804.04235) without momentum, as torch has it, on vectors and matrices.
+    """Adafactor (arXiv 1804.04235) without momentum, as in torch, for vectors and matrices.
 
-    The arithmetic and the state, a row and a column of a matrix and all of a vector, are fp32. fp32 parameters are
-    stepped exactly, bf16 ones are rounded stochastically. The draw of an element is a function of (`seed`, step,
-    parameter's place, element), so a resumed run rounds as an uninterrupted one does. Nothing waits for the device.
+    Arithmetic and state are fp32; the state is a row and a column per matrix, and a full tensor per vector. fp32
+    parameters are stepped exactly, bf16 ones with stochastic rounding. The random bits of an element depend only on
+    (`seed`, step, parameter index, element), so a resumed run rounds as an uninterrupted one. Nothing waits for the
+    device.
 
-    A parameter is read and written some rows at a time, so the temporary memory does not grow with its size.
+    A parameter is read and written in groups of rows, so temporary memory does not grow with its size.
     """
 
     def __init__(
@@ -37,29 +38,29 @@ class AdafactorBf16(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002  torch's signature
-        """One step on the gradients that are there."""
-        place = 0
+        """Step all parameters that have a gradient."""
+        index = 0
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.step_parameter(parameter, group, place)
-                place += 1
+                    self.step_parameter(parameter, group, index)
+                index += 1
 
     @torch.no_grad()
     def step_parameter(
-        self, parameter: Tensor, group: dict[str, Any], place: int, is_finite: Tensor | None = None
+        self, parameter: Tensor, group: dict[str, Any], index: int, is_finite: Tensor | None = None
     ) -> None:
-        """Step one parameter of `group`, the `place`-th of all, on its gradient. Where `is_finite` is false, only the
-        count of its steps changes.
+        """Step `parameter` of `group` on its gradient. `index`, its position among all parameters, keys the random
+        bits. Where `is_finite` is false, only its step count changes.
         """
         values = parameter if parameter.ndim == 2 else parameter.view(1, -1)
         gradient = parameter.grad.view(values.shape)  # type: ignore[union-attr]
-        state = self._counted(parameter)
+        state = self._state_with_step(parameter)
         step, lr = state["step"], group["lr"]
         eps, least_scale = group["eps"]
         eps = torch.finfo(torch.float32).eps if eps is None else eps
 
-        # The moments, and how large the weights are.
+        # First pass: the moments and the RMS of the weights.
         share = step ** group["beta2_decay"]
         squares = torch.zeros((), device=parameter.device)
         column_squares = torch.zeros(values.shape[1], device=parameter.device)
@@ -84,25 +85,27 @@ class AdafactorBf16(torch.optim.Optimizer):
         def updates(rows: slice) -> Tensor:
             return torch.outer(row[rows], column).clamp_(min=eps * eps).rsqrt_().mul_(gradient[rows])
 
-        # How large the update is, and then the update.
+        # Second pass: the RMS of the update. Third pass: the update.
         update_squares = torch.zeros((), device=parameter.device)
         for rows in _row_chunks(values):
             update_squares += updates(rows).square_().sum()
         count = max(1, parameter.numel())
         rate = (squares / count).sqrt_().clamp_(min=least_scale) * min(lr, 1 / math.sqrt(step))
         rate /= ((update_squares / count).sqrt_() / group["d"]).clamp_(min=1)
-        seed = draw_seed(self.seed, "rounding", step, place)
+        seed = draw_seed(self.seed, "rounding", step, index)
         for rows in _row_chunks(values):
             updated = values[rows].float().mul(1 - lr * group["weight_decay"]).sub_(updates(rows).mul_(rate))
             if parameter.dtype == torch.bfloat16:
                 start, stop = rows.start * values.shape[1], rows.stop * values.shape[1]
-                updated = rounded(updated, noise_bits([(seed, start, stop)], updated.device).view_as(updated))
+                updated = stochastically_rounded(
+                    updated, noise_bits([(seed, start, stop)], updated.device).view_as(updated)
+                )
             if is_finite is not None:
                 updated = torch.where(is_finite, updated, values[rows])
             values[rows] = updated
 
-    def _counted(self, parameter: Tensor) -> dict[str, Any]:
-        """The state of `parameter`, with a step counted."""
+    def _state_with_step(self, parameter: Tensor) -> dict[str, Any]:
+        """The state of `parameter`, created if needed, with its step count incremented."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state["step"] = 0

@@ -1,4 +1,4 @@
-"""Before training: scan the sets, then fill the caches, one encoder in memory at a time."""
+"""Prepare the data before training: scan the datasets, then fill the caches with one encoder in memory at a time."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -46,25 +46,27 @@ from simpletuner.train.masks import CachedMask, Masking, kept_positions
 from simpletuner.train.report import Reporter
 
 UNCONDITIONAL_CAPTION = ""
-"""The caption that caption dropout and real guidance fall back to: empty text through the full template."""
+"""The caption for caption dropout and for the unconditional pass of real guidance: empty text in the full template."""
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """What fills the caches: whatever changes a cached tensor changes the codec's key, or `latents`."""
+    """Cache keys of the encoders: anything that changes a cached tensor changes the codec's key, or `latents`."""
 
     text: ContextCodec
     latents: str
 
     @classmethod
     def of(cls, config: RunConfig, source: Source, *, whole: bool = False) -> "Encoders":
-        """Weights, `whole` or their heads, precision and every setting that the encoders see."""
+        """The keys for the encoders' weights, precision and settings. `whole` hashes all bytes of the text encoder,
+        else only the first 4 KiB of each tensor.
+        """
         return cls(text_codec(config, config, source, whole=whole), autoencoder_id(source, **_encoding(config)))
 
     @classmethod
     def claimed(cls, loaded: Loaded, source: Source, world: World) -> "Encoders":
-        """The keys of this machine's caches: those of the weights' heads, unless other weights had them there first.
-        Its first rank reads the weights and the notes.
+        """The keys of this machine's caches: from the first 4 KiB of each tensor, unless other weights claimed these
+        keys first. The first rank of each machine reads the weights and the claims.
         """
         codec = CODECS[source.flavour.text.padding_side]
         return world.from_each_machine(
@@ -77,13 +79,13 @@ class Encoders:
     @classmethod
     def _claimed(cls, loaded: Loaded, source: Source) -> "Encoders":
         config, datasets = loaded.config, loaded.datasets
-        heads, whole = (cls.of(config, source, whole=all_bytes) for all_bytes in (False, True))
+        prefix, whole = (cls.of(config, source, whole=all_bytes) for all_bytes in (False, True))
         earlier = (earlier_autoencoder_id(source, **_encoding(config), whole=all_bytes) for all_bytes in (False, True))
         texts = [text_storage(store) for store in datasets.text_stores]
         picture_sets = (*datasets.train_sets, *datasets.eval_sets, *datasets.conditioning_sets)
-        # Before the texts: where both lie in one storage, what these note there would hide that it had no note.
-        latents = key_of_latents([latent_storage(each) for each in picture_sets], heads.latents, *earlier)
-        return cls(heads.text if claim(texts, heads.text.key, whole.text.key) else whole.text, latents)
+        # Before the texts: in a storage of both, their claim would hide that the storage had no claims.
+        latents = key_of_latents([latent_storage(each) for each in picture_sets], prefix.latents, *earlier)
+        return cls(prefix.text if claim(texts, prefix.text.key, whole.text.key) else whole.text, latents)
 
 
 def _encoding(config: RunConfig) -> dict[str, Any]:
@@ -96,51 +98,51 @@ def _encoding(config: RunConfig) -> dict[str, Any]:
 
 
 WHOLE = "whole:"
-"""What fingerprints of all bytes of a base model begin with. Earlier releases recorded those of the heads."""
+"""Prefix of fingerprints over all bytes of a base model. Earlier releases hashed the first 4 KiB of each tensor."""
 
 
 EARLIER_VAE = "VAE"
-"""What earlier releases recorded of the VAE. Its decoder decides nothing that is trained."""
+"""The name of the VAE's fingerprint in earlier releases, which covered its decoder too; training never uses that."""
 
 
 def base_fingerprints(
     config: RunConfig, source: Source, world: World, *, like: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """What a checkpoint remembers of the base model: the transformer, and what fills the caches. As the record `like`
-    of an earlier release has it, or as this one does. The first rank of each machine reads the weights, and its `like`
-    counts.
+    """The fingerprints of the base model for a checkpoint: of the transformer, the text encoder and the VAE encoder. If
+    `like` is the record of an earlier release, they have its form. The first rank of each machine reads the weights,
+    with its own `like`.
 
     Raises:
-        AccessError: another machine has another base model.
+        AccessError: another machine has a different base model.
     """
-    found = world.from_each_machine(
+    fingerprints = world.from_each_machine(
         "the fingerprints of the base model", lambda: _base_fingerprints(config, source, like)
     )
-    check_same_model(world, found)
-    return found
+    check_same_model(world, fingerprints)
+    return fingerprints
 
 
 def _base_fingerprints(config: RunConfig, source: Source, like: Mapping[str, str] | None) -> dict[str, str]:
     whole = like is None or knows_whole_base(like)
-    found = {
+    fingerprints = {
         "transformer": source.fingerprint("transformer", whole=whole),
         "text encoder": text_codec(config, config, source, whole=whole).key,
     }
     if like is not None and EARLIER_VAE in like:
-        found[EARLIER_VAE] = earlier_autoencoder_id(source, **_encoding(config), whole=whole)
+        fingerprints[EARLIER_VAE] = earlier_autoencoder_id(source, **_encoding(config), whole=whole)
     else:
-        found["VAE encoder"] = autoencoder_id(source, **_encoding(config))
-    return {name: f"{WHOLE if whole else ''}{value}" for name, value in found.items()}
+        fingerprints["VAE encoder"] = autoencoder_id(source, **_encoding(config))
+    return {name: f"{WHOLE if whole else ''}{value}" for name, value in fingerprints.items()}
 
 
 def knows_whole_base(record: Mapping[str, str]) -> bool:
-    """Whether the fingerprints that a checkpoint remembers are of all bytes of the base model."""
+    """Whether the fingerprints in a checkpoint cover all bytes of the base model."""
     return all(value.startswith(WHOLE) for value in record.values())
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data, scanned and encoded."""
+    """The scanned datasets, and access to their caches."""
 
     loaded: Loaded
     encoders: Encoders
@@ -149,44 +151,45 @@ class Prepared:
 
     @cached_property
     def prompt_references(self) -> dict[str, Crop]:
-        """The reference images of the prompts that are drawn, by path.
+        """The reference images of the validation prompts, by path.
 
         Raises:
-            ConfigError: every file that is no image, or of a size that no reference has.
+            ConfigError: lists every file that is not an image, or whose size is out of range for a reference.
         """
         return reference_crops(path for prompt in self.loaded.drawn_prompts for path in prompt.references)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Fingerprint of each training set: its pictures, captions and crops."""
+        """Fingerprint of each training dataset: its images, captions and crops."""
         return {manifest.image_set.id: manifest.fingerprint for manifest in self.train}
 
     @cached_property
     def mask_sources(self) -> dict[str, MaskSource]:
-        """How masks are read, by the id of the set that their files lie in."""
+        """The mask reader of each dataset of masks, by its id."""
         return MaskSource.all_of(self.loaded.datasets)
 
     @property
     def windows(self) -> dict[str, Windows]:
-        """First and last "step" and "epoch" of each training set that is not active throughout."""
-        own = {manifest.image_set.id: manifest.image_set.windows for manifest in self.train}
-        return {name: windows for name, windows in own.items() if windows != WHOLE_RUN}
+        """First and last "step" and "epoch" of each training dataset that is not active throughout."""
+        all_windows = {manifest.image_set.id: manifest.image_set.windows for manifest in self.train}
+        return {name: windows for name, windows in all_windows.items() if windows != WHOLE_RUN}
 
     @property
     def pictures(self) -> int:
+        """The number of training images."""
         return sum(len(manifest.samples) for manifest in self.train)
 
     def latent_store(self, picture_set: PictureSet) -> Store:
         return Store(latent_storage(picture_set))
 
     def text_store(self, image_set: ImageSet | None) -> Store:
-        """The store of a set's captions; None asks for that of the prompts that belong to no set."""
+        """The store of a dataset's captions; for None, that of prompts outside the datasets."""
         datasets = self.loaded.datasets
         store = datasets.default_text_store if image_set is None else datasets.text_store_of(image_set)
         return Store(text_storage(store))
 
     def latents(self, image_set: ImageSet, samples: Sequence[Sample]) -> Float[Tensor, "b 128 h w"]:
-        """The latents of samples of one set and one bucket, from the cache.
+        """The latents of samples of one dataset and one bucket, from the cache.
 
         Raises:
             DataError: a cache file is missing or damaged.
@@ -194,7 +197,7 @@ class Prepared:
         return read_latents(self.latent_store(image_set), samples, self.encoders.latents)
 
     def references(self, samples: Sequence[Sample]) -> list[list[Float[Tensor, "128 h w"]]]:
-        """The latents of the references of each of `samples`, in the order of their positions, from the cache.
+        """The latents of each sample's references, in their order, from the cache.
 
         Raises:
             DataError: a cache file is missing or damaged.
@@ -209,7 +212,7 @@ class Prepared:
         ]
 
     def masks(self, samples: Sequence[Sample]) -> list[CachedMask | None]:
-        """The masks of samples, from the cache; None for a sample that has none.
+        """The masks of `samples`, from the cache; None for a sample without a mask.
 
         Raises:
             DataError: a cache file is missing or damaged.
@@ -217,13 +220,13 @@ class Prepared:
         return [None if sample.mask is None else self.mask(sample.mask) for sample in samples]
 
     def mask(self, crop: Crop) -> CachedMask:
-        """The cached mask of `crop`, which is a mask's file."""
+        """The cached mask whose file is `crop`."""
         return self.mask_sources[crop.dataset].read(crop)
 
     @cached_property
     def forced_shares(self) -> list[float]:
-        """Share of the tokens that TREAD keeps for its mask, of each training image that has one. Reads them all. Empty
-        where the options let masks force no tokens.
+        """For each training image with a mask, the share of tokens that TREAD keeps because of it. Reads all masks.
+        Empty if the options do not let masks force tokens.
         """
         masking = Masking(self.loaded.config, self.loaded.config.seed)
         masks = weighing_masks(self.train) if masking.forces_tokens else []
@@ -231,11 +234,11 @@ class Prepared:
 
     @property
     def prompt_store(self) -> Store:
-        """The store of the references of prompts, which belong to no set: that of the first training set."""
+        """The store for reference images of prompts: that of the first training dataset, as they belong to none."""
         return self.latent_store(self.loaded.datasets.train_sets[0])
 
     def references_of(self, prompt: Prompt) -> References | None:
-        """The references of a prompt, from the cache; None where it has none.
+        """The references of a prompt, from the cache; None if it has none.
 
         Raises:
             DataError: a cache file is missing or damaged.
@@ -245,7 +248,7 @@ class Prepared:
         return reference_tokens(latents) if latents else None
 
     def contexts(self, prompts: Sequence[str], image_set: ImageSet | None = None) -> TextContext:
-        """The contexts of prompts, from the cache.
+        """The text encoder's contexts of `prompts`, from the cache.
 
         Raises:
             DataError: a cache file is missing or damaged.
@@ -254,18 +257,18 @@ class Prepared:
 
 
 def prepare(loaded: Loaded, source: Source, world: World, reporter: Reporter, *, verify: bool = False) -> Prepared:
-    """Scan every set and fill every cache, as `scan_sets` and `fill_caches` do."""
+    """Scan all datasets and fill all caches; see `scan_sets` and `fill_caches`."""
     prepared = scan_sets(loaded, source, world, reporter)
     fill_caches(prepared, source, world, reporter, verify=verify)
     return prepared
 
 
 def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) -> Prepared:
-    """The data of a run, scanned but not encoded: what is known before an encoder loads. The first rank of each machine
-    scans; the others train what it found, also where a file has changed since.
+    """Scan a run's datasets, without loading an encoder. The first rank of each machine scans; the other ranks use its
+    result, even if a file has changed since.
 
     Raises:
-        DataError: a set is missing or ends up empty, or is another one on another machine; or no caption contains
+        DataError: a dataset is missing, has no usable image, or differs between machines; or no caption contains
             `preservation_trigger`.
     """
     config, datasets = loaded.config, loaded.datasets
@@ -280,122 +283,122 @@ def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) 
         )
     check_same_images(manifests, world)
     for manifest in manifests:
-        tell_manifest(manifest, reporter)
+        report_manifest(manifest, reporter)
     count = len(datasets.train_sets)
     notice = PreservedPrompts(config).notice(manifests[:count])
     if notice is not None:
         reporter.notice(notice)
     encoders = Encoders.claimed(loaded, source, world)
     prepared = Prepared(loaded, encoders, tuple(manifests[:count]), tuple(manifests[count:]))
-    _ = prepared.prompt_references  # validated now: a bad file is reported before an encoder loads
+    _ = prepared.prompt_references  # validate now: report a bad file before an encoder loads
     return prepared
 
 
 def check_same_images(manifests: Sequence[Manifest], world: World) -> None:
-    """Raise a DataError, on all ranks, if another machine has other images, captions, references or masks."""
+    """Raise a DataError, on all ranks, if machines have different images, captions, references or masks."""
     if world.of_machine is None:
         return
     for manifest in manifests:
         samples = {row[0][1]: sha256_json(row) for row in manifest.record()[0]}
-        other = differing_machine(world, samples)
-        if other is not None:
-            machine, (ours, theirs) = other
+        difference = differing_machine(world, samples)
+        if difference is not None:
+            machine, (ours, theirs) = difference
             differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-            shown = ", ".join(differing[:MOST_NAMED]) + (", …" if len(differing) > MOST_NAMED else "")
+            names = ", ".join(differing[:MOST_NAMED]) + (", …" if len(differing) > MOST_NAMED else "")
             raise DataError.of(
-                f"{manifest.image_set.id}: {len(differing)} images, or their captions, references or masks, are not "
-                f"the same on machine {machine} as on machine 0: {shown}",
+                f"{manifest.image_set.id}: {len(differing)} images, or their captions, references or masks, differ "
+                f"between machine {machine} and machine 0: {names}",
                 "the same files on every machine",
-                f"Copy machine 0's {manifest.image_set.instance_data_dir} there, or name a folder that all machines "
+                f"Copy machine 0's {manifest.image_set.instance_data_dir} there, or use a folder that all machines "
                 "share.",
             )
 
 
-def ranks_of_cache(storages: Sequence[Storage], what: str, world: World, reporter: Reporter) -> World:
-    """The ranks that together fill the caches `what` in `storages`: all of them where every machine sees each of these,
-    else those of a machine, each of which fills its own. Says which.
+def ranks_of_cache(storages: Sequence[Storage], content: str, world: World, reporter: Reporter) -> World:
+    """The ranks that together fill the caches of `content` in `storages`: all ranks if all machines share the storages,
+    else the ranks of this machine. Reports which.
     """
     if world.of_machine is None:
         return world
     folders = [folder for storage in storages if (folder := storage.local_path()) is not None]
-    own = set(folders) - shared_folders(world, folders)
-    if not own:
-        reporter.say(f"The cache of {what} is shared by {world.machines} machines and filled once.")
+    unshared = set(folders) - shared_folders(world, folders)
+    if not unshared:
+        reporter.say(f"The {world.machines} machines share the cache of {content}: it is filled once.")
         return world
-    named = ", ".join(map(str, sorted(own)))
-    reporter.say(f"The cache of {what} is filled on each of {world.machines} machines, which do not share {named}.")
+    folder_names = ", ".join(map(str, sorted(unshared)))
+    reporter.say(f"Each of {world.machines} machines fills its cache of {content}: they do not share {folder_names}.")
     return world.of_machine
 
 
 def fill_caches(prepared: Prepared, source: Source, world: World, reporter: Reporter, *, verify: bool = False) -> None:
-    """Fill every cache that the run will read, masks first: what is wrong with them is known before an encoder loads.
-    All ranks call it, and each makes a share of what is missing in caches that it sees. With `verify` every cached file
-    is read and hashed, also those that an earlier check left as they are.
+    """Fill every cache that the run will read. Masks come first, so that bad masks are reported before an encoder
+    loads. All ranks call it, and each makes a share of the missing entries in caches that it can access. `verify` reads
+    and hashes every cached file, also those checked earlier.
 
     Raises:
-        DataError: a mask would leave nothing of its image to train on.
+        DataError: a mask leaves nothing of its image to train on.
         AccessError: an encoder cannot be loaded.
-        DiskError: a cache's disk is full. What is finished is kept.
+        DiskError: a cache's disk is full. Finished entries are kept.
     """
     datasets = prepared.loaded.datasets
     picture_sets = (*datasets.train_sets, *datasets.eval_sets, *datasets.conditioning_sets)
-    of_pictures = ranks_of_cache([*map(latent_storage, picture_sets)], "images", world, reporter)
-    of_texts = ranks_of_cache([*map(text_storage, datasets.text_stores)], "captions", world, reporter)
-    fill_mask_weights(prepared, of_pictures, reporter, verify=verify)
-    fill_text(prepared, source, of_texts, reporter, verify=verify)
-    fill_pictures(prepared, source, of_pictures, reporter, verify=verify)
+    image_ranks = ranks_of_cache([*map(latent_storage, picture_sets)], "images", world, reporter)
+    text_ranks = ranks_of_cache([*map(text_storage, datasets.text_stores)], "captions", world, reporter)
+    fill_mask_weights(prepared, image_ranks, reporter, verify=verify)
+    fill_text(prepared, source, text_ranks, reporter, verify=verify)
+    fill_images(prepared, source, image_ranks, reporter, verify=verify)
     world.barrier("the caches of other machines")
 
 
-def tell_manifest(manifest: Manifest, reporter: Reporter) -> None:
-    """How many pictures a set has, how often each is seen, in which buckets, and what was left out and why."""
+def report_manifest(manifest: Manifest, reporter: Reporter) -> None:
+    """Report a dataset's images, repeats and buckets, and which images were left out and why."""
     image_set = manifest.image_set
     visits = len(manifest.samples) * (image_set.repeats + 1)
     sizes = ", ".join(f"{w}x{h} ({len(members)})" for (w, h), members in sorted(manifest.buckets.items())[:6])
-    more = "" if len(manifest.buckets) <= 6 else f" and {len(manifest.buckets) - 6} more sizes"
-    seen = f", {image_set.repeats} repeats: {visits} visits an epoch" if image_set.repeats else ""
-    reporter.say(f"{image_set.id}: {len(manifest.samples)} pictures{seen}; {sizes}{more}")
+    more_sizes = "" if len(manifest.buckets) <= 6 else f" and {len(manifest.buckets) - 6} more sizes"
+    repeats = f", {image_set.repeats} repeats: {visits} visits per epoch" if image_set.repeats else ""
+    reporter.say(f"{image_set.id}: {len(manifest.samples)} images{repeats}; {sizes}{more_sizes}")
     reasons: dict[str, list[str]] = {}
     for rejection in manifest.rejections:
-        if rejection.reason in LACKS_CAPTION:  # told by a notice of the manifest, with what to do
+        if rejection.reason in LACKS_CAPTION:  # a notice of the manifest reports these, with a remedy
             continue
         reasons.setdefault(rejection.reason, []).append(rejection.name)
     for reason, names in sorted(reasons.items()):
-        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        reporter.notice(f"{image_set.id}: left out {len(names)}, {reason}: {shown}")
+        examples = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        reporter.notice(f"{image_set.id}: left out {len(names)}, {reason}: {examples}")
     for text in manifest.notices:
         reporter.notice(text)
 
 
-def wanted_prompts(prepared: Prepared) -> dict[TextStore, list[str]]:
-    """Every prompt that the run may ask for, by the store that keeps it."""
+def prompts_to_encode(prepared: Prepared) -> dict[TextStore, list[str]]:
+    """Every prompt that the run may use, by the store that caches it."""
     config, datasets = prepared.loaded.config, prepared.loaded.datasets
-    found: dict[TextStore, list[str]] = {store: [] for store in datasets.text_stores}
+    prompts_of: dict[TextStore, list[str]] = {store: [] for store in datasets.text_stores}
     for manifest in (*prepared.train, *prepared.held_out):
-        prompts = found[datasets.text_store_of(manifest.image_set)]
+        prompts = prompts_of[datasets.text_store_of(manifest.image_set)]
         prompts += [caption for sample in manifest.samples for caption in sample.captions]
         prompts.append(UNCONDITIONAL_CAPTION)
     for manifest in prepared.train:
-        found[datasets.text_store_of(manifest.image_set)] += PreservedPrompts(config).all_of(manifest)
-    general = found[datasets.default_text_store]
+        prompts_of[datasets.text_store_of(manifest.image_set)] += PreservedPrompts(config).all_of(manifest)
+    general = prompts_of[datasets.default_text_store]
     general += [UNCONDITIONAL_CAPTION, *(prompt.text for prompt in prepared.loaded.prompts.values())]
     if not config.validation_disable:
         general += config.validation_drift_prompts or ()
     scales = drawing_flavour(config).scales(config.validation_guidance, config.validation_guidance_real)
     if scales.real != 1.0:
         general.append(config.validation_negative_prompt)
-    return found
+    return prompts_of
 
 
 MOST_NAMED = 50
-"""Masks that an error names."""
+"""Masks that an error lists."""
 
 
 def fill_mask_weights(prepared: Prepared, world: World, reporter: Reporter, *, verify: bool) -> None:
-    """Make the masks that no cache has, and say how much of the images counts.
+    """Cache the missing masks, and report the share of the images that they train.
 
     Raises:
-        DataError: masks under which nothing counts.
+        DataError: masks that leave nothing of their images to train on.
     """
     masks = weighing_masks((*prepared.train, *prepared.held_out))
     if not masks:
@@ -411,15 +414,15 @@ def fill_mask_weights(prepared: Prepared, world: World, reporter: Reporter, *, v
         )
         empty, share = world.from_main("the areas of the masks", lambda: _mask_areas(prepared, masks))
     if empty:
-        raise _nothing_counts(empty, prepared.loaded.config)
+        raise _empty_masks_error(empty, prepared.loaded.config)
     reporter.say(
-        f"Masks: {report.encoded} made in {format_duration(report.seconds)}, {report.found} in the cache already. "
-        f"{len(masks)} images have one; on average {share:.0%} of such an image counts."
+        f"Masks: {report.encoded} made in {format_duration(report.seconds)}, {report.found} already cached. "
+        f"{len(masks)} images have one; on average it trains {share:.0%} of the image."
     )
 
 
 def weighing_masks(manifests: Sequence[Manifest]) -> list[Crop]:
-    """The masks that weigh the losses of samples: all but those of regularization sets, which are trained."""
+    """The masks that weight losses: those of all datasets except regularization datasets for training."""
     weighed = (
         manifest
         for manifest in manifests
@@ -429,7 +432,7 @@ def weighing_masks(manifests: Sequence[Manifest]) -> list[Crop]:
 
 
 def _mask_areas(prepared: Prepared, masks: Sequence[Crop]) -> tuple[list[str], float]:
-    """The masks under which nothing counts, and the mean weight of a place."""
+    """The names of masks with only zero weights, and the mean weight of a position."""
     masking = Masking(prepared.loaded.config, prepared.loaded.config.seed)
     empty, total = [], 0.0
     for mask in masks:
@@ -440,35 +443,37 @@ def _mask_areas(prepared: Prepared, masks: Sequence[Crop]) -> tuple[list[str], f
     return empty, total / len(masks)
 
 
-def _nothing_counts(empty: Sequence[str], config: RunConfig) -> DataError:
-    level, other = ("white", "black") if config.masked_loss_invert else ("black", "white")
-    named = ", ".join(empty[:MOST_NAMED]) + (f" and {len(empty) - MOST_NAMED} more" if len(empty) > MOST_NAMED else "")
+def _empty_masks_error(empty: Sequence[str], config: RunConfig) -> DataError:
+    level, trained_level = ("white", "black") if config.masked_loss_invert else ("black", "white")
+    names = ", ".join(empty[:MOST_NAMED]) + (f" and {len(empty) - MOST_NAMED} more" if len(empty) > MOST_NAMED else "")
     masks = "1 mask is" if len(empty) == 1 else f"{len(empty)} masks are"
     return DataError.of(
-        f"{masks} {level} in all of the crop that is trained, so nothing of the image would count: {named}",
-        f"some {other} in each",
-        "Paint what counts, or take the image out of the set. With --masked_loss_floor=0.1 all of it counts a little.",
+        f"{masks} all {level} in the trained crop, so nothing of the image would be trained: {names}",
+        f"some {trained_level} in each",
+        f"Paint what to train {trained_level}, or take the image out of the dataset. With --masked_loss_floor=0.1 all "
+        "of it is trained a little.",
     )
 
 
 def fill_text(prepared: Prepared, source: Source, world: World, reporter: Reporter, *, verify: bool) -> None:
-    """Encode the prompts that no cache has; the encoder is loaded only on ranks that have any to encode, and let go
-    after.
+    """Encode the prompts that are not cached. Only ranks with prompts to encode load the encoder, and free it
+    afterwards.
     """
     config = prepared.loaded.config
-    held: list[TextEncoder] = []
-    # A GPU is a rank's own. On CPUs all load into one memory: rank 0 first, then the others, who see what it left.
-    here = world.on_machine
-    sharing = here.size - (not here.is_main) if world.device.type == "cpu" else 1
+    encoders: list[TextEncoder] = []
+    # Each rank has its own GPU. On CPUs all ranks load into the same RAM: rank 0 first, then the others together, which
+    # see the RAM that rank 0 left free.
+    local_world = world.on_machine
+    sharing = local_world.size - (not local_world.is_main) if world.device.type == "cpu" else 1
 
     def load() -> TextEncoder:
-        if not held:
+        if not encoders:
             folder = prepared.text_store(None).storage.local_path() or Path(config.output_dir)
             encoder = open_text_encoder(
                 config, config, config, source, world.device, folder=folder, say=reporter.say, sharing=sharing
             )
-            held.append(encoder)
-        return held[0]
+            encoders.append(encoder)
+        return encoders[0]
 
     with reporter.phase("text") as progress:
         reports = [
@@ -483,30 +488,30 @@ def fill_text(prepared: Prepared, source: Source, world: World, reporter: Report
                 report=progress,
                 world=world,
             )
-            for store, prompts in wanted_prompts(prepared).items()
+            for store, prompts in prompts_to_encode(prepared).items()
             if prompts
         ]
-    # No name may hold the encoder when memory is freed: it holds itself, and would be found by the next phase. Rank 0
-    # has counted the tokens of all prompts, so it knows those of the other ranks too.
-    truncated = [text for encoder in held for text in encoder.truncated]
+    # No name may reference the encoder when memory is freed: the encoder is in a reference cycle, and would still be in
+    # memory in the next phase. Rank 0 has counted the tokens of all prompts, those of the other ranks too.
+    truncated = [text for encoder in encoders for text in encoder.truncated]
     if truncated:
-        shown = "; ".join(text[:60] + "…" for text in truncated[:3])
+        examples = "; ".join(text[:60] + "…" for text in truncated[:3])
         reporter.notice(
             f"{len(truncated)} captions are longer than tokenizer_max_length "
-            f"({source.text_length} tokens with the template) and were shortened: {shown}"
+            f"({source.text_length} tokens with the template) and were truncated: {examples}"
         )
-    control_tokens = {prompt: names for encoder in held for prompt, names in encoder.control_tokens.items()}
+    control_tokens = {prompt: names for encoder in encoders for prompt, names in encoder.control_tokens.items()}
     if control_tokens:
         reporter.notice(control_token_notice(control_tokens))
-    encoded, found = sum(r.encoded for r in reports), sum(r.found for r in reports)
+    encoded, cached = sum(r.encoded for r in reports), sum(r.found for r in reports)
     seconds = sum(r.seconds for r in reports)
-    reporter.say(f"Captions: {encoded} encoded in {format_duration(seconds)}, {found} in the cache already.")
-    held.clear()
+    reporter.say(f"Captions: {encoded} encoded in {format_duration(seconds)}, {cached} already cached.")
+    encoders.clear()
     release_memory(world.device)
 
 
-def fill_pictures(prepared: Prepared, source: Source, world: World, reporter: Reporter, *, verify: bool) -> None:
-    """Encode the pictures that no cache has; the VAE is loaded only on ranks that encode any, and let go after."""
+def fill_images(prepared: Prepared, source: Source, world: World, reporter: Reporter, *, verify: bool) -> None:
+    """Encode the images that are not cached. Only ranks with images to encode load the VAE, and free it afterwards."""
     config = prepared.loaded.config
 
     def load() -> Encode:
@@ -526,18 +531,18 @@ def fill_pictures(prepared: Prepared, source: Source, world: World, reporter: Re
         )
         world.from_main("the references of prompts", lambda: _fill_prompt_references(prepared, load))
     reporter.say(
-        f"Pictures: {report.encoded} encoded in {format_duration(report.seconds)}, {report.found} in the cache already."
+        f"Images: {report.encoded} encoded in {format_duration(report.seconds)}, {report.found} already cached."
     )
     release_memory(world.device)
 
 
 def _fill_prompt_references(prepared: Prepared, load: Callable[[], Encode]) -> None:
-    """Encode the reference images of prompts that the cache lacks."""
+    """Encode the reference images of prompts that are not cached."""
     store, encoder = prepared.prompt_store, prepared.encoders.latents
-    lacking = [
+    missing = [
         crop for crop in prepared.prompt_references.values() if store.check(latent_key(crop, encoder)) != "sound"
     ]
-    encode = load() if lacking else None
-    for crop in lacking:
+    encode = load() if missing else None
+    for crop in missing:
         assert encode is not None
         write_latent(store, crop, encoder, encode_crop(crop, encode))

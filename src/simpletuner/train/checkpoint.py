@@ -23,7 +23,7 @@ from simpletuner.runs import checkpoints
 from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train import optimizer_state
 from simpletuner.train.ema import Ema
-from simpletuner.train.optim import Averaging, as_given
+from simpletuner.train.optim import Averaging, averaged_weights
 from simpletuner.train.product import Product
 from simpletuner.train.state import STATE_VERSION, TrainState
 from simpletuner.train.trained import Trainable
@@ -66,7 +66,7 @@ def save_checkpoint(
     saved_state = state.model_copy(update={"optimizer": scalar_state}).model_dump(mode="json")
     if world.is_alone:
         with checkpoints.building(folder) as part:
-            with as_given(optimizer):
+            with averaged_weights(optimizer):
                 product.save(part, trained.state(), metadata, world)
             if ema is not None:
                 product.save(part / EMA_FOLDER, ema.state(), metadata, world)
@@ -92,7 +92,7 @@ def save_checkpoint(
         return write_shares(part, OPTIMIZER_STEM, rank_tensors, {"format": "pt"}, world)[0]
 
     def write_export() -> dict[str, str]:
-        with as_given(optimizer):
+        with averaged_weights(optimizer):
             return product.save(part, trained.state(), metadata, world)
 
     def write_average() -> dict[str, str]:

@@ -178,7 +178,7 @@ class Loop:
             )
             return None
         if self.ema is not None:
-            with optim.as_given(self.stepper.optimizer):
+            with optim.averaged_weights(self.stepper.optimizer):
                 self.ema.update(batch.step)
         return result
 
@@ -218,7 +218,7 @@ class Loop:
             return
         with (
             self.reporter.phase("validation", "measuring the held-out loss") as progress,
-            optim.as_given(self.stepper.optimizer, self.stepper.masters),
+            optim.averaged_weights(self.stepper.optimizer, self.stepper.masters),
         ):
             by_sigma = self.held_out(progress)
             ema_loss = None
@@ -245,7 +245,7 @@ class Loop:
         if self.painter is not None:
             with (
                 self.reporter.phase("validation") as progress,
-                optim.as_given(self.stepper.optimizer, self.stepper.masters),
+                optim.averaged_weights(self.stepper.optimizer, self.stepper.masters),
             ):
                 event = self.painter.base(step, progress)
                 if step > 0:
@@ -279,7 +279,7 @@ class Loop:
         def measure() -> None:
             with (
                 self.reporter.phase("validation", "measuring the drift") as progress,
-                optim.as_given(self.stepper.optimizer, self.stepper.masters),
+                optim.averaged_weights(self.stepper.optimizer, self.stepper.masters),
             ):
                 if drift.keep_base(step, progress):
                     drifts.update(drift(progress))

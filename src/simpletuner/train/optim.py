@@ -24,7 +24,7 @@ from simpletuner.train.adamw_bf16 import AdamWBf16
 from simpletuner.train.muon import MuonAndAdamW
 
 ScheduleShape = Callable[[float, OptimOptions], float]
-"""Share of the learning rate at a progress in [0, 1): 0 is the end of the warm-up, 1 the end of the run."""
+"""(progress, options) → factor of the learning rate. Progress 0 is the end of the warm-up, 1 the end of the run."""
 
 SCHEDULES: dict[str, ScheduleShape] = {
     "constant": lambda progress, options: 1.0,
@@ -40,23 +40,24 @@ SCHEDULES: dict[str, ScheduleShape] = {
 FLAT = ("constant", "constant_with_warmup")
 
 RATIO = "lr_ratio"
-"""Key of a parameter group: what it multiplies the step's learning rate by."""
+"""Key of a parameter group: its factor of the step's learning rate."""
 
 HIDDEN = "use_muon"
-"""Key of a parameter group of a whole model: whether its matrices lie inside the blocks. The name is that of
-pytorch_optimizer's Muons, which look for it."""
+"""Key of a parameter group of a whole model: whether it has the hidden matrices, those inside the blocks. The Muon
+optimizers of pytorch_optimizer read this key."""
 
 PRESET: dict[str, dict[str, Any]] = {
     "adamw": {"fused": True},  # one kernel for all the small adapter tensors, on the CPU too
-    "muon": {"adjust_lr_fn": "match_rms_adamw"},  # so that rates which suit adamw suit it (arXiv 2502.16982)
+    "muon": {"adjust_lr_fn": "match_rms_adamw"},  # learning rates for adamw suit it then (arXiv 2502.16982)
 }
-"""Arguments that are ours and not the library's own; `optimizer_config` wins over them."""
+"""Arguments that differ from the library's defaults; `optimizer_config` overrides them."""
 
 
 def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
-    """The rate of `step` (from 1) of `steps`: warm-up first, then the shape over what is left, down to `lr_end`.
+    """The learning rate of `step` (from 1) of `steps`: warm-up, then the schedule over the remaining steps, down to
+    `lr_end`.
 
-    The first of n warm-up steps uses 1/n of the rate and the last all of it. `constant` has no warm-up.
+    The first of n warm-up steps uses 1/n of the learning rate, the last all of it. `constant` has no warm-up.
     """
     rate, warmup = options.learning_rate * options.rate_scale, options.lr_warmup_steps
     if options.lr_scheduler != "constant" and step <= warmup:
@@ -71,7 +72,7 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
 
 @runtime_checkable
 class Averaging(Protocol):
-    """An optimizer that trains other weights than it gives: schedule-free ones."""
+    """A schedule-free optimizer, which evaluates and saves averaged weights but takes gradients at others."""
 
     def train(self) -> None: ...
 
@@ -79,7 +80,7 @@ class Averaging(Protocol):
 
 
 def lora_plus(named: Iterable[tuple[str, nn.Parameter]], ratio: float) -> list[dict[str, Any]]:
-    """Parameter groups in which each "….b" learns `ratio` times as fast as the others (LoRA+, arXiv 2402.12354)."""
+    """Parameter groups that give each "….b" `ratio` times the learning rate of the others (LoRA+, arXiv 2402.12354)."""
     everything = list(named)
     if ratio == 1:
         return [{"params": [parameter for _, parameter in everything]}]
@@ -89,8 +90,8 @@ def lora_plus(named: Iterable[tuple[str, nn.Parameter]], ratio: float) -> list[d
 
 
 def by_role(inner: list[nn.Parameter], outer: list[nn.Parameter], scales: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameter groups of a whole model: the matrices of its blocks, those around them, and its norms' scales. The last
-    are not decayed: at rest they are near one, not near zero.
+    """Parameter groups of a whole model: the matrices inside its blocks, those outside, and its norm scales. Norm
+    scales have no weight decay: their neutral value is one, not zero.
     """
     return [
         {"params": inner, RATIO: 1.0, HIDDEN: True},
@@ -106,38 +107,38 @@ def build(
     seed: int = 0,
     first_elements: Mapping[torch.Tensor, int] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer that `options` names, over `parameters` or groups of them as `lora_plus` or `by_role` makes them.
+    """Build the optimizer that `options` names, for `parameters` or for parameter groups of `lora_plus` or `by_role`.
 
-    One of `library:name` is first rehearsed on a few tensors, for not every optimizer can be driven by gradients alone
-    or goes on exactly where it was saved.
+    An optimizer given as `library:name` is first rehearsed on a few tensors: some need more than gradients, and some do
+    not resume exactly.
 
     Args:
-        seed: of the draws of stochastic rounding.
-        first_elements: where parameters are one rank's rows of sharded ones, as `RowShards` has them.
+        seed: seed of stochastic rounding.
+        first_elements: for parameters that are one rank's rows of a sharded tensor, `RowShards.first_elements`.
 
     Raises:
-        ConfigError: the library does not have that name, `optimizer_config` has an argument that it does not take, or
-            it cannot be used here.
+        ConfigError: the library has no such optimizer, the optimizer does not take an argument in `optimizer_config`,
+            or it cannot be used here.
     """
     known = known_optimizer(options.optimizer)
     if options.optimizer_release_gradients and options.optimizer == "adafactor":
         make: type[torch.optim.Optimizer] = AdafactorBf16
     else:
-        make = AdamWBf16 if known.library == OURS else _found(known)
+        make = AdamWBf16 if known.library == OURS else _library_class(known)
     arguments = _arguments(options, known, make, seed)
 
     def construct(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         groups = [{HIDDEN: True, **group} for group in groups]
         with contextlib.redirect_stdout(io.StringIO()):  # prodigy announces its weight decay
-            made = _made(known, make, groups, arguments)
-        for group in made.param_groups:
+            optimizer = _construct(known, make, groups, arguments)
+        for group in optimizer.param_groups:
             group.setdefault(RATIO, 1.0)
             group["lr"] = arguments["lr"] * group[RATIO]
-        if isinstance(made, Averaging):
-            made.train()
-        if isinstance(made, AdamWBf16) and first_elements is not None:
-            made.first_elements = first_elements
-        return made
+        if isinstance(optimizer, Averaging):
+            optimizer.train()
+        if isinstance(optimizer, AdamWBf16) and first_elements is not None:
+            optimizer.first_elements = first_elements
+        return optimizer
 
     groups = [each for each in parameters if isinstance(each, dict)] or [{"params": list(parameters)}]
     if known.arguments is None:
@@ -145,15 +146,15 @@ def build(
     try:
         return construct(groups)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise _refused(options, error) from None
+        raise _rejected(options, error) from None
 
 
-def _made(
+def _construct(
     known: KnownOptimizer, make: type[torch.optim.Optimizer], groups: list[dict[str, Any]], arguments: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """`make` over `groups`, each of which says whether it is `HIDDEN`."""
+    """Construct a `make` of `groups`, each of which has the key `HIDDEN`."""
     if known.arguments is None and known.library == "pytorch_optimizer":
-        return make(groups, **arguments)  # its Muons ask each group; others do not look
+        return make(groups, **arguments)  # its Muons read `HIDDEN`; its other optimizers ignore it
     hidden, others = (
         [
             {key: value for key, value in group.items() if key != HIDDEN}
@@ -168,15 +169,15 @@ def _made(
     return make([*hidden, *others], **arguments)
 
 
-def _refused(options: OptimOptions, error: Exception) -> ConfigError:
+def _rejected(options: OptimOptions, error: Exception) -> ConfigError:
     return ConfigError.of(
-        f"optimizer_config = {options.optimizer_config}: {options.optimizer} refuses it ({error})",
+        f"optimizer_config = {options.optimizer_config}: {options.optimizer} rejects it ({error})",
         "the optimizer's own arguments",
     )
 
 
-def _found(known: KnownOptimizer) -> type[torch.optim.Optimizer]:
-    """The class in its library, by its name in any case. Loads the library."""
+def _library_class(known: KnownOptimizer) -> type[torch.optim.Optimizer]:
+    """Import the library and return the optimizer class, whose name is matched without regard to case."""
     # On some processors bitsandbytes warns that a kernel for quantized weights is missing, which no optimizer uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     module = importlib.import_module(LIBRARIES[known.library])
@@ -189,7 +190,7 @@ def _found(known: KnownOptimizer) -> type[torch.optim.Optimizer]:
         near = similar(known.name, classes) or ", ".join(sorted(classes)[:8])
         raise ConfigError.of(
             f"optimizer = {known.library}:{known.name}: {known.library} has no such optimizer",
-            remedy=f"It has {len(classes)}, such as {known.library}:{near}.",
+            remedy=f"It has {len(classes)} optimizers, such as {known.library}:{near}.",
         )
     return classes[known.name.lower()]
 
@@ -197,19 +198,19 @@ def _found(known: KnownOptimizer) -> type[torch.optim.Optimizer]:
 def _arguments(
     options: OptimOptions, known: KnownOptimizer, make: type[torch.optim.Optimizer], seed: int
 ) -> dict[str, Any]:
-    """What to make it with: the options that it reads, then `optimizer_config`, which wins."""
-    given = options.optimizer_config or {}
+    """The constructor's arguments: the options that the optimizer reads, overridden by `optimizer_config`."""
+    configured = options.optimizer_config or {}
     parameters = inspect.signature(make).parameters
-    takes = {name for name, value in parameters.items() if value.kind is not inspect.Parameter.VAR_KEYWORD}
-    takes -= {"params", "lr"}
-    unknown = given.keys() - takes
-    if unknown:  # many of pytorch_optimizer's take any argument and forget it
-        raise _refused(options, TypeError(f"no {', '.join(sorted(unknown))}; it takes {', '.join(sorted(takes))}"))
+    accepted = {name for name, value in parameters.items() if value.kind is not inspect.Parameter.VAR_KEYWORD}
+    accepted -= {"params", "lr"}
+    unknown = configured.keys() - accepted
+    if unknown:  # many of pytorch_optimizer's accept any argument and ignore it
+        raise _rejected(options, TypeError(f"no {', '.join(sorted(unknown))}; it takes {', '.join(sorted(accepted))}"))
     arguments: dict[str, Any] = {"lr": options.learning_rate * options.rate_scale}
     if "optimizer_beta1" in known.reads:
         first, second, *more = known.betas
         chosen = options.optimizer_beta1, options.optimizer_beta2
-        first, second = (own if value is None else value for value, own in zip(chosen, (first, second), strict=True))
+        first, second = (beta if value is None else value for value, beta in zip(chosen, (first, second), strict=True))
         arguments["betas"] = (first, second, *more)
     if "adam_weight_decay" in known.reads:
         arguments["weight_decay"] = options.adam_weight_decay
@@ -217,13 +218,13 @@ def _arguments(
         arguments["eps"] = options.adam_epsilon
     if make in (AdamWBf16, AdafactorBf16):
         arguments["seed"] = seed
-    return arguments | PRESET.get(options.optimizer, {}) | given
+    return arguments | PRESET.get(options.optimizer, {}) | configured
 
 
 REHEARSED_STEPS = 3
 REHEARSED_SIDE = 320
-"""Of the largest tensor of a rehearsal, a square: bitsandbytes pages states from 100,000 numbers on, and quantizes them
-from 4096."""
+"""Side of the largest, square tensor of a rehearsal: large enough for bitsandbytes to page its state (from 100,000
+elements) and to quantize it (from 4096)."""
 
 Construct = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -231,14 +232,14 @@ Construct = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 def _rehearse(
     name: str, construct: Construct, groups: Sequence[dict[str, Any]], *, side: int | None = REHEARSED_SIDE
 ) -> None:
-    """Try the optimizer where `groups` are: train, save, restore into a fresh one and go on with both. The bits must
-    agree, or, where the device's own sums vary from run to run, those of the same on the CPU.
+    """Check on the device of `groups` that the optimizer resumes exactly: train, save, restore into a fresh optimizer
+    and continue with both. Results must be bit-identical. If the device itself is not deterministic, repeat on the CPU.
 
     Args:
-        side: of a large matrix beside the small ones; None for none.
+        side: side of a large square matrix to train with the small tensors; None for none.
 
     Raises:
-        ConfigError: they do not, or it wants more than gradients.
+        ConfigError: the results differ, or the optimizer needs more than gradients.
     """
     try:
         device = groups[0]["params"][0].device
@@ -247,107 +248,113 @@ def _rehearse(
             repeated, _ = _rehearsed(construct, groups, device, side)
             if not _are_equal(straight, repeated):
                 straight, resumed = _rehearsed(construct, groups, torch.device("cpu"), side)
-    except Exception as error:  # noqa: BLE001  whatever a stranger raises, it cannot be used
+    except Exception as error:  # noqa: BLE001  a library may raise anything; the optimizer is unusable then
         if side is not None and all(parameter.numel() < side**2 for group in groups for parameter in group["params"]):
-            # It may need the square of a tensor's size, or fail with large ones only, and the run has none.
+            # The run has no tensor that large. It may fail for large tensors only: its memory may be quadratic in size.
             _rehearse(name, construct, groups, side=None)
             return
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
         raise ConfigError.of(
             f"optimizer = {name}: it cannot be used here ({type(error).__name__}: {reason})",
-            "one that is driven by gradients alone, with arguments that it takes",
-            "See optimizer_config, or take another.",
+            "an optimizer that needs only gradients, with arguments that it takes",
+            "Check optimizer_config, or choose another optimizer.",
         ) from None
     if not _are_equal(straight, resumed):
         raise ConfigError.of(
-            f"optimizer = {name}: saved and restored it does not go on where it was",
-            "one whose whole state can be saved",
-            "A killed run could not be resumed exactly: take another.",
+            f"optimizer = {name}: after saving and restoring, it does not continue exactly",
+            "an optimizer whose whole state can be saved",
+            "A killed run could not be resumed exactly: choose another optimizer.",
         )
 
 
 def _rehearsed(
     construct: Construct, groups: Sequence[dict[str, Any]], device: torch.device, side: int | None
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """What twice `REHEARSED_STEPS` steps make of a few tensors, in one go and with a restart between.
+    """A few tensors after twice `REHEARSED_STEPS` steps: without and with a restart halfway.
 
-    They are in groups like `groups`: two small matrices each, or a vector where those are vectors; and a square of
-    `side` in the first group of matrices.
+    The tensors are in groups like `groups`: two small matrices in a group of matrices, a vector in a group of vectors.
+    The first group of matrices also has a square one of `side`.
     """
     start: dict[str, torch.Tensor] = {}
     members: list[list[str]] = []
     for index, group in enumerate(groups):
-        own = {f"c{index}": torch.linspace(0.5, 1.5, 24)}
+        tensors_of_group = {f"c{index}": torch.linspace(0.5, 1.5, 24)}
         if group["params"][0].ndim > 1:
-            own = {f"a{index}": torch.linspace(-1, 1, 4 * 24).reshape(4, 24), f"b{index}": torch.zeros(24, 4)}
+            tensors_of_group = {
+                f"a{index}": torch.linspace(-1, 1, 4 * 24).reshape(4, 24),
+                f"b{index}": torch.zeros(24, 4),
+            }
             if side is not None and "large" not in start:
-                own["large"] = torch.linspace(-1, 1, side**2).reshape(side, side)
-        start |= own
-        members.append(list(own))
+                tensors_of_group["large"] = torch.linspace(-1, 1, side**2).reshape(side, side)
+        start |= tensors_of_group
+        members.append(list(tensors_of_group))
 
     def fresh(values: Mapping[str, torch.Tensor]) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
-        made = {key: nn.Parameter(value.detach().to(device, copy=True)) for key, value in values.items()}
-        return made, construct(
-            [{**group, "params": [made[key] for key in own]} for group, own in zip(groups, members, strict=True)]
+        parameters = {key: nn.Parameter(value.detach().to(device, copy=True)) for key, value in values.items()}
+        return parameters, construct(
+            [
+                {**group, "params": [parameters[key] for key in keys]}
+                for group, keys in zip(groups, members, strict=True)
+            ]
         )
 
-    def train(parameters: Mapping[str, nn.Parameter], made: torch.optim.Optimizer, first: int) -> None:
+    def train(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, first: int) -> None:
         for step in range(first, first + REHEARSED_STEPS):
             for parameter in parameters.values():
                 gradient = torch.sin(torch.arange(parameter.numel()) * float(step)).view_as(parameter)
                 parameter.grad = gradient.to(device)
-            made.step()
+            optimizer.step()
 
     torch.manual_seed(0)
-    straight, made = fresh(start)
-    train(straight, made, 1)
-    tensors, rest = optimizer_state.pack(made, straight)
-    resumed, again = fresh(straight)
-    optimizer_state.unpack(again, resumed, {key: value.clone() for key, value in tensors.items()}, rest)
+    straight, optimizer = fresh(start)
+    train(straight, optimizer, 1)
+    tensors, scalars = optimizer_state.pack(optimizer, straight)
+    resumed, resumed_optimizer = fresh(straight)
+    optimizer_state.unpack(resumed_optimizer, resumed, {key: value.clone() for key, value in tensors.items()}, scalars)
     torch.manual_seed(0)
-    train(straight, made, 1 + REHEARSED_STEPS)
+    train(straight, optimizer, 1 + REHEARSED_STEPS)
     torch.manual_seed(0)
-    train(resumed, again, 1 + REHEARSED_STEPS)
+    train(resumed, resumed_optimizer, 1 + REHEARSED_STEPS)
     return straight, resumed
 
 
-def _are_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[key], other[key]) for key in one)
+def _are_equal(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[key], second[key]) for key in first)
 
 
 @contextlib.contextmanager
-def as_given(built: torch.optim.Optimizer, masters: SteppedParameters | None = None) -> Iterator[None]:
-    """Inside, the parameters are those that the optimizer gives: looked at, measured, saved, exported. Afterwards
-    they are again, bit for bit, those that it trains. For most both are the same, and nothing happens.
+def averaged_weights(optimizer: torch.optim.Optimizer, masters: SteppedParameters | None = None) -> Iterator[None]:
+    """Switch a schedule-free optimizer to its averaged weights for evaluation or saving; restore the training weights
+    on exit, bit for bit. For other optimizers nothing happens.
 
-    Schedule-free optimizers take gradients at y and give the average x. Their own way back from x to y rounds, and
-    then how often a run is looked at would change its weights; so y is kept aside and put back. Where it trains
-    `masters`, the model's weights follow.
+    Schedule-free optimizers take gradients at y and evaluate the average x. Their own conversion from x back to y
+    rounds, so each evaluation would change the training weights; hence y is copied and restored. If the optimizer steps
+    `masters`, the model's weights are updated too.
     """
-    if not isinstance(built, Averaging):
+    if not isinstance(optimizer, Averaging):
         yield
         return
-    trained = [parameter for group in built.param_groups for parameter in group["params"]]
-    kept = [parameter.detach().clone() for parameter in trained]
-    built.eval()
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    training_values = [parameter.detach().clone() for parameter in trained]
+    optimizer.eval()
     if masters is not None:
         masters.settle()
     try:
         yield
     finally:
-        built.train()
+        optimizer.train()
         with torch.no_grad():
-            for parameter, value in zip(trained, kept, strict=True):
+            for parameter, value in zip(trained, training_values, strict=True):
                 parameter.copy_(value)
         if masters is not None:
             masters.settle()
 
 
 def clip(parameters: Sequence[torch.Tensor], options: OptimOptions, world: World | None = None) -> torch.Tensor:
-    """Bound the gradients as `max_grad_norm` and `grad_clip_method` say; returns their norm before, a scalar.
+    """Clip the gradients per `max_grad_norm` and `grad_clip_method`. Returns their norm before clipping, a scalar.
 
     Args:
-        world: where given, `parameters` are this rank's rows of sharded ones, and the norm is that of all ranks' rows.
+        world: if not None, `parameters` are this rank's rows of sharded tensors, and the norm is over all ranks.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)

@@ -1,7 +1,7 @@
-"""An optimizer's whole state as named tensors and JSON, and back, without a change of type, device or bit.
+"""Convert an optimizer's state to named tensors and JSON, and back, without changing dtypes, devices or bits.
 
-`Optimizer.load_state_dict` is not used: it casts floating tensors to the parameter's type, and so would widen bf16
-moments and what 8-bit optimizers keep.
+`Optimizer.load_state_dict` is not used: it casts floating-point tensors to the parameter's dtype, which would widen
+bf16 moments and the state of 8-bit optimizers.
 """
 
 import math
@@ -12,35 +12,40 @@ import torch
 from torch import Tensor, nn
 
 PAGED_ENTRIES = ("state1", "state2")
-"""Moments of bitsandbytes' optimizers: what a paged one keeps in memory that moves between GPU and host."""
+"""Moments of bitsandbytes optimizers, which a paged optimizer stores in memory that moves between GPU and host."""
 
 
 @runtime_checkable
 class PagedOptimizer(Protocol):
-    """An optimizer of bitsandbytes, which is paged or not."""
+    """A bitsandbytes optimizer, paged or not."""
 
     is_paged: bool
 
     def get_state_buffer(self, p: Tensor, dtype: torch.dtype) -> Tensor:
-        """Zeros of the shape of `p`, on its device; paged if the optimizer is and `p` is large and on a GPU."""
+        """Zeros with the shape and device of `p`, in paged memory if the optimizer is paged and `p` is large and on a
+        GPU.
+        """
         ...
 
 
 def pack(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, as "<entry>/<parameter>", and all else as JSON: by parameter, common to all, and by group.
+    """Split an optimizer's state into tensors, named "<entry>/<parameter>", and JSON for everything else: per
+    parameter, common to all, and per group.
 
     Raises:
-        TypeError: the state holds something that is neither.
+        TypeError: the state contains a value that is neither a tensor nor JSON.
     """
     tensors: dict[str, Tensor] = {}
     names = {id(parameter): name for name, parameter in parameters.items()}
     state: dict[str, Any] = {}
     common: dict[str, Any] = {}
-    held: Mapping[Any, Any] = optimizer.state  # torch promises tensors for keys, and not everyone keeps to it
-    for key, values in held.items():
-        if isinstance(key, str):  # a few keep what belongs to no parameter there too
+    optimizer_states: Mapping[Any, Any] = (
+        optimizer.state
+    )  # torch declares tensors as keys, but some libraries use strings
+    for key, values in optimizer_states.items():
+        if isinstance(key, str):  # state that belongs to no parameter
             common[key] = _packed(values, f"{key}/common", torch.device("cpu"), tensors)
             continue
         name = names[id(key)]
@@ -48,8 +53,8 @@ def pack(
     groups = []
     for index, group in enumerate(optimizer.param_groups):
         device = group["params"][0].device
-        own = {key: value for key, value in group.items() if key != "params"}
-        groups.append({key: _packed(value, f"{key}/group.{index}", device, tensors) for key, value in own.items()})
+        settings = {key: value for key, value in group.items() if key != "params"}
+        groups.append({key: _packed(value, f"{key}/group.{index}", device, tensors) for key, value in settings.items()})
     return tensors, {"state": state, "common": common, "groups": groups}
 
 
@@ -57,36 +62,39 @@ def unpack(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
-    rest: Mapping[str, Any],
+    scalars: Mapping[str, Any],
 ) -> None:
-    """Give a freshly built `optimizer` the state that `pack` took from its like. A paged optimizer's moments are paged
-    again where it would page them, wherever they were saved.
+    """Load the state that `pack` returned for an equal optimizer into a freshly built `optimizer`. A paged optimizer
+    pages the moments as it would by itself, no matter on which device they were saved.
+
+    Args:
+        scalars: the JSON values that `pack` returned.
 
     Raises:
-        KeyError, ValueError: of another optimizer, or over other parameters.
+        KeyError, ValueError: the state belongs to another optimizer or to other parameters.
     """
-    if len(rest["groups"]) != len(optimizer.param_groups):
-        raise ValueError(f"{len(rest['groups'])} groups of parameters, not {len(optimizer.param_groups)}")
-    for name, values in rest["state"].items():
+    if len(scalars["groups"]) != len(optimizer.param_groups):
+        raise ValueError(f"{len(scalars['groups'])} groups of parameters, not {len(optimizer.param_groups)}")
+    for name, values in scalars["state"].items():
         parameter = parameters[name]
         state = {entry: _unpacked(value, parameter.device, tensors) for entry, value in values.items()}
         if isinstance(optimizer, PagedOptimizer) and optimizer.is_paged:
             state |= {entry: _paged(optimizer, parameter, state[entry]) for entry in PAGED_ENTRIES if entry in state}
         optimizer.state[parameter] = state
-    held: dict[Any, Any] = optimizer.state
-    for key, value in rest["common"].items():
-        held[key] = _unpacked(value, torch.device("cpu"), tensors)
-    for group, saved in zip(optimizer.param_groups, rest["groups"], strict=True):
-        missing = group.keys() - saved.keys() - {"params"}  # some add to a group at their first step
+    optimizer_states: dict[Any, Any] = optimizer.state
+    for key, value in scalars["common"].items():
+        optimizer_states[key] = _unpacked(value, torch.device("cpu"), tensors)
+    for group, saved in zip(optimizer.param_groups, scalars["groups"], strict=True):
+        missing = group.keys() - saved.keys() - {"params"}  # some optimizers add to a group at their first step
         if missing:
-            raise ValueError(f"other settings of the optimizer: {', '.join(sorted(missing))}")
+            raise ValueError(f"different settings of the optimizer: {', '.join(sorted(missing))}")
         device = group["params"][0].device
         group.update({key: _unpacked(value, device, tensors) for key, value in saved.items()})
 
 
 def _paged(optimizer: PagedOptimizer, parameter: nn.Parameter, moment: Tensor) -> Tensor:
-    """`moment` in a buffer of the optimizer's own making."""
-    # Of the moment's shape, which may be two of the parameter's, without its memory.
+    """`moment`, copied into a buffer that the optimizer allocates."""
+    # A view of the moment's shape, which may be larger than the parameter's, without allocating memory.
     like = parameter.detach().flatten()[:1].expand(moment.shape)
     return optimizer.get_state_buffer(like, dtype=moment.dtype).copy_(moment)
 
@@ -95,7 +103,7 @@ _PLAIN = (str, bool, int, type(None))
 
 
 def _packed(value: Any, name: str, device: torch.device, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON; what JSON has not is an object with one key that says what it was."""
+    """`value` as JSON. A type that JSON lacks becomes an object whose first key names the type."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach()
         return {"tensor": name, "device": "parameter" if value.device == device else "cpu"}
@@ -116,7 +124,7 @@ def _packed(value: Any, name: str, device: torch.device, tensors: dict[str, Tens
 
 
 def _inside(name: str, key: object) -> str:
-    """The name of an item of `name`: "GG/layer.a" has "GG.0/layer.a"."""
+    """The name of the item `key` in `name`: item 0 of "GG/layer.a" is "GG.0/layer.a"."""
     entry, _, owner = name.partition("/")
     return f"{entry}.{key}/{owner}"
 
@@ -127,7 +135,7 @@ def _unpacked(value: Any, device: torch.device, tensors: Mapping[str, Tensor]) -
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        # A copy: what two parameters share may have one tensor in the file.
+        # Copy it: tensors that several parameters share may be one tensor in the file.
         return tensors[value["tensor"]].to(device if value["device"] == "parameter" else "cpu", copy=True)
     if "float" in value:
         return float(value["float"])

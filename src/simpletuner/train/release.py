@@ -18,10 +18,10 @@ class StepsOneParameter(Protocol):
     def param_groups(self) -> list[dict[str, Any]]: ...
 
     def step_parameter(
-        self, parameter: Tensor, group: dict[str, Any], place: int, is_finite: Tensor | None = None
+        self, parameter: Tensor, group: dict[str, Any], index: int, is_finite: Tensor | None = None
     ) -> None:
-        """Step `parameter` of `group` on its gradient. `place` is its index among all parameters, which keys random
-        numbers. Where `is_finite` is false, only its step count changes.
+        """Step `parameter` of `group` on its gradient. `index`, its position among all parameters, keys random bits.
+        Where `is_finite` is false, only its step count changes.
         """
 
 

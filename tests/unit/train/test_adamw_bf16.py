@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simpletuner.base.draws import draw_seed
 from simpletuner.memory.trace import Ledger
-from simpletuner.train.adamw_bf16 import CPU_CHUNK, ELEMENT_BYTES, AdamWBf16, noise_bits, rounded
+from simpletuner.train.adamw_bf16 import CPU_CHUNK, ELEMENT_BYTES, AdamWBf16, noise_bits, stochastically_rounded
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,11 @@ def one_tensor(
     updated = parameter.float().mul(1 - lr * decay).addcdiv(first, root, value=-lr / (1 - beta1**step))
     bits = noise_bits([(draw_seed(seed, "rounding", step, place), 0, parameter.numel())], CPU).view_as(parameter)
     exact = parameter.dtype == torch.float32
-    return updated if exact else rounded(updated, bits >> 32), rounded(first, bits), rounded(second, bits >> 16)
+    return (
+        updated if exact else stochastically_rounded(updated, bits >> 32),
+        stochastically_rounded(first, bits),
+        stochastically_rounded(second, bits >> 16),
+    )
 
 
 SHAPES = [(3, 5), (1,), (0,), (), (CPU_CHUNK + 17,), (7, 13, 3), (300, 700), (64, 64)]
@@ -109,14 +113,15 @@ def test_temporary_memory_does_not_grow_with_tensors(dtype: torch.dtype) -> None
 def test_what_bf16_holds_stays() -> None:
     exact = torch.tensor([0.0, -0.0, 1.0, -1.5, 2.0**-126, 3.0e38, float("inf")]).to(torch.bfloat16)
     assert torch.equal(
-        rounded(exact.float(), noise_bits([(5, 0, len(exact))], CPU)).view(torch.int16), exact.view(torch.int16)
+        stochastically_rounded(exact.float(), noise_bits([(5, 0, len(exact))], CPU)).view(torch.int16),
+        exact.view(torch.int16),
     )
 
 
 def test_rounding_is_up_or_down_in_proportion() -> None:
     value = torch.full((200_000,), 1 + 2**-7 * 0.25)  # a quarter of the way from 1 to the next number
     for values in (value, -value):
-        found = rounded(values, noise_bits([(1, 0, len(values))], CPU)).float()
+        found = stochastically_rounded(values, noise_bits([(1, 0, len(values))], CPU)).float()
         assert set(found.abs().tolist()) == {1.0, 1 + 2**-7}
         assert found.mean().item() == pytest.approx(values[0].item(), abs=2**-7 * 0.004)
 

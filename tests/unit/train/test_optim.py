@@ -184,10 +184,10 @@ def test_looking_at_a_schedule_free_run_changes_none_of_its_bits() -> None:
             parameter.grad = torch.sin(torch.arange(64.0) * step).view(8, 8)
             optimizer.step()
             if look:
-                with optim.as_given(optimizer):
+                with optim.averaged_weights(optimizer):
                     pass
         before = parameter.detach().clone()
-        with optim.as_given(optimizer):
+        with optim.averaged_weights(optimizer):
             given = parameter.detach().clone()
         assert torch.equal(before, parameter)
         return before, given
@@ -336,7 +336,7 @@ def test_masters_follow_what_a_schedule_free_optimizer_gives() -> None:
         optimizer.step()
         masters.settle()
     before = layer.weight.detach().clone()
-    with optim.as_given(optimizer, masters):
+    with optim.averaged_weights(optimizer, masters):
         assert torch.equal(layer.weight, master.bfloat16())
         assert not torch.equal(layer.weight, before)
     assert torch.equal(layer.weight, before)

@@ -17,7 +17,7 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.trace import Ledger
 from simpletuner.train import optim, optimizer_state
 from simpletuner.train.adafactor_bf16 import AdafactorBf16
-from simpletuner.train.adamw_bf16 import CPU_CHUNK, ELEMENT_BYTES, GPU_CHUNK, noise_bits, rounded
+from simpletuner.train.adamw_bf16 import CPU_CHUNK, ELEMENT_BYTES, GPU_CHUNK, noise_bits, stochastically_rounded
 from simpletuner.train.release import GradientRelease, StepsOneParameter
 from simpletuner.train.step import NotFiniteError, PartialStepError, Stepper
 
@@ -183,7 +183,7 @@ def test_adafactor_rounds_what_it_would_step_to() -> None:
     for optimizer in optimizers:
         optimizer.step()
     bits = noise_bits([(draw_seed(7, "rounding", 1, 1), 0, exact.numel())], CPU).view_as(exact)
-    assert torch.equal(coarse, rounded(exact.detach(), bits))
+    assert torch.equal(coarse, stochastically_rounded(exact.detach(), bits))
     assert coarse.float().mean().item() == pytest.approx(exact.mean().item(), abs=1e-4)
     assert not coarse.equal(start.bfloat16())
 
