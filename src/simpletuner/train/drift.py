@@ -1,4 +1,4 @@
-"""How far training has moved images that it should leave alone."""
+"""Measure the drift: how far training has changed images that it should not affect."""
 
 import contextlib
 import json
@@ -19,11 +19,11 @@ from simpletuner.flux2.generate import initial_noise, sample_latents
 from simpletuner.memory.tensors import load_tensors, save_tensors
 from simpletuner.memory.world import World
 from simpletuner.train.ema import Ema
-from simpletuner.train.preview import DrawingModel
+from simpletuner.train.preview import SamplingModel
 from simpletuner.train.trained import Trainable
 
 DRIFT_STEPS = 8
-"""Sampler steps at most: what is compared need not be a finished image."""
+"""Maximum number of sampler steps; the compared images need not be fully sampled."""
 
 
 def drift_of(latents: Float[Tensor, "..."], base: Float[Tensor, "..."]) -> float:
@@ -33,51 +33,55 @@ def drift_of(latents: Float[Tensor, "..."], base: Float[Tensor, "..."]) -> float
 
 @dataclass(frozen=True)
 class DriftMeter:
-    """Draws `validation_drift_prompts` with what is trained, and compares the final latents with the base model's, of
-    the same noise. The base's are drawn before the first step and kept in the run: full training cannot draw them
-    again.
+    """Samples `validation_drift_prompts` with the trained weights and compares the final latents with the base model's
+    for the same noise. The base's latents are sampled before the first step and stored in the run directory, because
+    full training overwrites the base model.
 
-    Rank r draws prompts r, r + count, ... of `count` ranks that see the run's folder. All ranks call the same methods.
+    Of `count` ranks with access to the run directory, rank r samples prompts r, r + count, ... All ranks call the same
+    methods.
     """
 
     folder: Path
-    """Keeps the base model's latents, a file for each prompt."""
+    """Stores the base model's latents, a file per prompt."""
     options: ValidationOptions
     scales: GuidanceScales
-    """What the options' guidance means for this model."""
+    """The guidance scales of the options, for this model."""
     seed: int
-    model: DrawingModel
+    model: SamplingModel
     trained: Trainable
     ema: Ema | None
-    """The average, if it is measured."""
+    """The moving average, if its drift is measured; else None."""
     has_live: bool
-    """Whether what is trained itself is measured; if not, only its average."""
+    """Whether the drift of the trained weights is measured; if not, only that of the average."""
     context: Callable[[str], TextContext]
-    """A prompt's context, from the cache."""
+    """Reads the context of a prompt from the cache."""
     world: World
     is_sharded: bool = False
-    """Whether each model call is made by all ranks together: those without a prompt repeat one."""
-    measured: frozenset[int] = frozenset()
-    """Steps whose drift the events have (`measured_steps`)."""
+    """Whether all ranks must make each model call together; a rank without a prompt repeats one."""
+    steps_with_drift: frozenset[int] = frozenset()
+    """Steps whose drift is in the events: `validate.steps_with_drift`."""
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Each prompt once."""
+        """The distinct prompts."""
         return tuple(dict.fromkeys(self.options.validation_drift_prompts or ()))
 
     @property
     def lacks_base(self) -> bool:
-        """Whether latents of the base model are missing, or were made otherwise. All ranks ask, and rank 0 looks."""
+        """Whether latents of the base model are missing or made with other parameters. All ranks call it; rank 0
+        checks.
+        """
         is_lacking = self.world.is_main and any(self._base(index) is None for index in range(len(self.prompts)))
         return self.world.decide([is_lacking])[0]
 
     def is_measured(self, step: int) -> bool:
-        """Whether the events have the drift of `step`. All ranks ask, and rank 0 looks."""
-        return self.world.decide([step in self.measured])[0]
+        """Whether the events have the drift of `step`. All ranks call it; rank 0 decides."""
+        return self.world.decide([step in self.steps_with_drift])[0]
 
-    def keep_base(self, step: int, report: Callable[[int, int], None]) -> bool:
-        """Draw the base model's latents, at step 0 always, since an earlier start may have had another base; later if
-        they are missing. Returns whether they are there: after the first step of full training the base model is gone.
+    def ensure_base(self, step: int, report: Callable[[int, int], None]) -> bool:
+        """Sample and store the base model's latents: always at step 0, as an earlier start may have had another base;
+        later only if they are missing. Returns whether they exist; full training has no base model after its first
+        step.
         """
         if step > 0 and not self.lacks_base:
             return True
@@ -89,12 +93,12 @@ class DriftMeter:
                 self.folder.mkdir(parents=True, exist_ok=True)
         self.world.barrier("the folder of the drift")
         with disabled or contextlib.nullcontext():
-            self._draw(self._keep, report)
+            self._sample(self._store, report)
         self.world.barrier("the base model's latents")
         return True
 
     def __call__(self, report: Callable[[int, int], None]) -> dict[str, dict[str, float]]:
-        """Drift of each prompt: of what is trained (`live`) and of its average (`ema`), as they are wanted."""
+        """The drift of each prompt, for the trained weights (`live`), their average (`ema`), or both, as configured."""
         drifts = {}
         if self.has_live:
             drifts["live"] = self._measured(report)
@@ -104,20 +108,20 @@ class DriftMeter:
         return drifts
 
     def _measured(self, report: Callable[[int, int], None]) -> dict[str, float]:
-        share: dict[str, float] = {}
+        drifts: dict[str, float] = {}
 
         def compare(index: int, latents: Tensor) -> None:
             base = self._base(index)
-            assert base is not None  # keep_base has looked
-            share[self.prompts[index]] = drift_of(latents, base)
+            assert base is not None  # `ensure_base` has checked it
+            drifts[self.prompts[index]] = drift_of(latents, base)
 
-        self._draw(compare, report)
+        self._sample(compare, report)
         self.world.barrier("the drift")
-        merged = {prompt: drift for each in self.world.gather_json(share) for prompt, drift in each.items()}
+        merged = {prompt: drift for each in self.world.gather_json(drifts) for prompt, drift in each.items()}
         return {prompt: merged[prompt] for prompt in self.prompts}
 
-    def _draw(self, take: Callable[[int, Tensor], None], report: Callable[[int, int], None]) -> None:
-        """Call `take` with the index and the final latents of each prompt of this rank, fp32 on the CPU."""
+    def _sample(self, handle: Callable[[int, Tensor], None], report: Callable[[int, int], None]) -> None:
+        """Call `handle` with the index and the final latents (fp32, on the CPU) of each prompt of this rank."""
         prompts, count = self.prompts, self.world.writing_ranks
         noise = self._noise()
         with self.model.ready() as denoise:
@@ -136,7 +140,7 @@ class DriftMeter:
                         else self._condition(self.options.validation_negative_prompt),
                     )
                     if has_prompt:
-                        take(index, latents.float().cpu())
+                        handle(index, latents.float().cpu())
                 report(min(first + count, len(prompts)), len(prompts))
 
     @property
@@ -154,12 +158,12 @@ class DriftMeter:
     def _condition(self, prompt: str) -> Condition:
         return Condition.at(self.context(prompt).to(self.world.device), self.scales.embedded)
 
-    def _keep(self, index: int, latents: Tensor) -> None:
+    def _store(self, index: int, latents: Tensor) -> None:
         with file_errors_reported(self._path(index)):
             save_tensors(self._path(index), {"latents": latents}, {"parameters": self._parameters(index)})
 
     def _base(self, index: int) -> Tensor | None:
-        """The base model's latents of a prompt; None where they are missing, damaged or made otherwise."""
+        """The base model's latents of a prompt; None if they are missing, damaged or made with other parameters."""
         path = self._path(index)
         try:
             if not path.is_file() or read_metadata(path).get("parameters") != self._parameters(index):
@@ -172,7 +176,7 @@ class DriftMeter:
         return self.folder / f"{index:03}.safetensors"
 
     def _parameters(self, index: int) -> str:
-        """Everything that decides a prompt's latents beside the weights."""
+        """Everything besides the weights that determines a prompt's latents, as JSON."""
         return json.dumps(
             {
                 "prompt": self.prompts[index],

@@ -72,7 +72,7 @@ from simpletuner.train.length import Plan
 from simpletuner.train.loop import Loop, best_step, check_free_disk, shapes_of
 from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
 from simpletuner.train.preservation import Preservation
-from simpletuner.train.preview import DrawingModel, PreviewModel, TrainedModel, base_tensors
+from simpletuner.train.preview import PreviewModel, SamplingModel, TrainedModel, base_tensors
 from simpletuner.train.product import PRODUCTS, Product, zero_shards
 from simpletuner.train.profile import StepProfiler
 from simpletuner.train.release import GradientRelease, StepsOneParameter
@@ -82,7 +82,7 @@ from simpletuner.train.state import TrainState
 from simpletuner.train.step import NotFiniteError, Objective, Stepper
 from simpletuner.train.strata import Strata
 from simpletuner.train.throughput import FlopMeter, data_sheet_rate
-from simpletuner.train.validate import HeldOutLoss, Painter, drawn_steps, measured_steps, sheet_of
+from simpletuner.train.validate import HeldOutLoss, ValidationSampler, sheet_of, steps_with_drift, steps_with_sheet
 from simpletuner.train.watch import Watch
 
 MANY_VISITS = 400
@@ -347,7 +347,7 @@ class Attempt:
             world=self.world,
             routes=routes,
         )
-        model: DrawingModel = TrainedModel(denoiser)
+        model: SamplingModel = TrainedModel(denoiser)
         if preview is not None and isinstance(trained, Adapter):
             leaves, average = self.budget.footprint.base_leaves, {} if ema is None else ema.state()
             model = PreviewModel(
@@ -355,7 +355,7 @@ class Attempt:
                 preview,
                 trained,
                 self.device,
-                waiting=lambda: base_tensors(product.transformer, trained, optimizer, average) if leaves else [],
+                offloaded=lambda: base_tensors(product.transformer, trained, optimizer, average) if leaves else [],
                 notice=self.reporter.notice,
             )
         self.announce(prepared, plan, product, resumed)
@@ -395,7 +395,7 @@ class Attempt:
             save=save,
             ema=ema,
             held_out=self.held_out(prepared, denoiser, builder),
-            painter=self.painter(prepared, source, model, product, ema),
+            sampler=self.sampler(prepared, source, model, product, ema),
             drift=self.drift(prepared, model, product, ema),
             reporter=self.reporter,
             requests=self.requests,
@@ -491,8 +491,8 @@ class Attempt:
         if self.config.validation_disable:
             return False
         if not self.loaded.prompts:
-            return self.config.validation_drift_prompts is not None and step not in measured_steps(self.run)
-        return step not in drawn_steps(self.run) or not sheet_of(self.run, step).is_file()
+            return self.config.validation_drift_prompts is not None and step not in steps_with_drift(self.run)
+        return step not in steps_with_sheet(self.run) or not sheet_of(self.run, step).is_file()
 
     def install(self, transformer: Flux2Transformer, order: Order) -> None:
         """Prepare a transformer for training: compile, stream and checkpoint its blocks as configured."""
@@ -615,13 +615,13 @@ class Attempt:
             is_sharded=is_sharded(denoiser.transformer),
         )
 
-    def painter(
-        self, prepared: Prepared, source: Source, model: DrawingModel, product: Product, ema: Ema | None
-    ) -> Painter | None:
+    def sampler(
+        self, prepared: Prepared, source: Source, model: SamplingModel, product: Product, ema: Ema | None
+    ) -> ValidationSampler | None:
         """The sampler of the validation images; None without prompts."""
         if self.config.validation_disable or not self.loaded.prompts:
             return None
-        return Painter(
+        return ValidationSampler(
             run=self.run,
             options=self.config,
             scales=self.validation_scales,
@@ -638,11 +638,11 @@ class Attempt:
             reference_crops=prepared.prompt_references,
             world=self.world,
             notice=self.reporter.notice,
-            drawn=drawn_steps(self.run),
+            steps_with_sheet=steps_with_sheet(self.run),
             is_sharded=isinstance(model, TrainedModel) and is_sharded(product.transformer),
         )
 
-    def drift(self, prepared: Prepared, model: DrawingModel, product: Product, ema: Ema | None) -> DriftMeter | None:
+    def drift(self, prepared: Prepared, model: SamplingModel, product: Product, ema: Ema | None) -> DriftMeter | None:
         """The drift meter; None without `validation_drift_prompts`."""
         if self.config.validation_disable or self.config.validation_drift_prompts is None:
             return None
@@ -658,7 +658,7 @@ class Attempt:
             context=lambda prompt: prepared.contexts([prompt]),
             world=self.world,
             is_sharded=isinstance(model, TrainedModel) and is_sharded(product.transformer),
-            measured=frozenset(measured_steps(self.run)),
+            steps_with_drift=frozenset(steps_with_drift(self.run)),
         )
 
     @property

@@ -32,7 +32,7 @@ from simpletuner.train.resume import RestartCommands
 from simpletuner.train.state import TrainState
 from simpletuner.train.step import NotFiniteError, PartialStepError, Stepper, StepResult
 from simpletuner.train.throughput import FlopMeter
-from simpletuner.train.validate import HeldOutLoss, Painter, failure_reason
+from simpletuner.train.validate import HeldOutLoss, ValidationSampler, failure_reason
 from simpletuner.train.watch import Watch
 
 
@@ -50,7 +50,7 @@ class Loop:
     save: Callable[[TrainState], Path]
     ema: Ema | None
     held_out: HeldOutLoss | None
-    painter: Painter | None
+    sampler: ValidationSampler | None
     drift: DriftMeter | None
     reporter: Reporter
     requests: Requests
@@ -82,7 +82,7 @@ class Loop:
         """Validate before the first step: at step 0 the base model; on resume, whatever a killed attempt did not finish
         after its checkpoint.
         """
-        self._keep_base_of_drift(state.step)
+        self._ensure_drift_base(state.step)
         if state.step == 0:
             self._measure(state)
             if self.plan.config.validation_on_startup or self._is_last_chance():
@@ -102,13 +102,13 @@ class Loop:
         """Whether the contact sheet of `step` exists and is in the events; without prompts, whether its drift is in the
         events. An event with a sheet has the drift too.
         """
-        if self.painter is not None:
-            return self.painter.is_complete(step)
+        if self.sampler is not None:
+            return self.sampler.is_complete(step)
         return self.drift is None or self.drift.is_measured(step)
 
     def _is_last_chance(self) -> bool:
         """Whether the base model's images are missing and cannot be generated after the first step."""
-        return self.painter is not None and not self.painter.keeps_base and self.painter.lacks_base
+        return self.sampler is not None and not self.sampler.keeps_base and self.sampler.lacks_base
 
     def _steps(self, state: TrainState, bar: TrainingBar) -> bool:
         options = self.plan.config
@@ -242,16 +242,16 @@ class Loop:
 
     def _validate(self, step: int) -> None:
         event = None
-        if self.painter is not None:
+        if self.sampler is not None:
             with (
                 self.reporter.phase("validation") as progress,
                 optim.averaged_weights(self.stepper.optimizer, self.stepper.masters),
             ):
-                event = self.painter.base(step, progress)
+                event = self.sampler.sample_base(step, progress)
                 if step > 0:
                     if event is not None:
                         self.reporter.emit(event)
-                    event = self.painter.draw(step, progress)
+                    event = self.sampler.sample(step, progress)
         if step > 0 and self.drift is not None:
             event = self._with_drift(self.drift, event, step)
         if event is not None:
@@ -259,12 +259,12 @@ class Loop:
             if event.sheet is not None:
                 self.reporter.say(f"Validation images at step {step}: {self.run.root / event.sheet}")
 
-    def _keep_base_of_drift(self, step: int) -> None:
+    def _ensure_drift_base(self, step: int) -> None:
         """Sample the drift prompts with the base model before training changes it."""
         if self.drift is None or (step > 0 and not self.drift.lacks_base):
             return
         with self.reporter.phase("validation", "sampling the drift prompts with the base model") as progress:
-            if not self.drift.keep_base(step, progress):
+            if not self.drift.ensure_base(step, progress):
                 self.reporter.notice(
                     "The base model's latents for validation_drift_prompts are missing, and training has changed its "
                     f"weights: no drift is measured. To measure it from the start: {self.commands.fresh()}."
@@ -281,7 +281,7 @@ class Loop:
                 self.reporter.phase("validation", "measuring the drift") as progress,
                 optim.averaged_weights(self.stepper.optimizer, self.stepper.masters),
             ):
-                if drift.keep_base(step, progress):
+                if drift.ensure_base(step, progress):
                     drifts.update(drift(progress))
 
         # With several ranks the error is fatal: the others wait in a collective call.

@@ -1,4 +1,4 @@
-"""What holds a run at its base model: the base's own predictions, made by the same weights with the adapter off."""
+"""Preserve base model behavior in training: compute the base model's predictions with the adapter disabled."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,22 +16,22 @@ from simpletuner.flow.loss import Prior
 from simpletuner.train.trained import Trainable
 
 DenoiseRouted = Callable[[Tensor, Tensor, Condition, Sequence[Choice]], Tensor]
-"""(noised latents, sigma, condition, what TREAD's routes keep) → velocity."""
+"""(noised latents, sigma, condition, tokens kept by TREAD's routes) → velocity."""
 
 
 @dataclass(frozen=True)
 class Preservation:
-    """The base model's predictions, and how much they count, as the options describe it."""
+    """The base model's predictions as training targets, with the weights that the options give them."""
 
     denoise: DenoiseRouted
     disabled: Callable[[], AbstractContextManager[None] | None]
-    """A block in which `denoise` is the base model: `Trainable.disabled`."""
+    """A context in which `denoise` is the base model: `Trainable.disabled`."""
     has_second_loss: bool = False
-    """Whether `preservation` adds a loss of its own."""
+    """Whether the option `preservation` adds a separate loss."""
     prior: float = 0.0
-    """`masked_loss_prior`."""
+    """The option `masked_loss_prior`."""
     idle: Callable[[], None] | None = None
-    """Where given, the model is sharded: all ranks must call it equally often. This takes part in one call without
+    """If not None, the model is sharded, so all ranks must call it equally often. `idle` takes part in one call without
     gradient that other ranks make.
     """
 
@@ -39,50 +39,50 @@ class Preservation:
     def of(
         cls, config: RunConfig, denoise: DenoiseRouted, trained: Trainable, idle: Callable[[], None] | None = None
     ) -> "Preservation | None":
-        """None where training changes the base itself."""
+        """The preservation that `config` describes; None where training changes the base weights."""
         if trained.disabled() is None:
             return None
         return cls(denoise, trained.disabled, config.preserves, config.masked_loss_prior, idle)
 
     def predictions(self, batch: Batch, x: Float[Tensor, "b c h w"], condition: Condition) -> Float[Tensor, "b c h w"]:
-        """The base model's predictions at `x`, without gradient, fp32. TREAD's routes keep the tokens that they keep in
-        the pass with gradients, so that the two differ by the adapter alone.
+        """The base model's predictions at `x`, without gradient, in fp32. TREAD's routes keep the same tokens as in the
+        pass with gradients, so that predictions differ only by the adapter.
 
-        The adapter draws no dropout here: torch's generator stays as it is.
+        Torch's generator does not advance: a disabled adapter draws no dropout.
         """
         block = self.disabled()
-        assert block is not None  # `of` and config.rules: only an adapter is trained with these losses
+        assert block is not None  # ensured by `of` and config.rules: only adapters train with these losses
         with block, torch.no_grad():
             return self.denoise(x, batch.sigma, condition, batch.choices).float()
 
     def prior_of(self, batch: Batch, x: Float[Tensor, "b c h w"]) -> Prior | None:
-        """The prior outside of the batch's masks; None where there is none. A rank without one takes part in another's
-        prediction.
+        """The prior outside the batch's masks; None if there is none. A rank without one takes part in the prediction
+        of other ranks.
         """
         if batch.outside is None:
-            self._take_part(elsewhere=bool(self.prior) or batch.distills_elsewhere)
+            self._join_other_ranks(may_predict=bool(self.prior) or batch.distills_elsewhere)
             return None
         return Prior(self.predictions(batch, x, batch.condition), self.prior * batch.outside)
 
     def second_pass(self, batch: Batch) -> tuple[Condition, Float[Tensor, " b"]] | None:
-        """The condition of the second loss, and each sample's weight in it; None where the batch makes no such pass.
+        """The condition of the preservation loss, and each sample's weight in it; None if the batch needs no such pass.
 
-        Ranks of a sharded model all make it: one whose samples take no part weighs its own with 0.
+        With a sharded model all ranks make the pass; a rank whose samples do not need it gives them weight 0.
         """
-        own = batch.condition
+        condition = batch.condition
         if batch.preserved is not None:
             assert batch.preserved_weights is not None
-            return Condition(batch.preserved, own.guidance, own.references), batch.preserved_weights
+            return Condition(batch.preserved, condition.guidance, condition.references), batch.preserved_weights
         if self.has_second_loss and self.idle is not None:
-            return own, torch.zeros_like(batch.weights)
+            return condition, torch.zeros_like(batch.weights)
         return None
 
     def passes(self, batch: Batch) -> tuple[int, int]:
-        """Passes with gradients over `batch`, and the base model's, on this rank."""
+        """The number of passes with gradients over `batch` on this rank, and of the base model's passes."""
         has_second = self.second_pass(batch) is not None
         return 1 + has_second, has_second + (batch.is_regularization or batch.outside is not None)
 
-    def _take_part(self, *, elsewhere: bool) -> None:
-        """Take part in another rank's prediction, where there may be one and the model needs that."""
-        if self.idle is not None and elsewhere:
+    def _join_other_ranks(self, *, may_predict: bool) -> None:
+        """If the model is sharded and other ranks may make a prediction, take part in it."""
+        if self.idle is not None and may_predict:
             self.idle()

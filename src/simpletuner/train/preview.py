@@ -1,4 +1,4 @@
-"""The model that draws validation images: the one that is trained, or another with the same LoRA."""
+"""The model that generates validation images: the trained model, or another one with the same LoRA."""
 
 import contextlib
 import traceback
@@ -20,32 +20,32 @@ from simpletuner.train.placement import stream_blocks
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The model that is trained."""
+    """The trained model itself."""
 
     denoise: Denoiser
     name: None = None
-    """Which an image records of another model."""
+    """Name that an image's file records; None for the trained model."""
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Denoiser]:
-        """A block in which the model draws."""
+        """A context with the model in eval mode."""
         with evaluating(self.denoise):
             yield self.denoise
 
 
 @dataclass(frozen=True)
 class PreviewModel:
-    """A model of the same shapes with the same LoRA: its layers share the trained tensors. The transformer is loaded
-    anew for each set of images, in the precision and with the offloading of the run, and let go after. Each rank loads
-    its own, whole.
+    """Another model with the same shapes and the same LoRA: its layers share the trained tensors. The transformer is
+    loaded for each validation, with the precision and offloading of the run, and freed afterwards. Each rank loads all
+    of it.
     """
 
     config: RunConfig
     source: Source
     adapter: Adapter
     device: torch.device
-    waiting: Callable[[], list[Tensor]]
-    """What waits in host memory meanwhile, where it lies on the accelerator."""
+    offloaded: Callable[[], list[Tensor]]
+    """Returns the tensors to move from the accelerator to host memory meanwhile."""
     notice: Callable[[str], None]
 
     @property
@@ -54,18 +54,18 @@ class PreviewModel:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Denoiser]:
-        """A block in which the model draws. Afterwards all that trains is as it was, also after an error."""
-        with offload.set_aside(self.waiting(), self.device):
+        """A context with the model in eval mode. On exit, also by an error, the training state is back in place."""
+        with offload.set_aside(self.offloaded(), self.device):
             try:
                 yield self._loaded()
             except BaseException as error:
-                traceback.clear_frames(error.__traceback__)  # they hold the model
+                traceback.clear_frames(error.__traceback__)  # the frames reference the model
                 raise
             finally:
-                release_memory(self.device)  # so that there is room for what comes back
+                release_memory(self.device)  # free the model before offloaded tensors return
 
     def _loaded(self) -> Denoiser:
-        """The transformer in eval mode. A LoRA layer that is off in the trained model is off here."""
+        """Load the transformer, in eval mode. A LoRA layer that is disabled in the trained model is disabled here."""
         transformer = load_base(self.config, self.config, self.source, self.device, report=self.notice)
         transformer.requires_grad_(False)
         for name, layer in self.adapter.layers.items():
@@ -78,20 +78,20 @@ class PreviewModel:
 def base_tensors(
     transformer: torch.nn.Module, adapter: Adapter, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
 ) -> list[Tensor]:
-    """The frozen weights, the optimizer's state and the moving average."""
+    """The frozen weights, the optimizer state and the moving average."""
     trained = {id(weight) for weight in adapter.weights.values()}
     frozen = [each for each in (*transformer.parameters(), *transformer.buffers()) if id(each) not in trained]
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return [*frozen, *states, *average.values()]
 
 
-DrawingModel = TrainedModel | PreviewModel
-"""What the validation images are drawn with."""
+SamplingModel = TrainedModel | PreviewModel
+"""A model that generates validation images."""
 
 
 @contextlib.contextmanager
 def evaluating(denoise: Denoiser) -> Iterator[None]:
-    """Inside, the transformer is in eval mode; afterwards in training mode, also after an error."""
+    """A context with the transformer in eval mode; on exit, also by an error, it is in training mode."""
     denoise.transformer.eval()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Telling: one call reaches the terminal, the run's log, its events and the trackers."""
+"""Report a run's progress: one call writes to the terminal, the log, the events and the trackers."""
 
 import contextlib
 import datetime
@@ -26,47 +26,49 @@ from simpletuner.runs.events import (
 from simpletuner.train.trackers import Trackers
 
 EVERY_S = 1.0
-"""Progress events come at most this often."""
+"""Minimum interval between progress events."""
 STEP_LINE_EVERY_S = 15.0
-"""Without a terminal (a log file, a cluster) progress is a line this often instead of a bar."""
+"""Without a terminal (a log file, a cluster), progress is a line at this interval instead of a bar."""
 
 
 AVERAGED_STEPS = 20
-"""Steps whose average loss is shown."""
+"""The displayed loss is the average over this number of steps."""
 WIDE_ENOUGH_FOR_LR = 90
-"""Columns of a terminal in which the learning rate fits beside the rates."""
+"""Minimum terminal width, in columns, for the learning rate beside the rates."""
 
 
 class Progress:
-    """How far a phase is: call it with (done, total). A bar on a terminal, now and then a line elsewhere."""
+    """Shows the progress of a phase: call it with (done, total). A bar on a terminal, otherwise a line at intervals."""
 
     def __init__(self, reporter: "Reporter", phase: Phase, title: str) -> None:
         self.reporter = reporter
         self.phase = phase
         self.title = title
-        self._began = self._told = self._printed = time.monotonic()
+        self._began = self._emitted = self._printed = time.monotonic()
         self._bar: tqdm | None = None
         self._first: int | None = None
 
     def __call__(self, done: int, total: int) -> None:
         self.reporter.poll()
         self.reporter.activity = f"{self.title}, {done} of {total} done"
-        if self._first is None:  # what was there before counts as done, not as speed
+        if self._first is None:  # items that existed before count as done, but not for the rate
             self._first = done
         now = time.monotonic()
         rate = (done - self._first) / max(now - self._began, 1e-9)
-        left = (total - done) / rate if rate > 0 else 0.0
+        remaining_s = (total - done) / rate if rate > 0 else 0.0
         if self.reporter.is_terminal:
             if self._bar is None:
                 self._bar = tqdm(total=total, initial=done, desc=self.title, leave=False)
             self._bar.update(done - self._bar.n)
         elif now - self._printed >= STEP_LINE_EVERY_S:
             self._printed = now
-            self.reporter.say(f"  {self.title}: {done}/{total}, {rate:.2f}/s, {format_duration(left)} left")
-        if now - self._told >= EVERY_S or done == total:
-            self._told = now
+            self.reporter.say(f"  {self.title}: {done}/{total}, {rate:.2f}/s, {format_duration(remaining_s)} left")
+        if now - self._emitted >= EVERY_S or done == total:
+            self._emitted = now
             self.reporter.emit(
-                ProgressEvent(phase=self.phase, done=done, total=total, per_s=round(rate, 4), eta_s=round(left, 1))
+                ProgressEvent(
+                    phase=self.phase, done=done, total=total, per_s=round(rate, 4), eta_s=round(remaining_s, 1)
+                )
             )
 
     def close(self) -> None:
@@ -75,7 +77,7 @@ class Progress:
 
 
 class Smoothed:
-    """The exponential moving average of what it is called with; the newest value weighs `share`."""
+    """The exponential moving average of the values it is called with; the newest value has weight `share`."""
 
     def __init__(self, share: float) -> None:
         self._share = share
@@ -88,13 +90,13 @@ class Smoothed:
 
 
 class TrainingBar:
-    """Steps done, time left, loss and rates, on the terminal."""
+    """Shows finished steps, remaining time, loss and rates: a bar on a terminal, otherwise a line at intervals."""
 
     FORMAT = "{n_fmt}/{total_fmt}, {remaining} left{postfix}, {rate_fmt}, {elapsed} so far |{bar}|"
-    """What matters most comes first: tqdm cuts the end off where the terminal is too narrow."""
+    """The most important values come first, because tqdm truncates the end on a narrow terminal."""
 
     def __init__(self, reporter: "Reporter", *, done: int, total: int, losses: Sequence[float] = ()) -> None:
-        """`losses` are those of the last steps before this start, so that a resumed run's average goes on."""
+        """`losses` are those of the last steps before a resume, so that the average continues."""
         self.reporter = reporter
         self.total = total
         self._printed = time.monotonic()
@@ -114,8 +116,8 @@ class TrainingBar:
         )
 
     def step(self, event: StepEvent) -> None:
-        """Show one more step. The loss shown is the average of the last `AVERAGED_STEPS`, and says so: a single one is
-        mostly its sigma. Rates are smoothed over about five, which differ where images of several sizes are trained.
+        """Show a finished step. The displayed loss is the average over the last `AVERAGED_STEPS`, because a single loss
+        depends mostly on its sigma. Rates are smoothed over about five steps, because image sizes vary.
         """
         self._losses.append(event.loss)
         count = len(self._losses)
@@ -131,28 +133,28 @@ class TrainingBar:
         now = time.monotonic()
         if now - self._printed >= STEP_LINE_EVERY_S or event.step == self.total:
             self._printed = now
-            left = format_duration((self.total - event.step) * event.seconds)
+            remaining = format_duration((self.total - event.step) * event.seconds)
             self.reporter.say(
                 f"  step {event.step}/{self.total}, loss {loss:.4f} (average of {count} step{'s' * (count > 1)}), "
-                f"{event.seconds:.2f} s/step{extra}{rates}, {left} left"
+                f"{event.seconds:.2f} s/step{extra}{rates}, {remaining} left"
             )
 
     def skip(self) -> None:
-        """Show one more step that was not taken."""
+        """Show a step that was not taken."""
         if self._bar is not None:
             self._bar.update(1)
 
     def _rates(self, event: StepEvent) -> str:
-        """Images a second, TFLOP/s, and MFU where it is known."""
+        """Images per second, TFLOP/s, and MFU if known."""
         if event.images_per_s is None or event.tflop_per_s is None:
             return ""
-        told = (
+        text = (
             f", {self._images_per_s(event.images_per_s):.3g} img/s, {self._tflop_per_s(event.tflop_per_s):.3g} TFLOP/s"
         )
-        return told if event.mfu is None else f"{told} ({self._mfu(event.mfu):.0%})"
+        return text if event.mfu is None else f"{text} ({self._mfu(event.mfu):.0%})"
 
-    def go_on(self) -> None:
-        """Leave the time since the last step out of the rate: pictures and saving are not steps."""
+    def unpause(self) -> None:
+        """Exclude the time since the last step from the rate: validation and saving are not steps."""
         if self._bar is not None:
             self._bar.unpause()
 
@@ -162,7 +164,7 @@ class TrainingBar:
 
 
 class Reporter:
-    """The voice of a run. Without `events` and `log` (a `dataset` command) it only speaks to the terminal."""
+    """Reports to the terminal, and to `events`, `log` and trackers if there are any (not in a `dataset` command)."""
 
     def __init__(
         self,
@@ -172,32 +174,32 @@ class Reporter:
         poll: Callable[[], None] = lambda: None,
         is_muted: bool = False,
     ) -> None:
-        """With `is_muted` the terminal is left to another process."""
+        """`is_muted` leaves the terminal to another process."""
         self._events = events
         self._log = log
         self.poll = poll
-        """Called whenever progress is made; may raise `Stopped`."""
+        """Called at each progress; may raise `Stopped`."""
         self._is_muted = is_muted
         self.is_terminal = not is_muted and is_terminal()
         self.trackers = Trackers([], self.notice)
         self.listeners: list[Callable[[Event], None]] = []
-        """Called with every event."""
+        """Functions that are called with every event."""
         self.last_phase: Phase | None = None
-        """The phase that is going on, or was last."""
+        """The current phase, or the last one."""
         self.activity = ""
-        """What is being done, for the message of a run that runs out of memory."""
+        """The current activity, for the message of a run that runs out of memory."""
         self._phase: Phase | None = None
         self._peak_before = PeakMemory()
-        """Of the phase that is going on, before the phases inside it."""
+        """Peak memory of the current phase before the phases nested in it."""
 
     def say(self, text: str) -> None:
-        """One line for the user, kept in the log."""
+        """Print a line for the user, and log it."""
         if not self._is_muted:
             with tqdm.external_write_mode():  # above the bars, if there are any
                 say(text)
-        self._keep(text)
+        self._write_log(text)
 
-    def _keep(self, text: str) -> None:
+    def _write_log(self, text: str) -> None:
         log = self._log
         if log is None:
             return
@@ -207,19 +209,19 @@ class Reporter:
                 file.write(f"{now} {text}\n")
         except OSError as error:
             self._log = None
-            self.notice(f"{log} cannot be written ({error.strerror}): it ends here. The events go on.")
+            self.notice(f"{log} cannot be written ({error.strerror}): logging stops here. Events are still written.")
 
     def detail(self, text: str) -> None:
-        """One line for the log only."""
-        self._keep(text)
+        """Write a line to the log only."""
+        self._write_log(text)
 
     def notice(self, text: str) -> None:
-        """Something the user should know."""
+        """Report a notice: printed, logged, and an event."""
         self.say(f"Note: {text}")
         self.emit(NoticeEvent(text=text))
 
     def emit(self, event: Event) -> None:
-        """Into the run's events, and to the trackers."""
+        """Write `event` to the run's events, and pass it to listeners and trackers."""
         if self._events is not None:
             self._events.emit(event)
         for listener in self.listeners:
@@ -228,10 +230,10 @@ class Reporter:
 
     @contextlib.contextmanager
     def phase(self, phase: Phase, title: str | None = None) -> Iterator[Progress]:
-        """A phase: begins and ends in the events, shows its progress under `title`.
+        """A phase of the run: emits its begin and end events, and shows its progress under `title`.
 
-        Its peak memory is its own: phases inside it are left out, and it is not theirs. A phase that ends with an error
-        stays the last one, and `peak_memory` stays that phase's.
+        Its peak memory excludes that of nested phases and of the enclosing phase. If a phase ends with an error, it
+        remains `last_phase`, and `peak_memory` remains that of this phase.
         """
         self.poll()
         outer, outer_peak, outer_activity = self._phase, self.peak_memory(), self.activity
@@ -261,5 +263,5 @@ class Reporter:
         )
 
     def peak_memory(self) -> PeakMemory:
-        """Peak memory of the phase that is going on, so far; between phases, since the last one."""
+        """Peak memory of the current phase so far; between phases, since the last phase."""
         return self._peak_before.combined(read_peak_memory())

@@ -1,4 +1,4 @@
-"""Which samples of a step are rolled out, how far, and their loss."""
+"""Scheduled sampling: choose the samples of a step that are rolled out and their lengths, and compute their loss."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,33 +17,33 @@ from simpletuner.flow.path import noised
 from simpletuner.flow.rollout import SOLVERS, Reflex, RolloutStarts, Solver, rolled_out, rollout_loss
 
 PARTS = 1000
-"""A length of 1 is this part of the path."""
+"""Lengths are in 1/PARTS of the path."""
 
 
 @dataclass(frozen=True)
 class RolloutInputs:
-    """The noisy latents that a batch is trained on. Without gradient."""
+    """The noisy latents that a batch is trained on, without gradient."""
 
     x: Float[Tensor, "b c h w"]
-    """The latents at each sample's sigma: rolled out, or plainly noised."""
+    """The latents at each sample's sigma, rolled out or directly noised."""
     unrolled: Float[Tensor, "b c h w"] | None = None
-    """The prediction at the plainly noised latents, where ReflexFlow asks for it."""
+    """The prediction at the directly noised latents, if ReflexFlow needs it."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Scheduled sampling as the options describe it."""
+    """Scheduled sampling, configured by the options."""
 
     seed: int
     options: RolloutOptions
     idle: Callable[[], None] | None = None
-    """Where given, the model is sharded: all ranks must call it equally often. This takes part in one call without
+    """If not None, the model is sharded, so all ranks must call it equally often. `idle` takes part in one call without
     gradient that other ranks make.
     """
 
     @classmethod
     def of(cls, options: RolloutOptions, seed: int, idle: Callable[[], None] | None = None) -> "Rollout | None":
-        """None where the options ask for none."""
+        """The rollout that `options` describe; None if they disable scheduled sampling."""
         return cls(seed, options, idle) if options.scheduled_sampling_max_step_offset else None
 
     @property
@@ -52,7 +52,7 @@ class Rollout:
 
     @property
     def steps(self) -> int:
-        """Solver steps of a rollout, whatever its length."""
+        """Solver steps of a rollout, the same for every length."""
         return self.solver.steps(self.options.scheduled_sampling_max_step_offset / PARTS)
 
     @property
@@ -68,44 +68,44 @@ class Rollout:
 
     @property
     def calls(self) -> int:
-        """Model calls without gradient for a batch in which a sample is rolled out."""
-        return self._walked + (1 if self.reflex.alpha else 0)
+        """Model calls without gradient for a batch with a sample that is rolled out."""
+        return self._solver_calls + (1 if self.reflex.alpha else 0)
 
     @property
-    def _walked(self) -> int:
-        """Those of them that integrate."""
+    def _solver_calls(self) -> int:
+        """The part of `calls` that the solver makes."""
         return self.steps * self.solver.calls_a_step
 
     def probability(self, step: int) -> float:
-        """Share of the samples of `step` that draw a length."""
+        """The probability that a sample of `step` draws a length."""
         options = self.options
         if not options.scheduled_sampling_ramp_steps:
             return options.scheduled_sampling_probability
-        done = (step - options.scheduled_sampling_start_step) / options.scheduled_sampling_ramp_steps
-        done = min(max(done, 0.0), 1.0)
+        progress = (step - options.scheduled_sampling_start_step) / options.scheduled_sampling_ramp_steps
+        progress = min(max(progress, 0.0), 1.0)
         if options.scheduled_sampling_ramp_shape == "cosine":
-            done = (1 - math.cos(math.pi * done)) / 2
+            progress = (1 - math.cos(math.pi * progress)) / 2
         first, last = options.scheduled_sampling_prob_start, options.scheduled_sampling_prob_end
-        return first + (last - first) * done
+        return first + (last - first) * progress
 
     def lengths(self, step: int, slots: Sequence[int]) -> tuple[int, ...]:
-        """How far the samples in `slots` of `step` are rolled out, in thousandths of the path."""
+        """The rollout lengths of the samples in `slots` of `step`, in thousandths of the path."""
         return tuple(self._length(step, slot) for slot in slots)
 
     def _length(self, step: int, slot: int) -> int:
         generator = torch.Generator().manual_seed(draw_seed(self.seed, "rollout", step, slot))
-        whether, far = torch.rand(2, dtype=torch.float64, generator=generator).tolist()
-        if whether >= self.probability(step):
+        draw, length_draw = torch.rand(2, dtype=torch.float64, generator=generator).tolist()
+        if draw >= self.probability(step):
             return 0
         longest = self.options.scheduled_sampling_max_step_offset
         strategy = self.options.scheduled_sampling_strategy
-        # The square of an even draw has the density 1/(2√u): half of the draws lie in the first quarter.
-        length = int((far if strategy == "uniform" else far**2) * (longest + 1))
+        # The square of a uniform draw has the density 1/(2√u): half of the draws lie in the first quarter.
+        length = int((length_draw if strategy == "uniform" else length_draw**2) * (longest + 1))
         return longest - length if strategy == "biased_late" else length
 
     def starts(self, step: int, slots: Sequence[int], sigma: Float[Tensor, " b"]) -> RolloutStarts | None:
-        """Where the samples in `slots` of `step`, to be trained at `sigma`, are rolled out from. None where all have
-        the length 0. On the CPU.
+        """The starting points, on the CPU, of the rollouts of the samples in `slots` of `step`, which are trained at
+        `sigma`. None if all lengths are 0.
         """
         return starts_of(self.lengths(step, slots), sigma)
 
@@ -114,31 +114,29 @@ class Rollout:
         return 0 if batch.rollout is None else self.calls
 
     def sampled(self, batch: Batch) -> tuple[int, int]:
-        """Samples in those of the calls that integrate, one that is in several counted several times; and in the one
-        that makes the unrolled prediction.
-        """
+        """Numbers of samples in the solver's model calls, summed over the calls, and in the unrolled prediction."""
         if batch.rollout is None:
             return 0, 0
-        return len(batch.rollout.rolled) * self._walked, len(batch.latents) if self.reflex.alpha else 0
+        return len(batch.rollout.rolled) * self._solver_calls, len(batch.latents) if self.reflex.alpha else 0
 
     def inputs(self, denoise: Denoise, batch: Batch, *, sample: Denoise) -> "RolloutInputs":
-        """The inputs of `losses`: rolled-out latents where a sample's length is not 0, plainly noised ones elsewhere.
+        """The inputs of `losses`: rolled-out latents for samples with a length above 0, directly noised ones for
+        others.
 
         Args:
-            denoise: the denoiser of the pass with gradients, which may be routed. It makes the unrolled prediction, so
-                that this differs from the trained one by the input alone.
-            sample: the denoiser that is integrated: as validation samples with it.
+            denoise: the denoiser of the pass with gradients, possibly routed. It makes the unrolled prediction, so that
+                this differs from the trained one only by its input.
+            sample: the denoiser that the solver integrates, as in validation.
         """
         latents, condition, sigma, noise = batch.latents, batch.condition, batch.sigma, batch.noise
         if batch.rollout is None:
-            self._take_part(self.calls if batch.rolls_elsewhere else 0)
+            self._join_other_ranks(self.calls if batch.rolls_elsewhere else 0)
             return RolloutInputs(noised(latents, noise, sigma))
         unrolled = None
-        if not len(batch.rollout.rolled):  # lengths, but no room: at sigma 1 there is nothing noisier
-            self._take_part(self._walked)
-        # The adapter's dropout draws from torch's global generator. Restored afterwards, it gives the pass with
-        # gradients the masks that it has without rollouts, and the unrolled prediction the same ones, so that the two
-        # can be compared.
+        if not len(batch.rollout.rolled):  # all samples with a length are at sigma 1, where no rollout is possible
+            self._join_other_ranks(self._solver_calls)
+        # Adapter dropout draws from torch's global generator. Restore the generator afterwards, so that the pass with
+        # gradients has the same dropout masks as without rollouts, and the unrolled prediction has them too.
         accelerators = [latents.device] if latents.device.type == "cuda" else []
         with torch.random.fork_rng(accelerators), torch.no_grad():
             x = rolled_out(
@@ -165,7 +163,7 @@ class Rollout:
         penalty: Penalty,
         prior: Prior | None = None,
     ) -> Float[Tensor, " b"]:
-        """`flow_loss` at `inputs`, with ReflexFlow's terms. Samples that are not rolled out keep their bits."""
+        """`flow_loss` at `inputs`, with ReflexFlow's terms. It is bit-identical for samples that are not rolled out."""
         latents, condition, sigma, noise = batch.latents, batch.condition, batch.sigma, batch.noise
         if batch.rollout is None:
             return flow_loss(
@@ -193,14 +191,14 @@ class Rollout:
             prior=prior,
         )
 
-    def _take_part(self, calls: int) -> None:
-        """Take part in `calls` calls of other ranks, where the model needs that."""
+    def _join_other_ranks(self, calls: int) -> None:
+        """If the model is sharded, take part in `calls` model calls of other ranks."""
         if self.idle is not None:
             for _ in range(calls):
                 self.idle()
 
     def describe(self) -> str:
-        """What is about to happen and what it costs, in one line."""
+        """One line about the configured rollouts and their cost in model calls."""
         options = self.options
         share = f"{options.scheduled_sampling_probability:g}"
         if options.scheduled_sampling_ramp_steps:
@@ -209,8 +207,12 @@ class Rollout:
                 f"from {options.scheduled_sampling_prob_start:g} to {options.scheduled_sampling_prob_end:g} "
                 f"between steps {begin} and {begin + options.scheduled_sampling_ramp_steps}"
             )
-        walked = self._walked
-        calls = f"{walked} and {self.calls - walked} for ReflexFlow" if self.calls > walked else f"{walked}"
+        solver_calls = self._solver_calls
+        calls = (
+            f"{solver_calls} and {self.calls - solver_calls} for ReflexFlow"
+            if self.calls > solver_calls
+            else f"{solver_calls}"
+        )
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
         return (
             f"Scheduled sampling: lengths 0–{options.scheduled_sampling_max_step_offset} of {PARTS} "
@@ -220,7 +222,7 @@ class Rollout:
 
 
 def starts_of(lengths: Sequence[int], sigma: Float[Tensor, " b"]) -> RolloutStarts | None:
-    """Where samples of these lengths (in thousandths of the path) start; None where all lengths are 0."""
+    """Starting points of rollouts with `lengths`, in thousandths of the path; None if all lengths are 0."""
     if not any(lengths):
         return None
     return RolloutStarts.at((sigma + torch.tensor(lengths) / PARTS).clamp(max=1), sigma)

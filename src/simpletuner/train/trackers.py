@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: they watch a run's events and can never hurt it."""
+"""Send a run's steps and validations to TensorBoard and Weights & Biases; their errors never stop the run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,18 +18,18 @@ STEP_SCALARS = (
     "mfu",
     "hfu",
 )
-"""Keys of a `step` event that trackers show."""
+"""Keys of a step event that trackers log."""
 
 
 def step_scalars(event: StepEvent) -> dict[str, float]:
-    """What trackers show of a step, by their names for it. A value that is unknown is left out."""
+    """The scalars that trackers log for a step, by tag. Unknown values are left out."""
     values = event.model_dump()
     return {f"train/{key}": values[key] for key in STEP_SCALARS if values[key] is not None}
 
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Something that wants to know of steps and validations."""
+    """A tracker of steps and validations."""
 
     name: str
 
@@ -41,39 +41,39 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All trackers of a run, behind a fence: one that fails is reported once and left out from then on."""
+    """All trackers of a run. A tracker that raises is reported once and removed."""
 
     def __init__(self, trackers: Sequence[Tracker], notice: Callable[[str], None]) -> None:
         self._trackers = list(trackers)
         self._notice = notice
 
     def emit(self, event: Event) -> None:
-        """Pass a step or a validation on; trackers take no other events."""
+        """Pass a step or validation event to all trackers; ignore other events."""
         if isinstance(event, StepEvent):
-            self._each(lambda tracker: tracker.step(event))
+            self._call_all(lambda tracker: tracker.step(event))
         elif isinstance(event, ValidationEvent):
-            self._each(lambda tracker: tracker.validation(event))
+            self._call_all(lambda tracker: tracker.validation(event))
 
     def close(self) -> None:
-        self._each(lambda tracker: tracker.close())
+        self._call_all(lambda tracker: tracker.close())
         self._trackers = []
 
-    def _each(self, call: Callable[[Tracker], None]) -> None:
+    def _call_all(self, call: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):
             try:
                 call(tracker)
-            except Exception as error:  # noqa: BLE001  the fence: whatever a tracker does, the run goes on
+            except Exception as error:  # noqa: BLE001  a tracker may raise anything; the run continues
                 self._trackers.remove(tracker)
-                self._notice(f"{tracker.name} failed and gets no more of this run ({type(error).__name__}: {error})")
+                self._notice(f"{tracker.name} failed and logs no more of this run ({type(error).__name__}: {error})")
 
 
 class TensorBoard:
     name = "tensorboard"
 
     def __init__(self, root: Path, resumed_from: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # an extra
+        from torch.utils.tensorboard import SummaryWriter  # needs the extra `tensorboard`
 
-        # Steps after the checkpoint come again: the earlier ones are taken out of the curves.
+        # A resumed run repeats the steps after the checkpoint: purge their earlier values from the curves.
         self._writer = SummaryWriter(
             str(root / "tensorboard"), purge_step=None if resumed_from is None else resumed_from + 1
         )
@@ -104,10 +104,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """Each log carries the run's step under `STEP`, the axis of every curve and picture: W&B's own step counts logs.
+    """Logs the run's step under `STEP`, as the axis of all curves and images, because W&B's own step counts log calls.
 
-    W&B refuses a step below the last one. The base model's pictures are such, step 0 after the first validation, and
-    so are the steps that a resumed run comes to again.
+    W&B rejects a step below the last one. Such steps occur: images of the base model, which have step 0, after later
+    steps; and steps that a resumed run repeats.
     """
 
     name = "wandb"
@@ -120,14 +120,14 @@ class Wandb:
         config: Mapping[str, Any],
         run_id: str,
     ) -> None:
-        import wandb  # an extra
+        import wandb  # needs the extra `wandb`
 
         self._wandb = wandb
         self._root = root
         self._run = wandb.init(
             project=options.tracker_project_name,
             name=options.tracker_run_name or root.name,
-            # Whole: W&B's own process serves each run of this one, and stays in the first one's working folder.
+            # Absolute: W&B's service process serves all runs of this process, in the working folder of the first one.
             dir=str(root.absolute()),
             config=dict(config),
             id=run_id,
@@ -170,20 +170,20 @@ def build(
     run_id: str,
     notice: Callable[[str], None],
 ) -> Trackers:
-    """The trackers that `report_to` names. One that cannot start is reported and left out.
+    """The trackers that `report_to` names. A tracker that cannot start is reported and left out.
 
     Args:
-        config: what may be shown to others: the resolved configuration without secrets and private paths.
-        run_id: the same for every attempt at one run.
+        config: the resolved configuration, without secrets and private paths, to be logged.
+        run_id: id of the run, equal for all its attempts.
     """
     makers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoard(root, resumed_from),
         "wandb": lambda: Wandb(root, options, config, run_id),
     }
-    found: list[Tracker] = []
+    started: list[Tracker] = []
     for name in options.trackers:
         try:
-            found.append(makers[name]())
-        except Exception as error:  # noqa: BLE001  the fence, as above
-            notice(f"{name} could not start and gets nothing of this run ({type(error).__name__}: {error})")
-    return Trackers(found, notice)
+            started.append(makers[name]())
+        except Exception as error:  # noqa: BLE001  as above
+            notice(f"{name} could not start and logs nothing of this run ({type(error).__name__}: {error})")
+    return Trackers(started, notice)

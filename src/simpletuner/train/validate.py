@@ -1,6 +1,6 @@
-"""Looking at a run while it trains: pictures of the prompts, and the loss on held-out pictures.
+"""Validate a run while it trains: generate images of the validation prompts, and compute the held-out loss.
 
-Both are shared out over the ranks. All ranks call the same methods at the same points.
+Both are distributed over the ranks. All ranks call the same methods at the same points.
 """
 
 import contextlib
@@ -38,42 +38,40 @@ from simpletuner.memory.world import World
 from simpletuner.runs.events import Picture, ValidationEvent, read_events
 from simpletuner.runs.layout import EMA_FOLDER, RunDirectory
 from simpletuner.train.ema import Ema
-from simpletuner.train.preview import DrawingModel, evaluating
+from simpletuner.train.preview import SamplingModel, evaluating
 from simpletuner.train.trained import Trainable
 
 SHEET_COLUMNS = 8
 MAX_FAILURES = 3
-"""Images in a row that cannot be made before no more are tried."""
+"""After this number of consecutive failed images no more are tried."""
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """The loss on samples that are not trained on, at fixed sigmas and fixed noise.
+    """The loss on held-out samples, at fixed sigmas and with fixed noise.
 
-    Rank r measures samples r, r + size, ... The losses are added in the order of the samples, so that the sums are the
-    same bits on any number of ranks.
+    Rank r computes samples r, r + size, ... Losses are summed in the order of the samples, so the result is
+    bit-identical for any number of ranks.
     """
 
     denoise: Denoiser
     count: int
-    """Held-out samples."""
+    """Number of held-out samples."""
     load: Callable[[int], Mapping[float, Batch]]
-    """One of them, as a batch of one for each sigma."""
+    """Loads the sample of an index, as a batch of one for each sigma."""
     world: World
     is_sharded: bool = False
-    """Whether each model call is made by all ranks together: those without a sample repeat one."""
+    """Whether all ranks must make each model call together; a rank without a sample repeats one."""
 
     @torch.no_grad()
     def __call__(self, report: Callable[[int, int], None]) -> dict[float, float]:
-        """Mean squared velocity error over the samples, weighted by their masks, at each sigma: the same on every
-        rank.
-        """
+        """The mean squared velocity error over the samples, weighted by their masks, by sigma. Equal on every rank."""
         losses = self._losses(report)
         self.world.barrier("the held-out loss")
-        shares = self.world.gather_json(losses)
+        losses_by_rank = self.world.gather_json(losses)
         sums: dict[float, float] = {}
         for index in range(self.count):
-            for sigma, loss in shares[index % self.world.size][index // self.world.size]:
+            for sigma, loss in losses_by_rank[index % self.world.size][index // self.world.size]:
                 sums[sigma] = sums.get(sigma, 0.0) + loss
         return {sigma: total / self.count for sigma, total in sums.items()}
 
@@ -100,110 +98,110 @@ class HeldOutLoss:
 
 @dataclass
 class CountedCalls:
-    """A model whose calls are counted."""
+    """Counts the started and finished calls of a model."""
 
     ready: Callable[[], Denoise]
     """Returns the model, and may load it."""
     started: int = 0
     done: int = 0
 
-    def opened(self) -> Denoise:
-        """The model."""
+    def counted(self) -> Denoise:
+        """The model, which counts its calls."""
         denoise = self.ready()
 
-        def counted(latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        def denoise_and_count(latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
             self.started += 1
             velocity = denoise(latents, sigma, condition)
             self.done += 1
             return velocity
 
-        return counted
+        return denoise_and_count
 
 
 @dataclass
-class Painter:
-    """Draws the validation prompts with the model as it is, or on another one with its LoRA.
+class ValidationSampler:
+    """Generates images of the validation prompts with the trained model, or with another model and its LoRA.
 
-    An image that cannot be made, or a sheet, costs that one: a notice says why. After `MAX_FAILURES` in a row no more
-    are drawn. What is trained, and its optimizer, are as they were.
+    If an image or a contact sheet fails, only that one is missing, and a notice gives the reason. After `MAX_FAILURES`
+    consecutive failures no more are generated. Trainable parameters and optimizer stay unchanged.
 
-    Each rank that sees the run's folder draws a share of the images and saves it. Rank 0 decides which are wanted,
-    hears of those that failed on any rank, makes the sheet and returns the event; the other ranks return None. Where
-    each model call is made by all ranks together, an image whose calls cannot be finished ends the run.
+    Each rank with access to the run directory generates and saves a share of the images. Rank 0 decides which images to
+    generate, collects the failures of all ranks, makes the sheet and returns the event; other ranks return None. If all
+    ranks must make each model call together, an image whose calls cannot be completed ends the run.
     """
 
     run: RunDirectory
     options: ValidationOptions
     scales: GuidanceScales
-    """What the options' guidance means for this model."""
+    """The guidance scales of the options, for this model."""
     both_at_once: frozenset[tuple[int, int]]
-    """Sizes of images whose two predictions of guidance share a pass, by the plan."""
+    """Image sizes for which one pass computes both predictions of guidance, per the memory plan."""
     seed: int
-    model: DrawingModel
+    model: SamplingModel
     trained: Trainable
     ema: Ema | None
-    """The average, if pictures are made of it."""
+    """The moving average, if it generates images; else None."""
     has_live: bool
-    """Whether pictures are made of what is trained itself; if not, only of the average."""
+    """Whether the trained weights generate images; if not, only the average does."""
     decode: Callable[[], Decode]
-    """Loads the VAE's decoder; called when the first picture is due."""
+    """Loads the VAE decoder; called when the first image is due."""
     prompts: Mapping[str, Prompt]
     context: Callable[[str], TextContext]
-    """A prompt's context, from the cache."""
+    """Reads the context of a prompt from the cache."""
     references: Callable[[Prompt], References | None]
-    """A prompt's references, from the cache."""
+    """Reads the references of a prompt from the cache."""
     reference_crops: Mapping[str, Crop]
     """The reference images of all prompts, by path."""
     world: World
     notice: Callable[[str], None]
-    """Tells the user what could not be drawn."""
-    drawn: set[int]
-    """Steps whose sheet the events name (`drawn_steps`)."""
+    """Notifies the user of failed images."""
+    steps_with_sheet: set[int]
+    """Steps whose contact sheet is in the events: the function `steps_with_sheet`."""
     is_sharded: bool = False
-    """Whether each model call is made by all ranks together: those without an image repeat one."""
+    """Whether all ranks must make each model call together; a rank without an image repeats one."""
     failures: int = 0
-    """Images in a row, up to now, that could not be made, the ranks one after the other. Rank 0 counts."""
+    """Consecutive failed images so far, over the ranks in order. Rank 0 counts them."""
 
     @property
     def count(self) -> int:
-        """Pictures of one view: the rows of the sheet."""
+        """Images of one view, which are the rows of the contact sheet."""
         return len(self.prompts) * len(self.options.sizes) * self.options.num_validation_images
 
     @property
     def keeps_base(self) -> bool:
-        """Whether the base model's pictures can be drawn at any time, and not only before the first step."""
+        """Whether the base model's images can be generated at any time, not only before the first step."""
         return self.trained.disabled() is not None
 
     @property
     def lacks_base(self) -> bool:
-        """Whether the base model's pictures are wanted and not there yet. All ranks ask, and rank 0 looks."""
+        """Whether images of the base model are enabled but missing. All ranks call it; rank 0 checks the files."""
         return self.world.decide([self.world.is_main and bool(self._missing_of_base())])[0]
 
     def is_complete(self, step: int) -> bool:
-        """Whether the sheet of `step` is there and the events name it. All ranks ask, and rank 0 looks."""
+        """Whether the contact sheet of `step` exists and is in the events. All ranks call it; rank 0 checks."""
         return self.world.decide([self._has_sheet(step)])[0]
 
-    def base(self, step: int, report: Callable[[int, int], None]) -> ValidationEvent | None:
-        """Draw the base model's pictures and their sheet, as step 0: all before the first step, what is missing later.
-        None if nothing is missing, or it cannot be drawn any more at `step`.
+    def sample_base(self, step: int, report: Callable[[int, int], None]) -> ValidationEvent | None:
+        """Generate the base model's images and contact sheet, as step 0: all of them before the first step, missing
+        ones later. Returns None if nothing is missing, or if the base model is no longer available at `step`.
         """
-        wanted = self._agreed(0, self._wanted_of_base(step) if self.world.is_main else None)
-        if wanted is None:
+        requested = self._agreed(0, self._base_requests(step) if self.world.is_main else None)
+        if requested is None:
             return None
-        is_as_it_is = step == 0 and self.options.disable_benchmark
-        with (None if is_as_it_is else self.trained.disabled()) or contextlib.nullcontext():
-            return self._drawn(0, wanted, report)
+        uses_current_weights = step == 0 and self.options.disable_benchmark
+        with (None if uses_current_weights else self.trained.disabled()) or contextlib.nullcontext():
+            return self._sample_all(0, requested, report)
 
-    def draw(self, step: int, report: Callable[[int, int], None]) -> ValidationEvent | None:
-        """Draw every prompt into the folder of `step`, with what is trained and its average as they are wanted, and
-        the sheet of all steps so far. Step 0 is drawn as the model is, without an average. None if no picture could be
-        made.
+    def sample(self, step: int, report: Callable[[int, int], None]) -> ValidationEvent | None:
+        """Generate images of every prompt into the folder of `step`, with the trained weights, their average or both,
+        and the contact sheet of all steps so far. Step 0 uses the current weights, without an average. Returns None if
+        all images failed.
         """
-        wanted = self._agreed(step, self._planned(step))
-        return None if wanted is None else self._drawn(step, wanted, report)
+        requested = self._agreed(step, self._planned(step))
+        return None if requested is None else self._sample_all(step, requested, report)
 
-    def _wanted_of_base(self, step: int) -> list[Picture] | None:
-        """The base model's pictures that are to be drawn at `step`; none where only the sheet is. None if neither."""
+    def _base_requests(self, step: int) -> list[Picture] | None:
+        """The base model's images to generate at `step`; empty if only the sheet is missing, None if nothing is."""
         if step == 0:
             return self._planned(0)
         missing = self._missing_of_base()
@@ -211,12 +209,12 @@ class Painter:
             return missing if self.keeps_base else None
         return None if self.options.disable_benchmark or self._has_sheet(0) else []
 
-    def _agreed(self, step: int, wanted: list[Picture] | None) -> list[Picture] | None:
-        """Rank 0's `wanted` of the pictures of `step`. None if there is nothing to make, or too much failed before."""
+    def _agreed(self, step: int, requested: list[Picture] | None) -> list[Picture] | None:
+        """Rank 0's `requested` images of `step`, on all ranks. None if it requests none or too many images failed."""
         planned = self._planned(step)
         agreed = None
-        if wanted is not None and self.failures < MAX_FAILURES:
-            agreed = [planned.index(picture) for picture in wanted], sorted(self.both_at_once)
+        if requested is not None and self.failures < MAX_FAILURES:
+            agreed = [planned.index(picture) for picture in requested], sorted(self.both_at_once)
         agreed = self.world.broadcast_json(agreed)
         if agreed is None:
             return None
@@ -224,9 +222,11 @@ class Painter:
         self.both_at_once = frozenset((width, height) for width, height in both)
         return [planned[index] for index in indices]
 
-    def _drawn(self, step: int, wanted: list[Picture], report: Callable[[int, int], None]) -> ValidationEvent | None:
-        """Draw `wanted`, then the sheet of `step`. The event lists every picture of that step that is there."""
-        attempts = self._draw_share(wanted, report)
+    def _sample_all(
+        self, step: int, requested: list[Picture], report: Callable[[int, int], None]
+    ) -> ValidationEvent | None:
+        """Generate `requested`, then the contact sheet of `step`. The event lists every existing image of that step."""
+        attempts = self._sample_share(requested, report)
         self.world.barrier("the validation images")
         by_rank = self.world.gather_json(attempts)
         if not self.world.is_main:
@@ -235,22 +235,24 @@ class Painter:
         if not self.world.is_alone:
             for path, reason in reasons.items():
                 self._count(self.run.root / path, reason)
-        made = [picture for picture in wanted if reasons.get(picture.path, "not tried") is None]
+        generated = [picture for picture in requested if reasons.get(picture.path, "not tried") is None]
         sheet = sheet_of(self.run, step)
-        has_sheet = (made or not wanted) and self._attempt(partial(self._make_sheet, step), sheet)
+        has_sheet = (generated or not requested) and self._attempt(partial(self._make_sheet, step), sheet)
         if has_sheet:
-            self.drawn.add(step)
-        elif not made:
+            self.steps_with_sheet.add(step)
+        elif not generated:
             return None
         return ValidationEvent(
             step=step,
-            pictures=tuple(each for each in self._planned(step) if each in made or each not in wanted),
+            pictures=tuple(each for each in self._planned(step) if each in generated or each not in requested),
             sheet=str(sheet.relative_to(self.run.root)) if has_sheet else None,
         )
 
-    def _draw_share(self, wanted: list[Picture], report: Callable[[int, int], None]) -> list[tuple[str, str | None]]:
-        """Draw this rank's share of `wanted`, until `MAX_FAILURES` of it in a row fail. Returns the path of each
-        picture that was tried, and why it could not be made; None for those that are.
+    def _sample_share(
+        self, requested: list[Picture], report: Callable[[int, int], None]
+    ) -> list[tuple[str, str | None]]:
+        """Generate this rank's share of `requested`, until `MAX_FAILURES` consecutive images fail. Returns the path of
+        each image that was tried, with the reason of its failure, or None if it succeeded.
         """
         steps = self.options.validation_num_inference_steps
         attempts: list[tuple[str, str | None]] = []
@@ -259,13 +261,13 @@ class Painter:
 
             @cache
             def ready() -> Denoiser:
-                """The model, from the first image on: if it cannot be loaded, that costs the image alone."""
+                """The model, loaded for the first image: if loading fails, only that image fails."""
                 denoise = stack.enter_context(self.model.ready())
                 stack.callback(ready.cache_clear)
                 return denoise
 
-            for pictures in self._rounds(wanted):
-                progress = partial(_overall, report, before * steps, len(pictures), len(wanted) * steps)
+            for pictures in self._rounds(requested):
+                progress = partial(_overall, report, before * steps, len(pictures), len(requested) * steps)
                 before += len(pictures)
                 with self._view_of(pictures[0], by_all=True):
                     if self.world.rank < len(pictures) and failures < MAX_FAILURES:
@@ -281,23 +283,24 @@ class Painter:
 
     @property
     def _in_step(self) -> bool:
-        """Whether other ranks wait for each model call of this one."""
+        """Whether other ranks wait for each model call of this rank."""
         return self.is_sharded and not self.world.is_alone
 
     @property
-    def _shares_trained(self) -> bool:
+    def _shards_trainable(self) -> bool:
+        """Whether each rank holds a part of the trainable parameters."""
         return self.trained.shards is not None
 
-    def _rounds(self, wanted: list[Picture]) -> list[list[Picture]]:
-        """What the ranks draw at the same time: rank r the r-th of each round. The larger pictures come first, so that
-        no rank draws all of them. Where ranks call the model together, or share out what is trained, a round is of one
-        view: the model computes with the average on all of them or on none.
+    def _rounds(self, requested: list[Picture]) -> list[list[Picture]]:
+        """Group the images into rounds: rank r generates the r-th image of each round. Larger images come first, so
+        that no rank gets all of them. Where the model or its trainable parameters are sharded, all images of a round
+        use the trained weights, or all use the average.
         """
         size = self.world.writing_ranks
-        views = [wanted]
+        views = [requested]
         if size > 1:
-            views = [sorted(wanted, key=lambda picture: -picture.width * picture.height)]
-        if self.is_sharded or self._shares_trained:
+            views = [sorted(requested, key=lambda picture: -picture.width * picture.height)]
+        if self.is_sharded or self._shards_trainable:
             views = [[each for each in views[0] if each.is_ema == is_ema] for is_ema in (False, True)]
         return [view[start : start + size] for view in views for start in range(0, len(view), size)]
 
@@ -308,71 +311,72 @@ class Painter:
         ready: Callable[[], Denoiser],
         report: Callable[[int, int], None],
     ) -> str | None:
-        """Make an image of a round. Returns why it cannot be made; None if it is."""
+        """Generate an image of a round. Returns the reason of its failure, or None."""
         calls = CountedCalls(ready)
-        reporting = False
+        is_reporting = False
 
-        def reported(done: int, total: int) -> None:
-            nonlocal reporting
-            reporting = True
+        def guarded_report(done: int, total: int) -> None:
+            nonlocal is_reporting
+            is_reporting = True
             report(done, total)
-            reporting = False
+            is_reporting = False
 
         def is_fatal() -> bool:
-            """Whether `report` ends the run, or other ranks wait in a model call that this one cannot make any more."""
-            return reporting or (self._in_step and calls.started > 0 and calls.done < self._calls(pictures))
+            """Whether `report` raised, or other ranks wait in a model call that this rank can no longer make."""
+            return is_reporting or (self._in_step and calls.started > 0 and calls.done < self._calls(pictures))
 
-        both = self._draws_both(pictures if self._in_step else [picture])
-        reason = failure_reason(lambda: self._make(picture, calls.opened, both, reported), is_fatal)
+        both = self._shares_pass(pictures if self._in_step else [picture])
+        reason = failure_reason(lambda: self._make(picture, calls.counted, both, guarded_report), is_fatal)
         if reason is not None:
-            release_memory(self.world.device)  # outside of the handler, whose traceback holds what was computed
+            release_memory(self.world.device)  # outside the except block, whose traceback references tensors
             if self._in_step and not calls.started:
                 self._repeat(pictures, ready)
         return reason
 
     def _repeat(self, pictures: Sequence[Picture], ready: Callable[[], Denoiser]) -> None:
-        """Make the model calls of a round without an image, for the other ranks."""
+        """Make the model calls of a round without saving an image, because other ranks wait for them."""
         with self._view_of(pictures[0]):
-            self._image(ready(), lambda latents: latents[:, :3], pictures[0], self._draws_both(pictures))
+            self._image(ready(), lambda latents: latents[:, :3], pictures[0], self._shares_pass(pictures))
 
-    def _draws_both(self, pictures: Sequence[Picture]) -> bool:
-        """Whether the two predictions of guidance share a pass for each of `pictures`."""
+    def _shares_pass(self, pictures: Sequence[Picture]) -> bool:
+        """Whether one pass computes both predictions of guidance for each of `pictures`."""
         return all((each.width, each.height) in self.both_at_once for each in pictures)
 
     def _calls(self, pictures: Sequence[Picture]) -> int:
         """Model calls of each rank in a round of `pictures`."""
-        is_one = self.scales.real == 1.0 or self._draws_both(pictures)
-        return self.options.validation_num_inference_steps * (1 if is_one else 2)
+        is_single = self.scales.real == 1.0 or self._shares_pass(pictures)
+        return self.options.validation_num_inference_steps * (1 if is_single else 2)
 
     def _attempt(self, make: Callable[[], None], path: Path) -> bool:
-        """Make an image, unless too many failed. Returns whether it is made; if not, a notice says why."""
+        """Make an image, unless too many failed. Returns whether it succeeded; if not, a notice gives the reason."""
         if self.failures >= MAX_FAILURES:
             return False
         reason = failure_reason(make)
         if reason is not None:
-            release_memory(self.world.device)  # outside of the handler, whose traceback holds what was computed
+            release_memory(self.world.device)  # outside the except block, whose traceback references tensors
         self._count(path, reason)
         return reason is None
 
     def _count(self, path: Path, reason: str | None) -> None:
-        """Count an image that was tried; a notice says why it could not be made."""
+        """Count the consecutive failures, after an image was tried; a notice gives the reason of a failure."""
         if reason is None:
             self.failures = 0 if self.failures < MAX_FAILURES else self.failures
             return
         self.failures += 1
-        text = f"{path} could not be made: {reason} Training goes on without it."
+        text = f"{path} could not be made: {reason} Training continues without it."
         if self.failures == MAX_FAILURES:
             text += (
-                f" {MAX_FAILURES} images in a row failed: none are drawn until the next start of this run. Before it, "
-                "mend what is said above, or give --validation_disable."
+                f" {MAX_FAILURES} images in a row failed: no more are made until the run is resumed. Before you resume "
+                "it, fix the cause, or give --validation_disable."
             )
         self.notice(text)
 
     def _view_of(self, picture: Picture, *, by_all: bool = False) -> contextlib.AbstractContextManager[None]:
-        """A block in which the model is what `picture` shows. Ranks that share out what is trained enter it all
-        together, for a round (`by_all`); the others for an image each, which alone is lost if it cannot be entered.
+        """A context in which the model has the weights that `picture` shows. Ranks with sharded trainable parameters
+        enter it together, once for each round (`by_all`). Other ranks enter it for each image, so that an error in it
+        loses only that image.
         """
-        is_due = picture.is_ema and by_all == self._shares_trained
+        is_due = picture.is_ema and by_all == self._shards_trainable
         return self.ema.applied() if is_due and self.ema else contextlib.nullcontext()
 
     def _make(
@@ -381,7 +385,7 @@ class Painter:
         path = self.run.root / picture.path
         for folder in reversed(path.parents):
             if folder.is_relative_to(self.run.validations):
-                folder.mkdir(exist_ok=True)  # one by one: an error then names what lies in the way
+                folder.mkdir(exist_ok=True)  # one by one, so that an error names the path that blocks it
         with self._view_of(picture):
             image = self._image(ready(), self.decode(), picture, both, report)
         _save(image, path, self._parameters(picture))
@@ -411,12 +415,12 @@ class Painter:
         return image
 
     def _condition(self, picture: Picture, text: str) -> Condition:
-        """`text` with the references of `picture`."""
+        """The condition of `text` with the references of `picture`, on the device."""
         condition = Condition.at(self.context(text), self.scales.embedded, self.references(self.prompts[picture.name]))
         return condition.mapped(lambda tensor: tensor.to(self.world.device))
 
     def _planned(self, step: int) -> list[Picture]:
-        """The live pictures, then the average's."""
+        """The images to generate for `step`: of the trained weights, then of the average."""
         is_base = step == 0
         views = [False] * (self.has_live or is_base) + [True] * (self.ema is not None and not is_base)
         return [picture for is_ema in views for picture in self._view(step, is_ema)]
@@ -441,7 +445,7 @@ class Painter:
         ]
 
     def _parameters(self, picture: Picture) -> str:
-        """What the picture was made with, as it is kept inside the file."""
+        """The sampling parameters of the image, as JSON stored in its file."""
         return json.dumps(
             {
                 "prompt": picture.prompt,
@@ -461,39 +465,39 @@ class Painter:
         return [self.reference_crops[path].content for path in picture.references]
 
     def _has_sheet(self, step: int) -> bool:
-        """Whether the sheet of `step` is there and the events name it."""
-        return step in self.drawn and sheet_of(self.run, step).is_file()
+        """Whether the contact sheet of `step` exists and is in the events."""
+        return step in self.steps_with_sheet and sheet_of(self.run, step).is_file()
 
     def _missing_of_base(self) -> list[Picture]:
-        """The base model's pictures that are wanted, and are not there as they would be drawn now."""
-        wanted = [] if self.options.disable_benchmark else self._planned(0)
-        return [picture for picture in wanted if not self._is_drawn(picture)]
+        """The base model's images that are enabled, but missing or made with other sampling parameters."""
+        planned = [] if self.options.disable_benchmark else self._planned(0)
+        return [picture for picture in planned if not self._is_current(picture)]
 
-    def _is_drawn(self, picture: Picture) -> bool:
-        """Whether the picture is there, whole, and was made with the parameters of now."""
+    def _is_current(self, picture: Picture) -> bool:
+        """Whether the image's file is undamaged and was made with the current sampling parameters."""
         image = _read(self.run.root / picture.path, picture)
         if image is None:
             return False
-        said = image.info.get("parameters") if image.format == "PNG" else image.getexif().get(_EXIF_DESCRIPTION)
-        return bool(said == self._parameters(picture))
+        recorded = image.info.get("parameters") if image.format == "PNG" else image.getexif().get(_EXIF_DESCRIPTION)
+        return bool(recorded == self._parameters(picture))
 
     def _make_sheet(self, step: int) -> None:
-        """Rows are prompts, columns are steps: references where there are any, the base, then the latest, at most
-        `SHEET_COLUMNS`. An average stands to the right of what it averages. What is no readable picture leaves an
-        empty cell.
+        """Write the contact sheet of `step`: a row per prompt, size and seed, and a column per step. Columns are the
+        references if there are any, the base model, then the latest steps, `SHEET_COLUMNS` steps at most. The average's
+        column is to the right of the trained weights'. A missing or unreadable image leaves an empty cell.
         """
         folders = (folder for folder in self.run.validations.iterdir() if folder.is_dir())
         matches = (_STEP_FOLDER.fullmatch(folder.name) for folder in folders)
-        steps = sorted(past for match in matches if match and (past := int(match[1])) <= step)
+        steps = sorted(past_step for match in matches if match and (past_step := int(match[1])) <= step)
         if len(steps) > SHEET_COLUMNS:
             steps = [steps[0], *steps[1 - SHEET_COLUMNS :]]
         columns: list[list[Picture]] = []
         heads: list[str] = []
-        for past in steps:
-            planned = self._planned(past)
+        for past_step in steps:
+            planned = self._planned(past_step)
             for start in range(0, len(planned), self.count):
                 columns.append(planned[start : start + self.count])
-                name = "base" if past == 0 else f"step {past}"
+                name = "base" if past_step == 0 else f"step {past_step}"
                 heads.append(f"{name}, average" if planned[start].is_ema else name)
         rows = [
             [_read(self.run.root / column[row].path, column[row]) for column in columns] for row in range(self.count)
@@ -505,7 +509,7 @@ class Painter:
         _save(contact_sheet(rows, labels, heads), sheet_of(self.run, step), "")
 
     def _references_image(self, picture: Picture) -> Image.Image | None:
-        """The references of `picture` side by side; None where there are none, or a file has changed."""
+        """The references of `picture` side by side; None if there are none, or if a file has changed."""
         try:
             images = [pixels_of(self.reference_crops[path]) for path in picture.references]
         except DataError:
@@ -518,24 +522,26 @@ _EXIF_DESCRIPTION = 0x010E
 
 
 def _overall(
-    report: Callable[[int, int], None], before: int, at_once: int, total: int, done: int, _of_this_one: int
+    report: Callable[[int, int], None], before: int, round_size: int, total: int, done: int, _image_total: int
 ) -> None:
-    """Progress over all pictures, from the progress within one of those that are drawn at once."""
-    report(before + at_once * done, total)
+    """Report progress over all images, from the progress `done` within one image of the current round."""
+    report(before + round_size * done, total)
 
 
-def drawn_steps(run: RunDirectory) -> set[int]:
-    """Steps whose sheet the events name; not those of which a checkpoint was saved again since, by other weights."""
+def steps_with_sheet(run: RunDirectory) -> set[int]:
+    """Steps whose contact sheet is in the events; without steps whose checkpoint was saved again later, with other
+    weights.
+    """
     return _steps_with(run, "sheet")
 
 
-def measured_steps(run: RunDirectory) -> set[int]:
-    """Steps whose drift the events have; not those of which a checkpoint was saved again since, by other weights."""
+def steps_with_drift(run: RunDirectory) -> set[int]:
+    """Steps whose drift is in the events; without steps whose checkpoint was saved again later, with other weights."""
     return _steps_with(run, "drift", "ema_drift")
 
 
 def _steps_with(run: RunDirectory, *keys: str) -> set[int]:
-    """Steps of the events that have one of `keys`, as `drawn_steps` says."""
+    """Steps with a validation event that has one of `keys`; see `steps_with_sheet`."""
     steps: set[int] = set()
     for event in read_events(run.events, kinds=("checkpoint", "validation")):
         step = event.get("step")
@@ -547,13 +553,13 @@ def _steps_with(run: RunDirectory, *keys: str) -> set[int]:
 
 
 def sheet_of(run: RunDirectory, step: int) -> Path:
-    """The contact sheet of the pictures of `step`."""
+    """The path of the contact sheet of `step`."""
     return run.validation(step) / "sheet.png"
 
 
 def failure_reason(make: Callable[[], None], is_fatal: Callable[[], bool] = lambda: False) -> str | None:
-    """Why `make` failed: a user's error, the file system or memory. None if it did not. Raised are a bug, a stop, and
-    after a failure that `is_fatal` all.
+    """Call `make`; return the reason if it fails by a user error, the file system or memory, else None. Other errors
+    and stop requests are raised, and every error if `is_fatal` returns True.
     """
     try:
         make()
@@ -569,7 +575,7 @@ def failure_reason(make: Callable[[], None], is_fatal: Callable[[], bool] = lamb
             return str(problem)
         if exhausted_memory(error) is not None:
             return f"{first_line(error).rstrip('.')}. A lower --validation_resolution takes less memory."
-        if isinstance(error, OSError):  # an encoder's of Pillow
+        if isinstance(error, OSError):  # raised by an image encoder of Pillow
             return f"{error}."
         raise
     return None
@@ -588,11 +594,11 @@ _UNREADABLE = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow raises for a damaged file."""
+"""Exceptions that Pillow raises for damaged files."""
 
 
 def _read(path: Path, picture: Picture) -> Image.Image | None:
-    """The whole image in a file of the size of `picture`; None where that is missing, damaged or of another size."""
+    """Read the image at `path`; None if it is missing, damaged, or has another size than `picture`."""
     try:
         if not path.is_file():
             return None
@@ -606,7 +612,7 @@ def _read(path: Path, picture: Picture) -> Image.Image | None:
 
 
 def _save(image: Image.Image, path: Path, parameters: str) -> None:
-    """Write through a temporary name, so that a page never shows half a picture."""
+    """Write to a temporary file and rename it, so that a page never shows half an image."""
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

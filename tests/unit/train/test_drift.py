@@ -62,14 +62,14 @@ def final_latents(drift: DriftMeter, prompt: str) -> Tensor:
 def test_it_is_zero_for_an_adapter_that_changes_nothing(tmp_path: Path) -> None:
     drift = meter(ALONE, tmp_path, with_ema=True)
     changed(drift, 0)
-    assert drift.keep_base(0, silent)
+    assert drift.ensure_base(0, silent)
     assert drift(silent)["live"] == dict.fromkeys(PROMPTS, 0.0)
 
 
 def test_it_is_the_rms_of_the_difference_over_that_of_the_base(tmp_path: Path) -> None:
     drift = meter(ALONE, tmp_path, with_ema=True)
     changed(drift, 3)
-    assert drift.keep_base(5, silent)
+    assert drift.ensure_base(5, silent)
     found = drift(silent)
     for prompt in PROMPTS:
         ours = final_latents(drift, prompt)
@@ -98,7 +98,7 @@ def test_ranks_measure_what_one_does_and_what_they_keep_is_used_again(tmp_path: 
     def measured(world: World, folder: Path) -> dict[str, dict[str, float]]:
         drift = meter(world, folder, is_sharded=is_sharded, with_ema=True)
         changed(drift, 2)
-        assert drift.keep_base(0, silent)
+        assert drift.ensure_base(0, silent)
         assert not drift.lacks_base
         return drift(silent)
 
@@ -112,33 +112,33 @@ def test_ranks_measure_what_one_does_and_what_they_keep_is_used_again(tmp_path: 
 def test_the_base_is_made_again_where_it_is_missing_or_of_other_options(tmp_path: Path) -> None:
     drift = meter(ALONE, tmp_path)
     assert drift.lacks_base
-    assert drift.keep_base(0, silent)
+    assert drift.ensure_base(0, silent)
     path = drift.folder / "001.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
     assert drift.lacks_base
-    assert drift.keep_base(3, silent)
+    assert drift.ensure_base(3, silent)
     assert path.read_bytes() == whole
     for other in ({"validation_seed": 2}, {"validation_resolution": "64"}, {"validation_num_inference_steps": 3}):
         assert meter(ALONE, tmp_path, **other).lacks_base
     many = {"validation_num_inference_steps": DRIFT_STEPS}
-    assert meter(ALONE, tmp_path, **many).keep_base(0, silent)
+    assert meter(ALONE, tmp_path, **many).ensure_base(0, silent)
     assert not meter(ALONE, tmp_path, validation_num_inference_steps=DRIFT_STEPS + 1).lacks_base
 
 
 def test_a_start_at_step_0_draws_the_base_anew_whatever_lies_there(tmp_path: Path) -> None:
     """A start that came to no checkpoint may have had another base."""
     drift = meter(ALONE, tmp_path)
-    assert drift.keep_base(0, silent)
+    assert drift.ensure_base(0, silent)
     path = drift.folder / "000.safetensors"
     first = path.read_bytes()
     assert isinstance(drift.model, TrainedModel)
     with torch.no_grad():
         for parameter in drift.model.denoise.transformer.parameters():
             parameter.mul_(1.1)
-    assert drift.keep_base(1, silent)
+    assert drift.ensure_base(1, silent)
     assert path.read_bytes() == first
-    assert drift.keep_base(0, silent)
+    assert drift.ensure_base(0, silent)
     assert path.read_bytes() != first
 
 
@@ -147,6 +147,6 @@ def test_a_full_model_keeps_its_base_before_the_first_step_or_not_at_all(
 ) -> None:
     drift = meter(ALONE, tmp_path)
     monkeypatch.setattr(type(drift.trained), "disabled", lambda self: None)
-    assert not drift.keep_base(1, silent)
-    assert drift.keep_base(0, silent)
-    assert drift.keep_base(1, silent)
+    assert not drift.ensure_base(1, silent)
+    assert drift.ensure_base(0, silent)
+    assert drift.ensure_base(1, silent)

@@ -36,7 +36,7 @@ from simpletuner.runs.events import ValidationEvent
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.train.ema import Ema
 from simpletuner.train.preview import TrainedModel
-from simpletuner.train.validate import HeldOutLoss, Painter
+from simpletuner.train.validate import HeldOutLoss, ValidationSampler
 
 CPU = torch.device("cpu")
 SPEC = TransformerSpec(
@@ -219,9 +219,9 @@ def test_a_sample_that_cannot_be_measured_ends_its_rank_and_the_others_do_not_ha
 
 @dataclass
 class Drawing:
-    """A painter of one rank, and what it told."""
+    """A sampler of one rank, and what it told."""
 
-    painter: Painter
+    sampler: ValidationSampler
     denoise: CallCounter
     notices: list[str]
     told: list[tuple[int, int]]
@@ -256,7 +256,7 @@ def drawing(
     run = RunDirectory(folder)
     run.validations.mkdir(parents=True, exist_ok=True)
     notices: list[str] = []
-    painter = Painter(
+    sampler = ValidationSampler(
         run=run,
         options=ValidationOptions(validation_resolution=sizes, validation_num_inference_steps=2),
         scales=GuidanceScales(1.0, real),
@@ -273,10 +273,10 @@ def drawing(
         reference_crops={},
         world=world,
         notice=notices.append,
-        drawn=set(),
+        steps_with_sheet=set(),
         is_sharded=is_sharded,
     )
-    return Drawing(painter, denoise, notices, [])
+    return Drawing(sampler, denoise, notices, [])
 
 
 def images(folder: Path) -> dict[str, bytes]:
@@ -286,9 +286,9 @@ def images(folder: Path) -> dict[str, bytes]:
 def paint(world: World, folder: Path, **options: Any) -> tuple[list[ValidationEvent | None], Drawing]:
     """The base model's images, then those of step 1."""
     made = drawing(world, folder, **options)
-    events = [made.painter.base(1, made.report), made.painter.draw(1, made.report)]
-    assert not made.painter.lacks_base
-    assert made.painter.is_complete(1)
+    events = [made.sampler.sample_base(1, made.report), made.sampler.sample(1, made.report)]
+    assert not made.sampler.lacks_base
+    assert made.sampler.is_complete(1)
     return events, made
 
 
@@ -326,8 +326,8 @@ def test_the_larger_images_are_dealt_out_first(tmp_path: Path) -> None:
         2, lambda world: paint(world, tmp_path, prompts=("one", "two"), sizes="16x16,64x64", with_ema=False)
     )
     assert [made.denoise.calls for _, made in by_rank] == [8, 8]
-    painter = by_rank[0][1].painter
-    rounds = painter._rounds(painter._planned(1))
+    sampler = by_rank[0][1].sampler
+    rounds = sampler._rounds(sampler._planned(1))
     assert [[picture.width for picture in each] for each in rounds] == [[64, 64], [16, 16]]
 
 
@@ -356,10 +356,10 @@ def test_guidance_shares_a_pass_for_an_image_with_references_too(tmp_path: Path)
     path = str(tmp_path / "reference.png")
     Image.new("RGB", (64, 64)).save(path)
     made = drawing(ALONE, tmp_path, prompts=("one",), with_ema=False, real=2.0, both=frozenset({(32, 32)}))
-    made.painter.prompts = {"one": Prompt("a picture", references=(path,))}
-    made.painter.references = lambda prompt: reference_tokens([torch.ones(128, 2, 2)])
-    made.painter.reference_crops = reference_crops([path])
-    event = made.painter.draw(1, made.report)
+    made.sampler.prompts = {"one": Prompt("a picture", references=(path,))}
+    made.sampler.references = lambda prompt: reference_tokens([torch.ones(128, 2, 2)])
+    made.sampler.reference_crops = reference_crops([path])
+    event = made.sampler.sample(1, made.report)
     assert event is not None
     assert made.denoise.calls == 2
 
@@ -374,10 +374,10 @@ def test_only_what_is_missing_is_drawn_and_an_image_that_is_there_keeps_its_file
 
     def work(world: World) -> tuple[bool, ValidationEvent | None, ValidationEvent | None, int]:
         made = drawing(world, tmp_path)
-        made.painter.drawn = {0} if world.is_main else set()  # rank 0 reads the events
-        lacked = made.painter.lacks_base
-        event = made.painter.base(1, made.report)
-        return lacked, event, made.painter.base(1, made.report), made.denoise.calls
+        made.sampler.steps_with_sheet = {0} if world.is_main else set()  # rank 0 reads the events
+        lacked = made.sampler.lacks_base
+        event = made.sampler.sample_base(1, made.report)
+        return lacked, event, made.sampler.sample_base(1, made.report), made.denoise.calls
 
     first, second = in_threads(2, work)
     assert (kept.stat().st_mtime_ns, gone.read_bytes()) == (written, whole)
@@ -414,15 +414,15 @@ def test_after_three_failures_in_a_row_on_any_ranks_none_are_drawn(tmp_path: Pat
         made = drawing(
             world, tmp_path, is_sharded=is_sharded, prompts=[f"n{index}" for index in range(5)], decode=decode
         )
-        events = [made.painter.draw(1, made.report)]
+        events = [made.sampler.sample(1, made.report)]
         calls = made.denoise.calls
-        events.append(made.painter.draw(2, made.report))
+        events.append(made.sampler.sample(2, made.report))
         return events, made, made.denoise.calls - calls
 
     for rank, (events, made, later) in enumerate(in_threads(2, work)):
         assert events == [None, None]
         assert later == 0
-        assert made.painter.failures >= 3 if rank == 0 else made.notices == []
+        assert made.sampler.failures >= 3 if rank == 0 else made.notices == []
         if rank == 0:
             assert ["3 images in a row failed" in text for text in made.notices].count(True) == 1
             assert len(made.notices) == 6  # three of each rank
@@ -433,7 +433,7 @@ def test_memory_that_runs_out_on_one_rank_costs_its_image_where_ranks_draw_by_th
     def work(world: World) -> tuple[ValidationEvent | None, Drawing]:
         made = drawing(world, tmp_path, with_ema=False)
         made.denoise.fails_at = 2 if world.rank == 1 else None
-        return made.painter.draw(1, made.report), made
+        return made.sampler.sample(1, made.report), made
 
     (event, made), (other, _) = in_threads(2, work)
     assert event is not None
@@ -454,7 +454,7 @@ def test_where_ranks_draw_together_one_that_fails_before_its_calls_makes_them_al
             return pixels
 
         made = drawing(world, tmp_path, is_sharded=True, decode=decode)
-        return made.painter.draw(1, made.report), made
+        return made.sampler.sample(1, made.report), made
 
     (event, first), (_, second) = in_threads(2, work)
     assert event is not None
@@ -467,7 +467,7 @@ def test_memory_that_runs_out_in_a_call_that_ranks_make_together_ends_the_run(tm
     def work(world: World) -> ValidationEvent | None:
         made = drawing(world, tmp_path, is_sharded=True)
         made.denoise.fails_at = 2 if world.rank == 1 else None
-        return made.painter.draw(1, made.report)
+        return made.sampler.sample(1, made.report)
 
     first, second = in_threads(2, work)
     assert isinstance(first, RanksError)
@@ -530,7 +530,7 @@ def test_what_ends_the_run_while_it_draws_is_no_failure_of_an_image(tmp_path: Pa
             if world.is_main:
                 raise error.of("the end")
 
-        return drawing(world, tmp_path).painter.draw(1, report)
+        return drawing(world, tmp_path).sampler.sample(1, report)
 
     first, second = in_threads(2, work)
     assert isinstance(first, error)
@@ -543,13 +543,13 @@ def measure_and_draw(world: World, folder: str, is_sharded: bool) -> list[Any]:
     transformer = made.denoise.transformer
     if is_sharded:
         mesh = init_device_mesh("cpu", (world.size,))
-        plain = set(made.painter.trained.parameters())
+        plain = set(made.sampler.trained.parameters())
         for module in (*transformer.blocks, transformer):
             fully_shard(module, mesh=mesh, ignored_params=plain)  # the adapter stays whole
     sharded = sum(isinstance(each, DTensor) for each in transformer.parameters())
     loss = HeldOutLoss(made.denoise, 3, sample, world, is_sharded)(lambda *_: None)
-    made.painter.base(1, made.report)
-    made.painter.draw(1, made.report)
+    made.sampler.sample_base(1, made.report)
+    made.sampler.sample(1, made.report)
     return [list(loss.items()), sharded]
 
 
