@@ -20,6 +20,6 @@ def test_two_ranks_fill_the_caches_of_one_and_tell_it_once(
         whole = tensors_below(uninterrupted.folder / "cache" / cache)
         assert tensors_below(workplace.folder / "cache" / cache) == whole
     assert first.out.count("Captions: 7 encoded") == 1, "six captions and the empty one"
-    assert first.out.count("Pictures: 6 encoded") == 1
+    assert first.out.count("Images: 6 encoded") == 1
     assert "encoded" not in second.out + second.err
     assert [event["done"] for event in workplace.events("progress") if event["phase"] == "text"][-1] == 7

@@ -41,7 +41,7 @@ def test_a_compiler_that_fails_ends_the_run_and_names_the_way_out(
     assert workplace.train("--dynamo_backend=inductor") == 2
     assert capsys.readouterr().err == (
         "dynamo_backend = inductor on a machine that cannot compile: there is no C++ compiler no-such-compiler (CXX "
-        "names another). Mend that, or give --dynamo_backend=no to train uncompiled.\n"
+        "names another). Fix that, or give --dynamo_backend=no to train uncompiled.\n"
     )
 
 

@@ -14,9 +14,7 @@ from simpletuner.cli.main import main
 from simpletuner.flux2.export import read_lora
 
 MADE_BEFORE = Path(__file__).parents[1] / "fixtures" / "before-breadth"
-ALL_CACHED = (
-    "Captions: 0 encoded in 0.0 s, 3 in the cache already.\nPictures: 0 encoded in 0.0 s, 2 in the cache already.\n"
-)
+ALL_CACHED = "Captions: 0 encoded in 0.0 s, 3 already cached.\nImages: 0 encoded in 0.0 s, 2 already cached.\n"
 
 
 @pytest.fixture
@@ -49,7 +47,7 @@ def test_the_run_is_resumed_from_its_checkpoint_and_exported(
     assert main(["train"]) == 0
     printed = capsys.readouterr().out
     assert ALL_CACHED in printed
-    assert "Going on from step 2 of 4 (output/run/checkpoints/step-000002)." in printed
+    assert "Resuming from step 2 of 4 (output/run/checkpoints/step-000002)." in printed
     assert cached(before) == caches
 
     assert [event["resumed_from"] for event in before.events("run")] == [None, 2]
@@ -100,7 +98,7 @@ def test_its_latents_and_its_run_survive_another_decoder(
     assert main(["train", "--max_train_steps", "5", *other]) == 0
     printed = capsys.readouterr().out
     assert ALL_CACHED in printed
-    assert "Going on from step 4 of 5" in printed
+    assert "Resuming from step 4 of 5" in printed
     assert cached(before) == caches
 
 

@@ -90,11 +90,14 @@ def test_a_finished_run_says_so_and_what_is_missing_or_damaged_of_it_is_made_aga
     run.lora.write_bytes(run.lora.read_bytes()[:-1] + b"x")
     assert place.train() == 0
     told = capsys.readouterr().out
-    assert f"{EMA_FOLDER}/{LORA_NAME} is missing: the results are made from output/run/checkpoints/step-000001." in told
+    assert (
+        f"{EMA_FOLDER}/{LORA_NAME} is missing: exporting the results again from output/run/checkpoints/step-000001."
+        in told
+    )
     assert content(run) == whole
     run.finished.unlink()  # as a release left it that wrote none
     assert place.train() == 0
-    assert "finished.json is missing: the results are made from" in capsys.readouterr().out
+    assert "finished.json is missing: exporting the results again from" in capsys.readouterr().out
     assert content(run) == whole
     assert [event["phase"] for event in place.events("phase")].count("load") == 2  # begin and end, of the first start
 

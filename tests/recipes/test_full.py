@@ -335,7 +335,7 @@ def test_the_base_pictures_are_drawn_before_the_first_step_and_missed_afterwards
     base.unlink()
     capsys.readouterr()
     assert workplace.train("--max_train_steps=2") == 0
-    assert "The base model's pictures are not there" in capsys.readouterr().out
+    assert "The base model's validation images are missing" in capsys.readouterr().out
     assert not base.exists()
     assert (validations / "step-000002" / "sheet.png").is_file()
 
@@ -361,11 +361,11 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
     monkeypatch.setattr(machine, "disk_room", lambda path: free)
     assert workplace.train("--disk_low_threshold=1MB") == 7
     told = capsys.readouterr().err
-    assert "a checkpoint takes about 65.0 MiB and the finished model's single file 21.7 MiB, and 20.0 MiB are" in told
+    assert "a checkpoint takes about 65.0 MiB and the finished model's single file 21.7 MiB, but only 20.0 MiB" in told
     assert workplace.events("step") == []
     free = 100 * 2**20
     assert workplace.train("--disk_low_threshold=1MB") == 0
-    assert "3 more checkpoints of about 65.0 MiB will lie in output/run at once" in capsys.readouterr().out
+    assert "output/run will hold 3 more checkpoints of about 65.0 MiB each" in capsys.readouterr().out
 
 
 def test_rollouts_and_strata_train_the_whole_model_too(workplace: Workplace) -> None:
@@ -399,6 +399,6 @@ def test_damaged_weights_are_passed_over(workplace: Workplace, capsys: pytest.Ca
     victim.unlink()  # the finished model is the same file
     victim.write_bytes(damaged)
     assert workplace.train() == 0
-    assert f"step-000002 is damaged and passed over: transformer/{WEIGHTS} does not" in capsys.readouterr().out
+    assert f"step-000002 is damaged and skipped: transformer/{WEIGHTS} does not" in capsys.readouterr().out
     assert workplace.train("--output_dir=output/straight") == 0
     assert trained_bytes(workplace, "run") == trained_bytes(workplace, "straight")

@@ -64,8 +64,8 @@ def test_a_whole_model_with_a_small_decoder_is_a_pipeline_for_diffusers(
     assert klein.train() == 0
     model = klein.run().model
     printed = capsys.readouterr().out
-    told = [line for line in printed.splitlines() if line.startswith("Pictures: 0 encoded")]
-    assert [line.endswith(" s, 6 in the cache already.") for line in told] == [True]
+    told = [line for line in printed.splitlines() if line.startswith("Images: 0 encoded")]
+    assert [line.endswith(" s, 6 already cached.") for line in told] == [True]
     assert f"In diffusers: Flux2KleinPipeline.from_pretrained({str(model.relative_to(klein.folder))!r})" in printed
     assert sorted(path.name for path in (model / "vae").iterdir()) == ["config.json", WEIGHTS]
 

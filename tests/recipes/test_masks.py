@@ -121,7 +121,7 @@ def test_masks_under_which_nothing_counts_end_the_run_before_it_encodes(
     add_masks(workplace, 0)
     assert workplace.train() == 3
     said = capsys.readouterr().err
-    assert "6 masks are black in all of the crop" in said
+    assert "6 masks are all black in the trained crop" in said
     assert said.count("datasets/masks/") == 6
     assert not list((workplace.folder / "cache" / "text").rglob("*.safetensors"))
 

@@ -75,7 +75,7 @@ def test_a_run_with_all_of_it_is_the_run_without(workplace: Workplace, capsys: p
     assert workplace.train() == 0
     told = capsys.readouterr().out
     assert "Streamed: 8 groups of weights, " in told
-    assert "Note: On a CPU offloading copies within the same memory" in told
+    assert "Note: On a CPU, offloading copies within the same memory" in told
     assert "at most 1 groups on the device" in workplace.run().log.read_text()
     found, expected = seen(workplace, "run"), seen(workplace, "plain")
     assert found.keys() == expected.keys()

@@ -24,7 +24,7 @@ def test_a_base_in_fp8_trains_as_its_values_do(
     for name in ("fp8", "plain"):
         own = [f"--output_dir=output/{name}", f"--pretrained_transformer_model_name_or_path={name}.safetensors"]
         assert workplace.train(*given, *own) == 0
-        said = "The base in fp8wo-torchao, as its file holds it, takes " in capsys.readouterr().out
+        said = "The base in fp8wo-torchao, as stored in its file, takes " in capsys.readouterr().out
         assert said == (name == "fp8")
     assert workplace.losses("plain") == workplace.losses("fp8")
     expected, found = (load_file(workplace.run(name).lora) for name in ("plain", "fp8"))

@@ -42,7 +42,7 @@ def test_a_loss_that_is_not_finite_names_commands_that_go_on(
 
     assert main(slower) == 3, "the batch is as bad as before"
     assert workplace.events("checkpoint", "a run")[-2]["state"] != "damaged"
-    assert f"Going on from step {saved - 1} of 6" in (told := capsys.readouterr().out)
+    assert f"Resuming from step {saved - 1} of 6" in (told := capsys.readouterr().out)
     assert f"From step {saved} on this run is trained with learning_rate = 0.0001 (was 0.001)" in told
 
     assert main(past) == 0

@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_notice(
     victim.write_bytes(victim.read_bytes()[:-1] + b"\0")
     workplace.run().lora.unlink()
     assert workplace.train() == 0
-    assert "step-000002 is damaged and passed over: optimizer.safetensors does not have" in capsys.readouterr().out
+    assert "step-000002 is damaged and skipped: optimizer.safetensors does not have" in capsys.readouterr().out
     assert [event["state"] for event in workplace.events("checkpoint")].count("damaged") == 1
     same_bytes(workplace)
 
@@ -109,10 +109,10 @@ def test_another_batch_size_cuts_the_rest_of_the_epoch_anew_and_stays_so(
     assert place.train(*other[:2], "--max_train_steps=2") == 0
     said = "Note: From step 2 on this run is trained with train_batch_size = 2 (was 1), gradient_accumulation_steps = 1"
     assert said in (out := capsys.readouterr().out)
-    assert "A step still has 2 images, in another order; of this epoch come those that are left." in out
+    assert "A step still has 2 images, in another order; this epoch continues with its remaining images." in out
     assert place.train(*other) == 0
     assert "Changed since step 2: max_train_steps = 4 (was 2).\n" in (out := capsys.readouterr().out)
-    assert "Going on from step 2 of 4" in out
+    assert "Resuming from step 2 of 4" in out
     state = json.loads((place.run().checkpoint(4) / STATE_NAME).read_text())
     assert state["cuts"] == [{"steps": 1, "batch_size": 1, "batches_per_step": 2}]
     # Stopped in between or not: the same bits.
@@ -146,7 +146,9 @@ def test_another_default_does_not_change_a_run(
     for steps in (2, 3):
         assert workplace.train(f"--max_train_steps={steps}") == 0
         kept = "gradient_accumulation_steps = 2, learning_rate = 0.001, lora_rank = 4, mixed_precision = 'no'."
-        assert f"Not given, and kept as output/run/checkpoints/step-{steps - 1:06}" in (out := capsys.readouterr().out)
+        assert f"Not set, so kept at the values of output/run/checkpoints/step-{steps - 1:06}" in (
+            out := capsys.readouterr().out
+        )
         assert kept in out
         assert json.loads(workplace.run().config.read_text())["lora_rank"] == 4
     same_bytes(workplace)
@@ -184,7 +186,7 @@ def test_an_option_that_is_gone_is_refused_unless_it_changed_nothing(
     assert workplace.train() == 6
     error = capsys.readouterr().err
     assert "was trained with a_lost_option = 0, which this release does not have" in error
-    assert "Go on with the release that wrote it." in error
+    assert "Resume with the release that wrote it." in error
     monkeypatch.setitem(REMOVED, "a_lost_option", (0,))
     assert workplace.train() == 0
     same_bytes(workplace)
@@ -311,9 +313,9 @@ def test_caches_of_another_base_model_are_not_used_and_not_lost(
         assert main(["dataset", "cache"]) == 0
         return capsys.readouterr().out
 
-    assert " 0 in the cache already" in cached("model")
+    assert " 0 already cached" in cached("model")
     of_model = tensors_below(workplace.folder / "cache")
-    assert cached("other").count(" 0 in the cache already") == 2
+    assert cached("other").count(" 0 already cached") == 2
     assert tensors_below(workplace.folder / "cache").items() > of_model.items()
     assert cached("model").count(": 0 encoded") == 2
     (workplace.folder / "moved").mkdir()

@@ -59,7 +59,7 @@ def test_a_run_is_started_watched_and_stopped(workplace: Workplace) -> None:
     finally:
         if run.lock().is_held():
             os.kill(started["pid"], signal.SIGKILL)
-    assert "it is saved" in run.console.read_text()
+    assert "the run is saved" in run.console.read_text()
     listed = typed(workplace, "run", "list")["runs"]
     assert [(one["run"], one["state"]) for one in listed] == [("output/run", "stopped")]
     verified = typed(workplace, "checkpoint", "verify")["checkpoints"]

@@ -57,8 +57,8 @@ def test_two_machines_that_share_nothing_train_and_resume_as_one(
     second.config, second.prompts = first.config, first.prompts
     ended = train_on([first, second], "--max_train_steps=2")
     assert [each.exit_code for each in ended] == [0, 0], ended[0].err + ended[1].err
-    assert "output/run is not shared by 2 machines: machine 0 keeps the run" in ended[0].out
-    assert "The cache of images is filled on each of 2 machines, which do not share cache/vae." in ended[0].out
+    assert "The 2 machines do not share output/run: machine 0 stores the run" in ended[0].out
+    assert "Each of 2 machines fills its cache of images: they do not share cache/vae." in ended[0].out
     assert not (second.folder / "output").exists()
     # Machine 0 has drawn all images, and measured the drift.
     (event,) = [each for each in first.events("validation") if each["step"] == 2]
@@ -68,7 +68,7 @@ def test_two_machines_that_share_nothing_train_and_resume_as_one(
     # A LoRA does not depend on the engine: FSDP2 goes on with what DDP has saved.
     ended = train_on([first, second], "--fsdp_enable")
     assert [each.exit_code for each in ended] == [0, 0], ended[0].err + ended[1].err
-    assert "Going on from step 2 of 3" in ended[0].out
+    assert "Resuming from step 2 of 3" in ended[0].out
     assert not (second.folder / "output").exists()
     assert first.losses() == uninterrupted.losses()
     assert first.run().lora.read_bytes() == uninterrupted.run().lora.read_bytes()
@@ -104,5 +104,5 @@ def test_torchrun_restarts_from_the_last_checkpoint_with_another_number_of_proce
     assert [(cut.steps, cut.batches_per_step) for cut in state.cuts] == [(4, 3)]
     assert state.config["gradient_accumulation_steps"] == 2
     notices = [event["text"] for event in place.events("notice")]
-    said = "From step 5 on 2 processes with gradient_accumulation_steps = 2: a step has 4 images, and had 3."
+    said = "From step 5 on 2 processes with gradient_accumulation_steps = 2: a step has 4 images instead of 3."
     assert sum(said in text for text in notices) == 1

@@ -169,7 +169,7 @@ def test_init_lora_goes_on_from_another_programs_file(workplace: Workplace, caps
     assert workplace.train(
         "--init_lora=kohya.safetensors", "--learning_rate=1e-20", "--adam_weight_decay=0", "--max_train_steps=1"
     ) == 0  # fmt: skip
-    assert "kohya.safetensors holds 1 keys of a text encoder's layers too" in capsys.readouterr().out
+    assert "kohya.safetensors also has 1 keys for text encoder layers" in capsys.readouterr().out
     trained = read_adapter(workplace.run().lora).modules
     assert trained.keys() == deltas.keys()
     for name, factors in trained.items():
@@ -250,7 +250,7 @@ def test_a_tracker_that_fails_is_reported_once_and_stops_nothing(workplace: Work
     assert workplace.train() == 0
     notices = [event["text"] for event in workplace.events("notice") if "tensorboard" in event["text"]]
     assert len(notices) == 1
-    assert "gets nothing of this run" in notices[0]
+    assert "logs nothing of this run" in notices[0]
     assert workplace.run().lora.exists()
 
 
@@ -300,7 +300,7 @@ def test_few_pictures_and_many_steps_get_a_word(
     disk_room = machine.disk_room
     monkeypatch.setattr(machine, "disk_room", lambda path: 0 if workplace.events("step") else disk_room(path))
     assert workplace.train() == 7
-    assert "10000 steps on 6 pictures show each of them about 3333 times" in capsys.readouterr().out
+    assert "10000 steps on 6 images show each image about 3333 times" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -311,7 +311,7 @@ def test_too_few_steps_get_a_word_and_a_refused_start_is_no_attempt(
     workplace.config |= {"max_train_steps": 2, "gradient_accumulation_steps": 1}
     assert workplace.train() == 0
     out = capsys.readouterr().out
-    assert "2 steps show 2 of 6 pictures, and the others never: --max_train_steps=6 shows each about once." in out
+    assert "2 steps show only 2 of 6 images: --max_train_steps=6 shows each about once." in out
     assert "step 2/2, loss" in out
     assert "(average of 2 steps)" in out
     assert workplace.train("--lora_rank=8") == 6

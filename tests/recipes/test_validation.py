@@ -69,7 +69,7 @@ def test_images_that_cannot_be_made_cost_themselves_and_no_bit_and_stop_after_th
     texts = [event["text"] for event in drawing.events("notice", name)]
     texts = [text for text in texts if "could not be made" in text]
     assert len(texts) == 3
-    assert all(reason in text and "Training goes on without it." in text for text in texts)
+    assert all(reason in text and "Training continues without it." in text for text in texts)
     assert ["3 images in a row failed" in text for text in texts] == [False, False, True]
     assert "--validation_disable" in texts[-1]
     assert drawing.events("validation", name) == []

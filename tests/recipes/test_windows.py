@@ -43,7 +43,7 @@ def test_a_window_may_end_later_than_was_planned_and_no_earlier(
     taking_turns.datasets[0]["end_step"] = 1
     taking_turns.datasets[1] |= {"start_step": 2, "end_step": 4}
     assert taking_turns.train("--max_train_steps=4") == 6
-    assert "set-0, set-1: other steps or epochs up to step 3 are active" in capsys.readouterr().err
+    assert "set-0, set-1: active in other steps or epochs up to step 3" in capsys.readouterr().err
     taking_turns.datasets[0]["end_step"] = 2
     taking_turns.datasets[1]["start_step"] = 3
     assert taking_turns.train("--max_train_steps=4") == 0

@@ -179,7 +179,7 @@ def test_several_gpus_are_planned_with_what_travels_and_the_engine(server: Serve
     expect(planned).not_to_contain_text("DDP")
     planned.get_by_text("Memory of each phase").click()
     planned.get_by_label("GPUs", exact=True).select_option("2")
-    expect(planned).to_contain_text("Take DDP: each process holds the whole run", timeout=LONG_MS)
+    expect(planned).to_contain_text("Use DDP: each process holds the whole run", timeout=LONG_MS)
     expect(planned).to_contain_text(
         re.compile(r"2 processes, DDP: RAM is for all processes together\. Each sends \d+ MiB of gradients per step\.")
     )

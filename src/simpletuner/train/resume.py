@@ -237,7 +237,7 @@ def resumed_config(
     )
     if is_elastic and now.effective_batch != before.effective_batch:
         reporter.notice(
-            f"From step {state.step + 1} on {split_text}, before it had {before.effective_batch}. The loss is no "
+            f"From step {state.step + 1} on {split_text} instead of {before.effective_batch}. The loss is no "
             "longer that of a run without the change."
         )
     elif "gradient_accumulation_steps" in comparison.adapted and is_elastic:

@@ -181,7 +181,7 @@ def test_cache_fills_what_a_run_reads(project: Path, capsys: pytest.CaptureFixtu
     assert run(["cache", "--verify"]) == 0
     said = capsys.readouterr().out
     assert "Captions: 0 encoded" in said
-    assert "Pictures: 0 encoded" in said
+    assert "Images: 0 encoded" in said
 
 
 def test_help_lists_the_words(capsys: pytest.CaptureFixture[str]) -> None:

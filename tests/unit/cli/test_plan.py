@@ -417,8 +417,8 @@ def test_without_a_tokenizer_captions_are_estimated_by_their_characters(capsys: 
     assert (found["workload"]["caption_tokens"], found["workload"]["tokenizer"]) == (65, None)
     run(flags)
     assert (
-        "The longest caption has at most about 65 tokens by its characters: no tokenizer of this model is on this "
-        "disk.\n"
+        "The longest caption has at most about 65 tokens by its characters: this model's tokenizer is "
+        "not on this disk.\n"
     ) in capsys.readouterr().out
 
 

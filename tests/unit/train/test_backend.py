@@ -30,7 +30,7 @@ def test_a_cpu_is_uncompiled_without_a_word_and_without_a_try() -> None:
 
 def test_a_gpu_compiles_where_it_can_from_201_steps_on() -> None:
     choice = choose_backend(RunConfig(), GPU, 201, works)
-    reason = "The blocks are compiled (dynamo_backend = auto): 201 steps make up for it."
+    reason = "The blocks are compiled (dynamo_backend = auto): 201 steps repay it."
     assert choice == BackendChoice("inductor", reason)
 
 
@@ -39,8 +39,8 @@ def test_few_steps_are_uncompiled_without_a_try(steps: int) -> None:
     choice = choose_backend(RunConfig(), GPU, steps, is_not_asked)
     assert choice.backend == "no"
     assert choice.reason == (
-        f"The blocks are not compiled (dynamo_backend = auto): {steps} steps are too few to make up for the "
-        "compilation (more than 200 are)."
+        f"The blocks are not compiled (dynamo_backend = auto): {steps} steps are too few to repay the "
+        "compilation (it takes more than 200)."
     )
 
 
@@ -52,7 +52,9 @@ def test_blocks_that_deepspeed_gathers_inside_are_uncompiled_without_a_try() -> 
 
 def test_a_machine_without_a_compiler_is_uncompiled_and_says_what_it_lacks() -> None:
     choice = choose_backend(RunConfig(), GPU, 201, has_no_triton)
-    reason = "The blocks are not compiled (dynamo_backend = auto): this machine cannot: TritonMissing: no Triton."
+    reason = (
+        "The blocks are not compiled (dynamo_backend = auto): this machine cannot compile: TritonMissing: no Triton."
+    )
     assert choice == BackendChoice("no", reason)
 
 
@@ -80,6 +82,6 @@ def test_the_users_word_fails_where_it_cannot_be_kept() -> None:
     with pytest.raises(ConfigError) as caught:
         check_backend(RunConfig(dynamo_backend="inductor"), GPU, has_no_triton)
     assert str(caught.value) == (
-        "dynamo_backend = inductor on a machine that cannot compile: TritonMissing: no Triton. Mend that, or give "
+        "dynamo_backend = inductor on a machine that cannot compile: TritonMissing: no Triton. Fix that, or give "
         "--dynamo_backend=no to train uncompiled."
     )

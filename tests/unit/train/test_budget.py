@@ -229,7 +229,8 @@ def test_a_failed_allocation_is_explained() -> None:
     told = " ".join(own.explain("train", "accelerator", GPU_PEAK, saved=False))
     assert told.startswith("The plan was train (512x512 × 1): GPU 20.")
     assert (
-        "; the measured peak is 22.00 GiB, 22.40 GiB reserved. Less is taken with --enable_group_offload=true: " in told
+        "; the measured peak is 22.00 GiB, 22.40 GiB reserved. Take less memory with --enable_group_offload=true: "
+        in told
     )
     assert own.explain("export", "accelerator", GPU_PEAK, saved=False) == []
     assert own.explain(None, "accelerator", GPU_PEAK, saved=False) == []
@@ -250,14 +251,14 @@ def test_each_phase_is_explained_by_its_own_plan(phase: Phase, line: str, change
     own = budget(CARD, *DEV, *flags, "--validation_resolution=1024x1024", bucket=(1024, 1024), draws=True)
     planned, remedy = own.explain(phase, "accelerator", GPU_PEAK, saved=False)
     assert planned.startswith(f"The plan was {line}")
-    assert remedy.startswith(f"Less is taken with {change}")
+    assert remedy.startswith(f"Take less memory with {change}")
 
 
 @pytest.mark.usefixtures("project")
 def test_full_host_memory_beside_a_gpu_is_explained_by_the_plan_for_ram() -> None:
     own = budget(CARD, *DEV, "--enable_group_offload", bucket=(512, 512))
     told = " ".join(own.explain("train", "ram", PeakMemory(60 * GIB, GIB, GIB), saved=False))
-    assert "the measured peak is 60.00 GiB of RAM. Less is taken with --base_model_precision=int8-quanto: 4" in told
+    assert "the measured peak is 60.00 GiB of RAM. Take less memory with --base_model_precision=int8-quanto: 4" in told
 
 
 @pytest.mark.usefixtures("project")
@@ -265,13 +266,13 @@ def test_a_run_with_checkpoints_is_told_what_a_resumed_run_may_change() -> None:
     own = budget(Machine(90 * GIB, 128 * GIB, None), *DEV, "--gradient_checkpointing=false", bucket=(1024, 1024))
     peak = PeakMemory(GIB, 90 * GIB, 90 * GIB)
     fresh, resumed = (own.explain("train", "accelerator", peak, saved=saved)[1] for saved in (False, True))
-    assert fresh.startswith("Less is taken with --gradient_checkpointing=true: ")
-    assert resumed.startswith("Less is taken with --enable_group_offload=true: ")
+    assert fresh.startswith("Take less memory with --gradient_checkpointing=true: ")
+    assert resumed.startswith("Take less memory with --enable_group_offload=true: ")
     offloaded = budget(
         own.machine, *DEV, "--gradient_checkpointing=false", "--enable_group_offload", bucket=(2048, 2048)
     )
     resumed = offloaded.explain("train", "accelerator", peak, saved=True)[1]
-    assert resumed.startswith("Less is taken with --gradient_checkpointing=true: ")
+    assert resumed.startswith("Take less memory with --gradient_checkpointing=true: ")
     assert resumed.endswith(", in a new run: give another --output_dir too.")
 
 
@@ -301,7 +302,7 @@ def test_after_a_failed_allocation_auto_is_told_to_keep_fewer() -> None:
     own = budget(replace(CARD, ram=64 * GIB), *DEV, *STREAMED, bucket=(512, 512))
     count = own.footprint.settled.resident_blocks
     told = own.explain("train", "accelerator", PeakMemory(GIB, 21 * GIB, 21 * GIB), saved=False)[-1]
-    fewer = int(told.partition("Less is taken with --group_offload_resident_blocks=")[2].partition(":")[0])
+    fewer = int(told.partition("Take less memory with --group_offload_resident_blocks=")[2].partition(":")[0])
     assert count is not None
     assert 0 < fewer < count
 
@@ -326,7 +327,7 @@ def test_out_of_memory_ends_with_the_plan_and_exit_code_5(error: Exception) -> N
     assert told.startswith(str(error).splitlines()[0] if str(error) else "out of memory")
     assert "It happened while training step 3 (2 × 64x64). The plan was train (64x64 × 1): RAM " in told
     assert "the measured peak is " in told
-    assert told.endswith("What was cached and saved is kept.")
+    assert told.endswith("Caches and checkpoints are kept.")
 
 
 class Exhausting(Optimizer):
@@ -385,7 +386,7 @@ def test_a_run_begins_with_its_plan(capsys: pytest.CaptureFixture[str]) -> None:
     start = lines.index("Memory plan, worst moment of each phase:")
     assert [line.split()[0] for line in lines[start + 1 : start + 4]] == ["text", "latents", "train"]
     assert lines[start + 4].startswith("It fits: RAM ")
-    assert any(line.startswith("Planned with the largest pictures: train (80x48 × 1)") for line in lines)
+    assert any(line.startswith("Planned with the largest images: train (80x48 × 1)") for line in lines)
     plans = [event for event in read_events(Path("out/events.jsonl")) if event["type"] == "plan"]
     assert [len(event["plan"]["phases"]) for event in plans] == [3, 3]
     assert plans[0]["remedy"] is None
@@ -438,6 +439,6 @@ def test_the_plan_says_what_is_left_out_of_the_longest_caption() -> None:
     (told,) = budget(CARD, *DEV, caption_tokens=512, tokenizer=Path("tokenizer"))._longest_caption()
     assert told.endswith("counted with tokenizer/tokenizer.json.")
     (told,) = budget(CARD, *DEV, caption_tokens=513, tokenizer=Path("tokenizer"))._longest_caption()
-    assert told.endswith("tokenizer.json; what is beyond 512 is left out.")
+    assert told.endswith("tokenizer.json; tokens beyond 512 are truncated.")
     (told,) = budget(CARD, *DEV, caption_tokens=513)._longest_caption()
-    assert told.endswith("this disk; what is beyond 512 would be left out.")
+    assert told.endswith("this disk; tokens beyond 512 would be truncated.")

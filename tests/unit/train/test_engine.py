@@ -27,10 +27,10 @@ def budget(vram_gib: int, ranks: int, ram_gib: int = 256, **options: object) -> 
 def test_copies_are_taken_where_one_gpu_holds_the_run() -> None:
     advice = budget(80, 2).advice
     assert advice.engine == "ddp"
-    assert advice.text.startswith("Take DDP: each process holds the whole run, 65.")
+    assert advice.text.startswith("Use DDP: each process holds the whole run, 65.")
     assert advice.peaks["fsdp2"] < advice.peaks["ddp"]
     other = budget(80, 2, fsdp_enable=True)
-    assert other.advice.text.startswith("Take DDP (without --fsdp_enable): ")
+    assert other.advice.text.startswith("Use DDP (without --fsdp_enable): ")
     assert other.lines()[-1] == other.advice.text
     assert budget(80, 2).lines()[-1] != advice.text
 
@@ -52,7 +52,7 @@ def test_the_fewest_gpus_that_fit_are_the_fewest(vram_gib: int) -> None:
     assert (advice.engine, own.plan.fits) == (None, False)
     fewest = advice.fewest_gpus
     assert fewest is not None
-    assert f"{fewest} such GPUs are the fewest that fit, with --fsdp_enable." in advice.text
+    assert f"These options fit on {fewest} such GPUs or more, with --fsdp_enable." in advice.text
     assert budget(vram_gib, fewest, fsdp_enable=True).plan.fits
     assert not budget(vram_gib, fewest - 1, fsdp_enable=True).plan.fits
     assert own.remedy is not None, "or quantize, or stream the blocks"
@@ -73,7 +73,7 @@ def test_zero_is_compared_with_the_others_and_kept_where_it_sends_less() -> None
     own = budget(48, 2, deepspeed_config="zero3")
     assert own.advice.text.startswith("Take ZeRO-3 (--deepspeed_config=zero3): whole copies take 65.")
     idle = budget(80, 2, deepspeed_config="zero2").advice.text
-    assert idle.startswith("Take DDP (without --deepspeed_config): each process holds the whole run, ")
+    assert idle.startswith("Use DDP (without --deepspeed_config): each process holds the whole run, ")
     assert " a step, with ZeRO-2 " in idle
     full = {"model_type": "full", "model_flavour": "klein-4b", **FLAVOURS["klein-4b"].option_defaults}
     assert budget(80, 8, **full).advice.engine == "ddp"
@@ -98,9 +98,7 @@ def test_the_fewest_machines_that_fit_are_the_fewest() -> None:
     fewest = own.advice.fewest_gpus
     assert fewest is not None
     assert fewest % 2 == 0
-    text = (
-        f"With these options {fewest} such GPUs on {fewest // 2} machines are the fewest that fit, with --fsdp_enable."
-    )
+    text = f"These options fit on {fewest} such GPUs on {fewest // 2} machines or more, with --fsdp_enable."
     assert text in own.advice.text
     assert budget(24, fewest, num_machines=fewest // 2, fsdp_enable=True).plan.fits
     assert not budget(24, fewest - 2, num_machines=fewest // 2 - 1, fsdp_enable=True).plan.fits

@@ -208,11 +208,11 @@ def test_all_masks_under_which_nothing_counts_are_named_before_an_encoder_loads(
     def draw(sample: Sample) -> Image.Image:
         return Image.new("L", (64, 64)) if sample.name in ("1.png", "4.png") else half(sample)
 
-    with pytest.raises(DataError, match="4 masks are black in all of the crop") as caught:
+    with pytest.raises(DataError, match="4 masks are all black in the trained crop") as caught:
         filled(masked(draw))
     assert all(f"{name}" in str(caught.value) for name in ("a-1.png", "a-4.png", "b-1.png", "b-4.png"))
     assert "--masked_loss_floor=0.1" in str(caught.value)
     filled(masked(draw, floor=0.1))
     filled(masked(draw, invert=True))
-    with pytest.raises(DataError, match="14 masks are white in all of the crop"):
+    with pytest.raises(DataError, match="14 masks are all white in the trained crop"):
         filled(masked(white, invert=True))

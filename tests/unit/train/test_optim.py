@@ -152,7 +152,7 @@ class Forgetful(torch.optim.SGD):
 
 def test_one_that_forgets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim, "Forgetful", Forgetful, raising=False)
-    with pytest.raises(ConfigError, match="does not go on where it was"):
+    with pytest.raises(ConfigError, match="does not continue exactly"):
         optim.build(named()[0][1:], OptimOptions(optimizer="torch:forgetful"))
 
 
@@ -303,7 +303,7 @@ def test_a_rehearsal_has_one_tensor_that_is_large_enough_to_be_paged(offered: ty
 
 @pytest.mark.usefixtures("offered")
 def test_state_of_large_tensors_that_is_not_saved_is_found() -> None:
-    with pytest.raises(ConfigError, match="torch:forgettinglarge: saved and restored it does not go on"):
+    with pytest.raises(ConfigError, match="torch:forgettinglarge: after saving and restoring, it does not continue"):
         optim.build(model(), OptimOptions(optimizer="torch:forgettinglarge"))
 
 

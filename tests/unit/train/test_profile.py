@@ -59,4 +59,4 @@ def test_a_large_trace_is_told(
 ) -> None:
     monkeypatch.setattr(profile, "LARGE_TRACE_BYTES", 10)
     run(tmp_path / "profile", range(1, 2), range(1, 2))
-    assert "with fewer profile_steps" in capsys.readouterr().out
+    assert "fewer profile_steps make" in capsys.readouterr().out

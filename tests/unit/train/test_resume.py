@@ -71,7 +71,7 @@ def test_the_same_batch_on_other_processes_is_said_in_a_line(given: Given, capsy
     config = resumed(given("--num_processes=2"), state(2, 4))
     assert (config.train_batch_size, config.gradient_accumulation_steps, config.num_processes) == (2, 2, 2)
     assert capsys.readouterr().out.splitlines() == [
-        "Note: Not given, and kept as step-3 was trained with: train_batch_size = 2.",
+        "Note: Not set, so kept at the values of step-3: train_batch_size = 2.",
         "Changed since step 3: gradient_accumulation_steps = 2 (was 4), num_processes = 2 (was 1).",
     ]
     # Processes of torchrun, and of a run that has no torchrun any more.
@@ -88,7 +88,7 @@ def test_another_batch_size_is_a_notice(given: Given, capsys: pytest.CaptureFixt
     assert config.effective_batch == 4
     assert capsys.readouterr().out.splitlines() == [
         "Note: From step 4 on this run is trained with train_batch_size = 2 (was 1), gradient_accumulation_steps = 2 "
-        "(was 4). A step still has 4 images, in another order; of this epoch come those that are left.",
+        "(was 4). A step still has 4 images, in another order; this epoch continues with its remaining images.",
     ]
 
 
@@ -121,7 +121,7 @@ def test_beside_a_set_with_its_own_batch_size_the_runs_stays(given: Given) -> No
     flags = ["--train_batch_size=1", "--gradient_accumulation_steps=4"]
     with pytest.raises(CheckpointError) as caught:
         resumed(given(*flags, train_batch_size=3), state(2, 2))
-    assert "A step had 4 images, and cats has a train_batch_size of its own" in str(caught.value)
+    assert "A step had 4 images, and cats has its own train_batch_size" in str(caught.value)
     typed = shlex.split(str(caught.value).split("`")[1])
     assert {*typed[2:]} == {"--train_batch_size=2", "--gradient_accumulation_steps=2"}
     assert resumed(given(*typed[2:], train_batch_size=3), state(2, 2)).train_batch_size == 2
@@ -149,8 +149,8 @@ def test_an_elastic_run_says_what_its_effective_batch_is(given: Given, capsys: p
         2,
         [
             "Changed since step 3: gradient_accumulation_steps = 2 (was 1), num_processes = 2 (was 3).",
-            "Note: From step 4 on 2 processes with gradient_accumulation_steps = 2: a step has 4 images, and had 3. "
-            "Its loss is no longer that of a run without the change.",
+            "Note: From step 4 on 2 processes with gradient_accumulation_steps = 2: a step has 4 images instead of "
+            "3. The loss is no longer that of a run without the change.",
         ],
     )
 
@@ -169,8 +169,8 @@ def test_a_later_step_on_another_machine_is_not_passed_over(tmp_path: Path) -> N
         check("own-")
     assert str(caught.value).replace("own-1", "own-0") == (
         f"machine 1 has {tmp_path}/own-0/checkpoints/step-000040, and machine 0 has step 20: expected the newest "
-        "checkpoint on machine 0, whose output_dir is not shared. Copy it to machine 0, give machine 1 the "
-        "--machine_rank 0, or delete it there."
+        "checkpoint on machine 0, whose output_dir is not shared. Copy it to machine 0, start machine 1 with "
+        "--machine_rank=0, or delete it there."
     )
 
 
@@ -216,7 +216,10 @@ def test_every_key_that_may_have_changed_a_set_is_named(given: Given) -> None:
             model={},
         )
     text = str(caught.value)
-    assert "cats: images, captions, crops, references or masks have changed since step-3, or a key of the set: " in text
+    assert (
+        "cats: images, captions, crops, references or masks have changed since step-3, or a key of the dataset: "
+        in text
+    )
     assert "dogs" not in text
     own = loaded.datasets.train_sets[0]
     manifest = Manifest(own, (), (), ())

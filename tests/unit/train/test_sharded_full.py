@@ -331,7 +331,7 @@ def test_a_rank_that_has_drifted_saves_nothing(saved: tuple[Path, list[dict[str,
     for answer in saved[1]:
         (kind, text, folders), is_good = answer["drift"]
         assert kind == "CheckpointError"
-        assert "rank 1 has drifted from the other ranks: 1 of" in text
+        assert "rank 1 has diverged from the other ranks: 1 of" in text
         assert folders == ["step-000001"]
         assert is_good
 

@@ -110,8 +110,8 @@ def test_a_slow_step_is_told_with_where_the_time_went_at_most_once_in_a_hundred(
     assert not told
     step(63, 6.1, waited=5.0)
     assert told == [
-        "Step 63 took 6.1 s, and its work usually takes 2.0 s (the median of the last 50 steps). 5.0 s of them went by "
-        "until its batch was read: is the disk of the caches slow?"
+        "Step 63 took 6.1 s, but its work usually takes 2.0 s (the median of the last 50 steps). It waited "
+        "5.0 s for its batch: is the disk of the caches slow?"
     ]
     step(100, 9.0)
     assert len(told) == 1

@@ -104,7 +104,7 @@ def test_a_step_without_a_set_is_named(
 
 def test_a_set_outside_of_the_run_is_named() -> None:
     own = plan({}, {"start_step": 4}, {"start_epoch": 9}, max_train_steps=4)
-    assert own.notices == ("set-2: its window leaves out steps 1 to 4: the set is not trained.",)
+    assert own.notices == ("set-2: its window contains none of the steps 1 to 4, so this dataset is not trained.",)
 
 
 @pytest.mark.parametrize(
@@ -138,5 +138,5 @@ def test_only_what_is_to_come_may_change(
     if is_same:
         check_windows(found, commands, own, new)
         return
-    with pytest.raises(CheckpointError, match="other steps or epochs up to step 6 are active than those that step-6"):
+    with pytest.raises(CheckpointError, match="active in other steps or epochs up to step 6 than when step-6"):
         check_windows(found, commands, own, new)
