@@ -57,11 +57,11 @@ class Encoders:
     latents: str
 
     @classmethod
-    def of(cls, config: RunConfig, source: Source, *, whole: bool = False) -> "Encoders":
-        """The keys for the encoders' weights, precision and settings. `whole` hashes all bytes of the text encoder,
+    def of(cls, config: RunConfig, source: Source, *, all_bytes: bool = False) -> "Encoders":
+        """The keys for the encoders' weights, precision and settings. `all_bytes` hashes all bytes of the text encoder,
         else only the first 4 KiB of each tensor.
         """
-        return cls(text_codec(config, config, source, whole=whole), autoencoder_id(source, **_encoding(config)))
+        return cls(text_codec(config, config, source, whole=all_bytes), autoencoder_id(source, **_encoding(config)))
 
     @classmethod
     def claimed(cls, loaded: Loaded, source: Source, world: World) -> "Encoders":
@@ -79,13 +79,13 @@ class Encoders:
     @classmethod
     def _claimed(cls, loaded: Loaded, source: Source) -> "Encoders":
         config, datasets = loaded.config, loaded.datasets
-        prefix, whole = (cls.of(config, source, whole=all_bytes) for all_bytes in (False, True))
+        prefix, full = (cls.of(config, source, all_bytes=all_bytes) for all_bytes in (False, True))
         earlier = (earlier_autoencoder_id(source, **_encoding(config), whole=all_bytes) for all_bytes in (False, True))
         texts = [text_storage(store) for store in datasets.text_stores]
         picture_sets = (*datasets.train_sets, *datasets.eval_sets, *datasets.conditioning_sets)
         # Before the texts: in a storage of both, their claim would hide that the storage had no claims.
         latents = key_of_latents([latent_storage(each) for each in picture_sets], prefix.latents, *earlier)
-        return cls(prefix.text if claim(texts, prefix.text.key, whole.text.key) else whole.text, latents)
+        return cls(prefix.text if claim(texts, prefix.text.key, full.text.key) else full.text, latents)
 
 
 def _encoding(config: RunConfig) -> dict[str, Any]:
@@ -123,19 +123,19 @@ def base_fingerprints(
 
 
 def _base_fingerprints(config: RunConfig, source: Source, like: Mapping[str, str] | None) -> dict[str, str]:
-    whole = like is None or knows_whole_base(like)
+    all_bytes = like is None or has_full_fingerprints(like)
     fingerprints = {
-        "transformer": source.fingerprint("transformer", whole=whole),
-        "text encoder": text_codec(config, config, source, whole=whole).key,
+        "transformer": source.fingerprint("transformer", whole=all_bytes),
+        "text encoder": text_codec(config, config, source, whole=all_bytes).key,
     }
     if like is not None and EARLIER_VAE in like:
-        fingerprints[EARLIER_VAE] = earlier_autoencoder_id(source, **_encoding(config), whole=whole)
+        fingerprints[EARLIER_VAE] = earlier_autoencoder_id(source, **_encoding(config), whole=all_bytes)
     else:
         fingerprints["VAE encoder"] = autoencoder_id(source, **_encoding(config))
-    return {name: f"{WHOLE if whole else ''}{value}" for name, value in fingerprints.items()}
+    return {name: f"{WHOLE if all_bytes else ''}{value}" for name, value in fingerprints.items()}
 
 
-def knows_whole_base(record: Mapping[str, str]) -> bool:
+def has_full_fingerprints(record: Mapping[str, str]) -> bool:
     """Whether the fingerprints in a checkpoint cover all bytes of the base model."""
     return all(value.startswith(WHOLE) for value in record.values())
 

@@ -23,16 +23,16 @@ the same key, or that of an earlier release.
 """
 
 
-def claim(storages: Sequence[Storage], key: str, whole: str) -> bool:
-    """Claim `key` in `storages` for the content that `whole` names. Returns False if other content has claimed it, or
+def claim(storages: Sequence[Storage], key: str, content_key: str) -> bool:
+    """Claim `key` in `storages` for the content of `content_key`. Returns False if other content has claimed it, or
     if a file of claims is damaged, so that the owner is unknown.
     """
     all_claims = [_read(storage) for storage in storages]
-    if any(claims is None or claims.get(key, whole) != whole for claims in all_claims):
+    if any(claims is None or claims.get(key, content_key) != content_key for claims in all_claims):
         return False
     for storage, claims in zip(storages, all_claims, strict=True):
         if claims is not None and key not in claims and _is_writable(storage):
-            storage.write(CLAIMS, json_bytes(claims | {key: whole}), sync=False)
+            storage.write(CLAIMS, json_bytes(claims | {key: content_key}), sync=False)
     return True
 
 

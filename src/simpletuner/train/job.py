@@ -64,7 +64,7 @@ from simpletuner.train import checkpoint, optim, resume, trackers
 from simpletuner.train.backend import BackendChoice, check_backend, choose_backend, uncompiled
 from simpletuner.train.batches import BatchBuilder
 from simpletuner.train.budget import Budget, configured, machine_of, reference_tokens_of, scanned
-from simpletuner.train.caches import Prepared, base_fingerprints, fill_caches, knows_whole_base, scan_sets
+from simpletuner.train.caches import Prepared, base_fingerprints, fill_caches, has_full_fingerprints, scan_sets
 from simpletuner.train.drift import DriftMeter
 from simpletuner.train.ema import Ema
 from simpletuner.train.export import EXPORTS
@@ -238,7 +238,7 @@ class Attempt:
         check_trainable(self.config, self.config, source)
         preview = self.locate_preview(source)
         model = base_fingerprints(self.config, source, self.world)
-        if resumed is not None and not knows_whole_base(resumed.state.model):
+        if resumed is not None and not has_full_fingerprints(resumed.state.model):
             self.reporter.notice(
                 f"{resumed.folder} has fingerprints of only the first 4 KiB of each base tensor, so only these are "
                 "compared. Checkpoints saved from now on have fingerprints of whole tensors."
@@ -826,12 +826,12 @@ def largest(order: Order) -> MicroBatch:
     manifests = order.manifests
 
     def heaviest(micro_batch: MicroBatch) -> tuple[int, MicroBatch]:
-        first, *others = micro_batch.visits
+        first, *other_visits = micro_batch.visits
         manifest = manifests[first.set_index]
         tokens = [reference_tokens_of(manifest.samples[index]) for index in manifest.buckets[micro_batch.bucket]]
         if any(tokens):
             heaviest_index = manifest.buckets[micro_batch.bucket][tokens.index(max(tokens))]
-            micro_batch = replace(micro_batch, visits=(Visit(first.set_index, heaviest_index), *others))
+            micro_batch = replace(micro_batch, visits=(Visit(first.set_index, heaviest_index), *other_visits))
         return (tokens_of(micro_batch.bucket) + max(tokens)) * len(micro_batch.visits), micro_batch
 
     candidates = [heaviest(micro_batch) for micro_batch in order.by_bucket()]

@@ -16,15 +16,15 @@ class MuonAndAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         matrices: Sequence[dict[str, Any]],
-        others: Sequence[dict[str, Any]],
+        other_groups: Sequence[dict[str, Any]],
         muon: Mapping[str, Any],
         adamw: Mapping[str, Any],
     ) -> None:
-        """`matrices` are Muon's groups and `others` AdamW's; `muon` and `adamw` are their arguments."""
-        super().__init__([*matrices, *others], {})
+        """`matrices` are Muon's groups and `other_groups` AdamW's; `muon` and `adamw` are their arguments."""
+        super().__init__([*matrices, *other_groups], {})
         self._parts: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(list(matrices), **muon),
-            torch.optim.AdamW(list(others), **adamw),
+            torch.optim.AdamW(list(other_groups), **adamw),
         )
         self.param_groups = [group for part in self._parts for group in part.param_groups]
         for part in self._parts:

@@ -120,17 +120,17 @@ def build(
         ConfigError: the library has no such optimizer, the optimizer does not take an argument in `optimizer_config`,
             or it cannot be used here.
     """
-    known = known_optimizer(options.optimizer)
+    spec = known_optimizer(options.optimizer)
     if options.optimizer_release_gradients and options.optimizer == "adafactor":
         make: type[torch.optim.Optimizer] = AdafactorBf16
     else:
-        make = AdamWBf16 if known.library == OURS else _library_class(known)
-    arguments = _arguments(options, known, make, seed)
+        make = AdamWBf16 if spec.library == OURS else _library_class(spec)
+    arguments = _arguments(options, spec, make, seed)
 
     def construct(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         groups = [{HIDDEN: True, **group} for group in groups]
         with contextlib.redirect_stdout(io.StringIO()):  # prodigy announces its weight decay
-            optimizer = _construct(known, make, groups, arguments)
+            optimizer = _construct(spec, make, groups, arguments)
         for group in optimizer.param_groups:
             group.setdefault(RATIO, 1.0)
             group["lr"] = arguments["lr"] * group[RATIO]
@@ -141,7 +141,7 @@ def build(
         return optimizer
 
     groups = [each for each in parameters if isinstance(each, dict)] or [{"params": list(parameters)}]
-    if known.arguments is None:
+    if spec.arguments is None:
         _rehearse(options.optimizer, construct, groups)
     try:
         return construct(groups)
@@ -150,12 +150,12 @@ def build(
 
 
 def _construct(
-    known: KnownOptimizer, make: type[torch.optim.Optimizer], groups: list[dict[str, Any]], arguments: dict[str, Any]
+    spec: KnownOptimizer, make: type[torch.optim.Optimizer], groups: list[dict[str, Any]], arguments: dict[str, Any]
 ) -> torch.optim.Optimizer:
     """Construct a `make` of `groups`, each of which has the key `HIDDEN`."""
-    if known.arguments is None and known.library == "pytorch_optimizer":
+    if spec.arguments is None and spec.library == "pytorch_optimizer":
         return make(groups, **arguments)  # its Muons read `HIDDEN`; its other optimizers ignore it
-    hidden, others = (
+    hidden, outer = (
         [
             {key: value for key, value in group.items() if key != HIDDEN}
             for group in groups
@@ -163,10 +163,10 @@ def _construct(
         ]
         for is_hidden in (True, False)
     )
-    if make is torch.optim.Muon and others:
+    if make is torch.optim.Muon and outer:
         shared = {key: arguments[key] for key in ("lr", "weight_decay")}
-        return MuonAndAdamW(hidden, others, muon=arguments, adamw=shared | PRESET["adamw"])
-    return make([*hidden, *others], **arguments)
+        return MuonAndAdamW(hidden, outer, muon=arguments, adamw=shared | PRESET["adamw"])
+    return make([*hidden, *outer], **arguments)
 
 
 def _rejected(options: OptimOptions, error: Exception) -> ConfigError:
@@ -176,27 +176,27 @@ def _rejected(options: OptimOptions, error: Exception) -> ConfigError:
     )
 
 
-def _library_class(known: KnownOptimizer) -> type[torch.optim.Optimizer]:
+def _library_class(spec: KnownOptimizer) -> type[torch.optim.Optimizer]:
     """Import the library and return the optimizer class, whose name is matched without regard to case."""
     # On some processors bitsandbytes warns that a kernel for quantized weights is missing, which no optimizer uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    module = importlib.import_module(LIBRARIES[known.library])
+    module = importlib.import_module(LIBRARIES[spec.library])
     classes = {
         name.lower(): value
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
-    if known.name.lower() not in classes:
-        near = similar(known.name, classes) or ", ".join(sorted(classes)[:8])
+    if spec.name.lower() not in classes:
+        near = similar(spec.name, classes) or ", ".join(sorted(classes)[:8])
         raise ConfigError.of(
-            f"optimizer = {known.library}:{known.name}: {known.library} has no such optimizer",
-            remedy=f"It has {len(classes)} optimizers, such as {known.library}:{near}.",
+            f"optimizer = {spec.library}:{spec.name}: {spec.library} has no such optimizer",
+            remedy=f"It has {len(classes)} optimizers, such as {spec.library}:{near}.",
         )
-    return classes[known.name.lower()]
+    return classes[spec.name.lower()]
 
 
 def _arguments(
-    options: OptimOptions, known: KnownOptimizer, make: type[torch.optim.Optimizer], seed: int
+    options: OptimOptions, spec: KnownOptimizer, make: type[torch.optim.Optimizer], seed: int
 ) -> dict[str, Any]:
     """The constructor's arguments: the options that the optimizer reads, overridden by `optimizer_config`."""
     configured = options.optimizer_config or {}
@@ -207,14 +207,14 @@ def _arguments(
     if unknown:  # many of pytorch_optimizer's accept any argument and ignore it
         raise _rejected(options, TypeError(f"no {', '.join(sorted(unknown))}; it takes {', '.join(sorted(accepted))}"))
     arguments: dict[str, Any] = {"lr": options.learning_rate * options.rate_scale}
-    if "optimizer_beta1" in known.reads:
-        first, second, *more = known.betas
+    if "optimizer_beta1" in spec.reads:
+        first, second, *extra_betas = spec.betas
         chosen = options.optimizer_beta1, options.optimizer_beta2
         first, second = (beta if value is None else value for value, beta in zip(chosen, (first, second), strict=True))
-        arguments["betas"] = (first, second, *more)
-    if "adam_weight_decay" in known.reads:
+        arguments["betas"] = (first, second, *extra_betas)
+    if "adam_weight_decay" in spec.reads:
         arguments["weight_decay"] = options.adam_weight_decay
-    if "adam_epsilon" in known.reads:
+    if "adam_epsilon" in spec.reads:
         arguments["eps"] = options.adam_epsilon
     if make in (AdamWBf16, AdafactorBf16):
         arguments["seed"] = seed

@@ -196,10 +196,10 @@ def resumed_config(
     gradient accumulation is set.
     """
     loaded = commands.loaded
-    given = [name for name, origin in loaded.origins.items() if origin != "default"]
+    user_set = [name for name, origin in loaded.origins.items() if origin != "default"]
     sets_with_batch_size = [each.id for each in loaded.datasets.train_sets if each.train_batch_size is not None]
     comparison = compare(
-        state.config, loaded.config, given, has_own_sizes=bool(sets_with_batch_size), is_elastic=is_elastic
+        state.config, loaded.config, user_set, has_own_sizes=bool(sets_with_batch_size), is_elastic=is_elastic
     )
     problems = [
         Problem(
@@ -258,13 +258,13 @@ def _refused(
     commands: RestartCommands,
 ) -> Problem:
     changes = comparison.refused
-    others = {name: change.before for name, change in changes.items() if name not in SPLIT}
+    previous_values = {name: change.before for name, change in changes.items() if name not in SPLIT}
     # A flag cannot say null; an option that is not given keeps the checkpoint's value.
-    restored = {name: before for name, before in others.items() if before is not None} | comparison.restoring
-    unset = [f"leave out {name}" for name, before in others.items() if before is None]
+    restored = {name: before for name, before in previous_values.items() if before is not None} | comparison.restoring
+    unset = [f"leave out {name}" for name, before in previous_values.items() if before is None]
     steps = [*unset, *([f"type {commands.resume(**restored)}"] if restored else [])]
     batch = ""
-    if len(others) < len(changes):
+    if len(previous_values) < len(changes):
         count = split.effective_batch
         batch = f". A step had {count} image{'' if count == 1 else 's'}"
         if sets_with_batch_size and "train_batch_size" in changes:

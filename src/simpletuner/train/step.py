@@ -109,7 +109,7 @@ class NotFiniteError(DataError):
     """A loss or gradient is infinite or not a number."""
 
     @classmethod
-    def at(cls, quantity: str, step: int, names: Sequence[str]) -> "NotFiniteError":
+    def for_step(cls, quantity: str, step: int, names: Sequence[str]) -> "NotFiniteError":
         """The error for `quantity`, a loss or a gradient, of the samples `names`."""
         samples = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         pass_name = f"step {step}" if step > 0 else "the trial pass"
@@ -236,18 +236,18 @@ class Stepper:
             return torch.autocast(self.device.type, dtype=torch.float16)
         return contextlib.nullcontext()
 
-    def backward(self, whole: GlobalBatch) -> list[float]:
+    def backward(self, global_batch: GlobalBatch) -> list[float]:
         """Accumulate the gradients of the global batch's mean loss, without an update; DeepSpeed's are discarded.
         Returns the weighted loss of each sample, in order.
 
         Raises:
             NotFiniteError: a loss is not finite. Nothing has been updated.
         """
-        device_losses = self._accumulate(whole)
+        device_losses = self._accumulate(global_batch)
         if self.zero is not None:
             self.zero.discard()  # its gradients are only available within a step
-        losses, preserved = _split_losses(self.read(device_losses), whole)
-        _check_losses(whole, losses, preserved)
+        losses, preserved = _split_losses(self.read(device_losses), global_batch)
+        _check_losses(global_batch, losses, preserved)
         return losses
 
     def read(self, values: Float[Tensor, " n"]) -> list[float]:
@@ -260,7 +260,7 @@ class Stepper:
         numbers: list[float] = values.tolist()
         return numbers
 
-    def _accumulate(self, whole: GlobalBatch) -> Float[Tensor, " n"]:
+    def _accumulate(self, global_batch: GlobalBatch) -> Float[Tensor, " n"]:
         """Accumulate the gradients of the global batch's mean loss. Returns the samples' weighted losses, on the
         device, followed by their preservation losses if there is such a loss.
 
@@ -268,15 +268,15 @@ class Stepper:
         """
         losses: list[Tensor] = []
         preserved: list[Tensor] = []
-        for batch in whole.batches:
+        for batch in global_batch.batches:
             batch = batch.to(self.device, non_blocking=True)  # noqa: PLW2901  the same batch
-            self._seed(batch, whole.step)
+            self._seed(batch, global_batch.step)
             inputs = self._inputs(batch)
             batch_losses = self._losses_at(batch, inputs)
-            self._backward(batch_losses.sum() / whole.size)
+            self._backward(batch_losses.sum() / global_batch.size)
             losses.append(batch_losses.detach())
             if self._has_second_loss:
-                preserved.append(self._preserve(batch, inputs.x, whole.size))
+                preserved.append(self._preserve(batch, inputs.x, global_batch.size))
             if self.masters is not None:
                 self.masters.collect()
         return torch.cat(losses + preserved)
@@ -307,7 +307,7 @@ class Stepper:
         # Adapter dropout is the only random draw inside the model; it uses torch's global generator.
         torch.manual_seed(draw_seed(self.objective.seed, "lora_dropout", step, batch.slots[0]))
 
-    def __call__(self, whole: GlobalBatch, lr: float) -> StepResult:
+    def __call__(self, global_batch: GlobalBatch, lr: float) -> StepResult:
         """Train on one global batch.
 
         Raises:
@@ -316,18 +316,18 @@ class Stepper:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group[optim.RATIO]
-        return self._step(whole) if self.release is None else self._step_inside(whole, self.release)
+        return self._step(global_batch) if self.release is None else self._step_inside(global_batch, self.release)
 
-    def _step(self, whole: GlobalBatch) -> StepResult:
+    def _step(self, global_batch: GlobalBatch) -> StepResult:
         """Run the backward passes, then the optimizer's step."""
-        device_losses = self._accumulate(whole)
-        calls = self._rollout_calls(whole)
+        device_losses = self._accumulate(global_batch)
+        calls = self._rollout_calls(global_batch)
         if self.world is not None:
-            device_losses = self._summed(whole, device_losses, calls, self.world)
-        update = functools.partial(self._update, whole, device_losses, calls)
+            device_losses = self._summed(global_batch, device_losses, calls, self.world)
+        update = functools.partial(self._update, global_batch, device_losses, calls)
         return update() if self.zero is None else self.zero.step(update)
 
-    def _update(self, whole: GlobalBatch, device_losses: Float[Tensor, " n"], calls: int) -> StepResult:
+    def _update(self, global_batch: GlobalBatch, device_losses: Float[Tensor, " n"], calls: int) -> StepResult:
         """Step the optimizer on gradients summed over the ranks, if all losses and the gradient norm are finite."""
         self.scaler.unscale_(self.optimizer)
         norm = optim.clip(self.parameters, self.options, None if self.shards is None else self.world)
@@ -335,52 +335,54 @@ class Stepper:
         *losses, grad_norm = self.read(torch.cat([device_losses, norm[None].to(device_losses.device)]))
         if self.world is not None:
             calls = int(losses.pop())
-        losses, preserved = _split_losses(losses, whole)
-        _check_losses(whole, losses, preserved)
+        losses, preserved = _split_losses(losses, global_batch)
+        _check_losses(global_batch, losses, preserved)
         if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
             # With fp16 overflows are expected: the scaler skips the step and lowers its scale.
-            raise NotFiniteError.at("gradient", whole.step, whole.names)
+            raise NotFiniteError.for_step("gradient", global_batch.step, global_batch.names)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.masters is not None:
             self.masters.settle()
         self.optimizer.zero_grad(set_to_none=True)
-        preservation_loss = math.fsum(preserved) / whole.size if self._has_second_loss else None
-        return StepResult(math.fsum(losses) / whole.size, grad_norm, calls, preservation_loss)
+        preservation_loss = math.fsum(preserved) / global_batch.size if self._has_second_loss else None
+        return StepResult(math.fsum(losses) / global_batch.size, grad_norm, calls, preservation_loss)
 
-    def _rollout_calls(self, whole: GlobalBatch) -> int:
+    def _rollout_calls(self, global_batch: GlobalBatch) -> int:
         """Model calls without gradient for this process's micro-batches."""
-        return 0 if self.rollout is None else sum(map(self.rollout.calls_of, whole.batches))
+        return 0 if self.rollout is None else sum(map(self.rollout.calls_of, global_batch.batches))
 
-    def _summed(self, whole: GlobalBatch, losses: Float[Tensor, " n"], calls: int, world: World) -> Float[Tensor, " m"]:
+    def _summed(
+        self, global_batch: GlobalBatch, losses: Float[Tensor, " n"], calls: int, world: World
+    ) -> Float[Tensor, " m"]:
         """Sum the gradients over the ranks. Returns, on the device, the losses of all samples by slot, then their
         preservation losses if any, then the calls of all ranks. They are reduced together with the gradients; these
         sums are exact, because each loss is zero on all ranks but one.
         """
         loss_count = 2 if self._has_second_loss else 1
-        numbers = losses.new_zeros(loss_count * whole.size + 1)
-        slots = [slot for batch in whole.batches for slot in batch.slots]
-        numbers[[index * whole.size + slot for index in range(loss_count) for slot in slots]] = losses
+        numbers = losses.new_zeros(loss_count * global_batch.size + 1)
+        slots = [slot for batch in global_batch.batches for slot in batch.slots]
+        numbers[[index * global_batch.size + slot for index in range(loss_count) for slot in slots]] = losses
         numbers[-1] = calls
         reduced = self.parameters if self.shards is None else ()  # FSDP2 or DeepSpeed sums the gradients of shards
         if isinstance(self.shards, RowShards) and self.scaler.is_enabled():
             self.shards.share_overflow()
         world.sum_([*(each.grad for each in reduced if each.grad is not None), numbers])
         # An optimizer may draw from torch's global generator, which micro-batches have seeded differently per rank.
-        torch.manual_seed(draw_seed(self.objective.seed, "optimizer", whole.step))
+        torch.manual_seed(draw_seed(self.objective.seed, "optimizer", global_batch.step))
         return numbers
 
-    def _step_inside(self, whole: GlobalBatch, release: GradientRelease) -> StepResult:
+    def _step_inside(self, global_batch: GlobalBatch, release: GradientRelease) -> StepResult:
         """Check the losses, then run a backward pass that steps each parameter on its gradient."""
-        (batch,) = whole.batches
-        self._seed(batch, whole.step)
+        (batch,) = global_batch.batches
+        self._seed(batch, global_batch.step)
         device_losses = self.losses(batch)
         losses = self.read(device_losses.detach())
-        _check_losses(whole, losses)
-        (grad_norm,) = self.read(release.backward(device_losses.sum() / whole.size)[None])
+        _check_losses(global_batch, losses)
+        (grad_norm,) = self.read(release.backward(device_losses.sum() / global_batch.size)[None])
         if not math.isfinite(grad_norm):
-            raise PartialStepError.at("gradient", whole.step, whole.names)
-        return StepResult(math.fsum(losses) / whole.size, grad_norm, self._rollout_calls(whole))
+            raise PartialStepError.for_step("gradient", global_batch.step, global_batch.names)
+        return StepResult(math.fsum(losses) / global_batch.size, grad_norm, self._rollout_calls(global_batch))
 
     def discard(self) -> None:
         """Discard the gradients of a step that is not taken."""
@@ -388,14 +390,14 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def _split_losses(values: list[float], whole: GlobalBatch) -> tuple[list[float], list[float]]:
+def _split_losses(values: list[float], global_batch: GlobalBatch) -> tuple[list[float], list[float]]:
     """Split `values` into the samples' losses and their preservation losses; the latter may be empty."""
-    count = len(whole.names)
+    count = len(global_batch.names)
     return values[:count], values[count:]
 
 
-def _check_losses(whole: GlobalBatch, losses: Sequence[float], preserved: Sequence[float] = ()) -> None:
+def _check_losses(global_batch: GlobalBatch, losses: Sequence[float], preserved: Sequence[float] = ()) -> None:
     for quantity, values in (("loss", losses), ("preservation loss", preserved)):
-        bad = [name for name, loss in zip(whole.names, values, strict=False) if not math.isfinite(loss)]
+        bad = [name for name, loss in zip(global_batch.names, values, strict=False) if not math.isfinite(loss)]
         if bad:
-            raise NotFiniteError.at(quantity, whole.step, bad)
+            raise NotFiniteError.for_step(quantity, global_batch.step, bad)

@@ -74,12 +74,12 @@ class FlopMeter:
         self._preservation = preservation
         self._rate = rate
 
-    def flop(self, whole: GlobalBatch) -> PassFlop:
-        """FLOP of this process's micro-batches of `whole`. Passes without gradients, for rollouts or the base model's
-        predictions, count as model FLOP, not as recompute: the method needs their results.
+    def flop(self, global_batch: GlobalBatch) -> PassFlop:
+        """FLOP of this process's micro-batches of `global_batch`. Passes without gradients, for rollouts or the base
+        model's predictions, count as model FLOP, not as recompute: the method needs their results.
         """
         total = PassFlop(0, 0)
-        for batch in whole.batches:
+        for batch in global_batch.batches:
             count, _, height, width = batch.latents.shape
             condition = batch.condition
             passing = replace(
@@ -100,11 +100,11 @@ class FlopMeter:
                 total += self._sampling(routed) * unrolled
         return total
 
-    def throughput(self, whole: GlobalBatch, seconds: float) -> Throughput:
-        """The throughput of a step on `whole` that took `seconds`."""
-        flop = self.flop(whole)
+    def throughput(self, global_batch: GlobalBatch, seconds: float) -> Throughput:
+        """The throughput of a step on `global_batch` that took `seconds`."""
+        flop = self.flop(global_batch)
         return Throughput(
-            images_per_s=whole.size / seconds,
+            images_per_s=global_batch.size / seconds,
             tflop_per_s=flop.model / seconds / 1e12,
             mfu=None if self._rate is None else flop.model / seconds / self._rate,
             hfu=None if self._rate is None else flop.hardware / seconds / self._rate,
