@@ -275,7 +275,7 @@ def test_a_full_run_is_a_directory_that_anyone_can_read(
     assert (end["lora"], end["model"], end["ema_model"]) == (None, "model", "ema/model")
 
     text = capsys.readouterr().out
-    assert f"The whole transformer: {audit['parameters']:,} trained parameters in {audit['tensors']} tensors" in text
+    assert f"The whole transformer: {audit['parameters']:,} trainable parameters in {audit['tensors']} tensors" in text
     assert "simpletuner sample --run output/run" in text
     assert workplace.train() == 0
     assert "This run is finished: 1 steps, output/run/model" in capsys.readouterr().out

@@ -33,7 +33,9 @@ class _Piece:
         return self.stop - self.start
 
     def of(self, tensor: Tensor) -> Tensor:
-        """A view of the piece's elements of `tensor`, which has the parameter's shape."""
+        """The piece's elements of `tensor`, which has the parameter's shape. Never a copy: a tensor that is not
+        contiguous is a single piece.
+        """
         return tensor.view(-1)[self.start : self.stop] if tensor.is_contiguous() else tensor
 
 

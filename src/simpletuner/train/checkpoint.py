@@ -261,7 +261,7 @@ def restore(
 
 
 def _local(name: str, tensor: Tensor, shards: Shards) -> Tensor:
-    """This rank's shard of the tensor "<entry>/<parameter>", or all of it if it has not the parameter's shape."""
+    """This rank's shard of the tensor "<entry>/<parameter>", or the tensor itself if it has another shape."""
     split = shards.splits.get(name.partition("/")[2])
     return tensor if split is None or tuple(tensor.shape) != split.shape else split.of(tensor)
 

@@ -80,8 +80,8 @@ def export_full(
         outside_files = sorted({file.readlink() for file in run.model.rglob("*") if file.is_symlink()})
         if outside_files:
             reporter.notice(
-                f"{run.model} links to {len(outside_files)} files on another disk: keep them, {outside_files[0]} "
-                "for example."
+                f"{run.model} links to {len(outside_files)} files on another disk, such as {outside_files[0]}: "
+                "keep them."
             )
         return Export(products, (*lines, f"In diffusers: {pipeline}.from_pretrained({str(run.model)!r})"))
     reporter.notice(f"{run.model} contains only the transformer: {missing_reason}.")

@@ -69,7 +69,7 @@ from simpletuner.train.drift import DriftMeter
 from simpletuner.train.ema import Ema
 from simpletuner.train.export import EXPORTS
 from simpletuner.train.length import Plan
-from simpletuner.train.loop import Loop, best_step, check_free_disk, shapes_of
+from simpletuner.train.loop import TrainingLoop, best_step, check_free_disk, shapes_of
 from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
 from simpletuner.train.preservation import Preservation
 from simpletuner.train.preview import PreviewModel, SamplingModel, TrainedModel, base_tensors
@@ -136,7 +136,9 @@ def run(job: Job) -> int:
             job.world.check()
 
         reporter = Reporter(events=events, log=job.run.log, poll=poll)
-        end_samplers(Path.cwd(), os.environ, reporter.say)  # no sampler shares the device with a run
+        end_samplers(
+            Path.cwd(), os.environ, reporter.say
+        )  # started in the meantime: none may run beside a training run
         for text in job.loaded.notices:
             reporter.notice(text)
         attempt = Attempt(job, reporter, requests)
@@ -177,7 +179,7 @@ def check_device(config: RunConfig, device: torch.device) -> None:
 
 
 class Attempt:
-    """One start of a job, from fresh or from a checkpoint, until it ends or is stopped."""
+    """One start of a job, fresh or from a checkpoint, until it ends or is stopped."""
 
     def __init__(self, job: Job, reporter: Reporter, requests: Requests) -> None:
         self.loaded = job.loaded
@@ -311,15 +313,15 @@ class Attempt:
         strata = Strata(order, seed=self.config.seed, batches_per_step=self.batches_per_step)
         objective = Objective.of(self.config, self.config, self.config.seed, strata)
         idle: Callable[[], None] | None = None
-        # DeepSpeed's stage 3 gathers weights in module hooks, so only during a pass. Its stage 2 reduces gradients in
-        # each backward pass. Ranks must therefore make the same number of passes.
+        # Ranks of a sharded model must make equally many calls. With DeepSpeed such a call is a real pass: stage 3
+        # gathers weights only in module hooks, and stage 2 reduces gradients in each backward pass.
         if is_sharded(product.transformer) or (zero is not None and zero.stage > 1):
             idle = partial(idle_pass, product.transformer) if zero is None else partial(denoiser.idle, self.device)
         rollout = Rollout.of(self.config, self.config.seed, idle)
         preservation = Preservation.of(self.config, denoiser, trained, idle)
         release = None
         if self.config.optimizer_release_gradients:
-            assert isinstance(optimizer, StepsOneParameter)  # config.rules names those that are
+            assert isinstance(optimizer, StepsOneParameter)  # config.rules rejects other optimizers
             release = GradientRelease(trained.parameters(), optimizer, self.config)
         stepper = Stepper(
             denoise=denoiser,
@@ -375,10 +377,10 @@ class Attempt:
             return self.checkpoint
 
         self.reporter.poll()
-        self.try_out_compiled(stepper, builder, plan)
+        self.run_compiled_trial(stepper, builder, plan)
         self.reporter.poll()
         profiled = self.config.profiled if self.world.is_main else range(0)
-        loop = Loop(
+        loop = TrainingLoop(
             plan=plan,
             run=self.run,
             batches=builder,
@@ -572,7 +574,7 @@ class Attempt:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Inside, blocks may be compiled: report the number of compilations at the end, and explain failures."""
+        """A context in which blocks may be compiled. Failures are explained; on exit it reports the compilations."""
         if self.compiled is None:
             yield
             return
@@ -694,13 +696,13 @@ class Attempt:
         processes = "" if self.world.is_alone else f" on {self.world.size} processes"
         self.reporter.say(f"{prepared.pictures} images, {plan.steps} steps{processes}: {plan.epochs:.1f} epochs.")
 
-    def try_out_compiled(self, stepper: Stepper, builder: BatchBuilder, plan: Plan) -> None:
-        """Call `try_out`, which may compile blocks for the first time. If compilation fails and `dynamo_backend` is
+    def run_compiled_trial(self, stepper: Stepper, builder: BatchBuilder, plan: Plan) -> None:
+        """Call `run_trial`, which may compile blocks for the first time. If compilation fails and `dynamo_backend` is
         auto, the run trains uncompiled from its first step.
         """
         try:
             with self.compiling():
-                self.try_out(stepper, builder, plan)
+                self.run_trial(stepper, builder, plan)
         except ConfigError as error:
             self.reporter.poll()  # Ctrl-C in a terminal also ends the compiler: stop then, do not fall back
             if self.compiled is None or not self.may_drop_compiled:
@@ -709,9 +711,9 @@ class Attempt:
             self.compiled = None
             stepper.optimizer.zero_grad(set_to_none=True)
             self.record_backend(uncompiled(error.problems[0].found))
-            self.try_out(stepper, builder, plan)
+            self.run_trial(stepper, builder, plan)
 
-    def try_out(self, stepper: Stepper, builder: BatchBuilder, plan: Plan) -> None:
+    def run_trial(self, stepper: Stepper, builder: BatchBuilder, plan: Plan) -> None:
         """Run one forward and backward pass at the largest bucket, without an update. The run thus fails now if memory
         is too small, not in an hour, and its duration can be estimated.
         """

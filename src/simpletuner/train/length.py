@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def epochs(self) -> float:
-        """Epochs in the whole run, the last one as a fraction."""
+        """Epochs in the whole run, the last one as a fraction. An epoch that is cut short counts as one."""
         end = self.steps * self.batches_per_step
         epoch, position = self.order.place(end)
         return float(epoch) if position == 0 else epoch + position / len(self.order.epoch(epoch))
@@ -71,7 +71,7 @@ class Plan:
             step, options.checkpoint_step_interval, options.checkpoint_epoch_interval
         )
 
-    def draws(self, step: int) -> bool:
+    def validates(self, step: int) -> bool:
         options = self.config
         return not options.validation_disable and (
             step == self.steps or self.is_due(step, options.validation_step_interval, options.validation_epoch_interval)

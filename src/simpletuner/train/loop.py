@@ -37,8 +37,8 @@ from simpletuner.train.watch import Watch
 
 
 @dataclass(frozen=True)
-class Loop:
-    """The training loop, with everything it uses."""
+class TrainingLoop:
+    """Trains a run step by step; validates, saves and reports at the steps where that is due."""
 
     plan: Plan
     run: RunDirectory
@@ -95,7 +95,7 @@ class Loop:
             )
         if self.plan.measures(state.step) and state.step not in state.held_out:
             self._measure(state)
-        if self.plan.draws(state.step) and not self._is_validated(state.step):
+        if self.plan.validates(state.step) and not self._is_validated(state.step):
             self._validate(state.step)
 
     def _is_validated(self, step: int) -> bool:
@@ -135,7 +135,7 @@ class Loop:
             decisions += [self.requests.take("save"), self.requests.take("validate"), is_disk_check_due]
             is_stopping, is_saving, is_validating, is_checking_disk = self.world.decide(decisions)
             is_saving = is_saving or self.plan.saves(batch.step) or is_stopping
-            is_validating = is_validating or self.plan.draws(batch.step)
+            is_validating = is_validating or self.plan.validates(batch.step)
             if self.plan.measures(batch.step):
                 try:
                     self._measure(state)
@@ -157,7 +157,7 @@ class Loop:
         return True
 
     def _step(self, batch: GlobalBatch, lr: float, state: TrainState) -> StepResult | None:
-        """Train on `batch`. Returns None if a loss or gradient is not finite and `skip_bad_batches` allows to skip the
+        """Train on `batch`. Returns None if a loss or gradient is not finite and `skip_bad_batches` allows skipping the
         step. `state` is that of the step before.
         """
         allowed = self.plan.config.skip_bad_batches

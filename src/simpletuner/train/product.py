@@ -152,7 +152,7 @@ class LoraProduct:
     def report_parameters(self, run: RunDirectory, reporter: Reporter) -> None:
         audit = self.trained.audit()
         reporter.say(
-            f"LoRA on {audit['layers']} layers ({audit['target']}): {audit['parameters']:,} trained parameters, "
+            f"LoRA on {audit['layers']} layers ({audit['target']}): {audit['parameters']:,} trainable parameters, "
             f"{format_size(audit['bytes'])} in fp32"
         )
         for kind in audit["kinds"]:
@@ -246,7 +246,7 @@ class FullProduct:
         else:
             gradients = format_size(audit["master_bytes"] or audit["weight_bytes"])
         reporter.say(
-            f"The whole transformer: {audit['parameters']:,} trained parameters in {audit['tensors']} tensors; "
+            f"The whole transformer: {audit['parameters']:,} trainable parameters in {audit['tensors']} tensors; "
             f"{format_size(audit['weight_bytes'])} of {audit['dtype']} weights{masters}, {gradients} of "
             f"gradients, about {format_size(self.optimizer_bytes)} of {self.config.optimizer} state"
         )

@@ -284,7 +284,11 @@ def _in_words(changes: Mapping[str, OptionChange]) -> str:
 
 
 def newest_checkpoint(commands: RestartCommands, reporter: Reporter) -> Path | None:
-    """The newest checkpoint that verifies; reports the damaged ones that are skipped. None if there are none."""
+    """The newest checkpoint that verifies; reports the damaged ones that it skips. None if the run has no checkpoint.
+
+    Raises:
+        CheckpointError: all checkpoints are damaged.
+    """
     damaged_count = 0
     run = commands.run
     for checkpoint in checkpoints.newest_first(run):
@@ -299,7 +303,7 @@ def newest_checkpoint(commands: RestartCommands, reporter: Reporter) -> Path | N
     if damaged_count:
         raise CheckpointError.of(
             f"all {damaged_count} checkpoints in {run.checkpoints} are damaged",
-            "one that verifies",
+            "a checkpoint that verifies",
             f"To start over: {commands.fresh()}.",
         )
     return None

@@ -43,7 +43,7 @@ from simpletuner.train.trained import Trainable
 
 SHEET_COLUMNS = 8
 MAX_FAILURES = 3
-"""After this number of consecutive failed images no more are tried."""
+"""After this number of consecutive failed images, no more are tried."""
 
 
 @dataclass(frozen=True)
