@@ -596,9 +596,9 @@ class Budget:
         if tier == "ram":  # the plan counts RAM of all processes of a machine
             measured *= self.plan.processes_per_machine
         target = int(REMEDY_TARGET * min(phase.total(tier), measured))
-        less = with_less(self.plan, phase.phase, tier, target)
+        reduced_plan = with_less(self.plan, phase.phase, tier, target)
         # The run that failed used `auto` values settled for the full memory; search from these with less memory.
-        smaller = replace(self, config=self.footprint.settled, machine=less.machine)
+        smaller = replace(self, config=self.footprint.settled, machine=reduced_plan.machine)
         process_text = "" if self.plan.processes == 1 else f" in the first of {self.plan.processes} processes"
 
         def replan(changes: Mapping[str, object]) -> MemoryPlan:
@@ -606,10 +606,12 @@ class Budget:
 
         sentences = [f"The plan was {phase_line(phase)}; the measured peak is {measured_text}{process_text}."]
         if saved:
-            remedy = smallest_change(less, [rung for rung in smaller.rungs if rung.option in MAY_CHANGE], replan)
+            remedy = smallest_change(
+                reduced_plan, [rung for rung in smaller.rungs if rung.option in MAY_CHANGE], replan
+            )
             if remedy is not None:
                 return [*sentences, f"Take less memory with {remedy}."]
-        remedy = smallest_change(less, smaller.rungs, replan)
+        remedy = smallest_change(reduced_plan, smaller.rungs, replan)
         if remedy is not None:
             new_run = ", in a new run: give another --output_dir too" if saved else ""
             sentences.append(f"Take less memory with {remedy}{new_run}.")

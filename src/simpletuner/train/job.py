@@ -251,8 +251,8 @@ class Attempt:
             resume.check_content(resumed, self.commands, data=prepared.fingerprints, model=recorded_model)
         if self.world.is_main:
             write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
-        now = Cut(self.state.step, self.config.train_batch_size, self.batches_per_step)
-        order = Order.of(prepared.train, seed=self.config.seed, cuts=self.state.cuts, now=now)
+        current_cut = Cut(self.state.step, self.config.train_batch_size, self.batches_per_step)
+        order = Order.of(prepared.train, seed=self.config.seed, cuts=self.state.cuts, now=current_cut)
         if resumed is not None:
             resume.check_windows(resumed, self.commands, prepared.windows, order)
         plan = Plan.of(self.config, order, self.batches_per_step)

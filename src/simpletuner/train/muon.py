@@ -22,16 +22,16 @@ class MuonAndAdamW(torch.optim.Optimizer):
     ) -> None:
         """`matrices` are Muon's groups and `other_groups` AdamW's; `muon` and `adamw` are their arguments."""
         super().__init__([*matrices, *other_groups], {})
-        self._parts: tuple[torch.optim.Optimizer, ...] = (
+        self._optimizers: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(list(matrices), **muon),
             torch.optim.AdamW(list(other_groups), **adamw),
         )
-        self.param_groups = [group for part in self._parts for group in part.param_groups]
-        for part in self._parts:
-            part.state = self.state
+        self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        for optimizer in self._optimizers:
+            optimizer.state = self.state
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002  torch's signature
         """Step both optimizers on the current gradients."""
-        for part in self._parts:
-            part.step()
+        for optimizer in self._optimizers:
+            optimizer.step()

@@ -187,10 +187,10 @@ def _library_class(spec: KnownOptimizer) -> type[torch.optim.Optimizer]:
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
     if spec.name.lower() not in classes:
-        near = similar(spec.name, classes) or ", ".join(sorted(classes)[:8])
+        suggestion = similar(spec.name, classes) or ", ".join(sorted(classes)[:8])
         raise ConfigError.of(
             f"optimizer = {spec.library}:{spec.name}: {spec.library} has no such optimizer",
-            remedy=f"It has {len(classes)} optimizers, such as {spec.library}:{near}.",
+            remedy=f"It has {len(classes)} optimizers, such as {spec.library}:{suggestion}.",
         )
     return classes[spec.name.lower()]
 

@@ -144,9 +144,12 @@ def find_checkpoint(
     loaded = resumed_config(
         resume.folder, state, RestartCommands(run, loaded), reporter, is_elastic=is_torchelastic_launched()
     )
-    split, now = BatchSplit.of(state.config), BatchSplit.of(resolved(loaded.config))
-    if (split.train_batch_size, split.batches_per_step) != (now.train_batch_size, now.batches_per_step):
-        state.cuts.append(Cut(state.step, split.train_batch_size, split.batches_per_step))
+    old_split, new_split = BatchSplit.of(state.config), BatchSplit.of(resolved(loaded.config))
+    if (old_split.train_batch_size, old_split.batches_per_step) != (
+        new_split.train_batch_size,
+        new_split.batches_per_step,
+    ):
+        state.cuts.append(Cut(state.step, old_split.train_batch_size, old_split.batches_per_step))
     return resume, loaded
 
 
@@ -230,14 +233,14 @@ def resumed_config(
             f"From step {state.step + 1} on this run is trained with {_in_words(comparison.split)}. A step still has "
             f"{loaded.config.effective_batch} images, in another order; this epoch continues with its remaining images."
         )
-    before, now = (BatchSplit.of(record) for record in (state.config, resolved(loaded.config)))
+    old_split, new_split = (BatchSplit.of(record) for record in (state.config, resolved(loaded.config)))
     split_text = (
-        f"{now.num_processes} processes with gradient_accumulation_steps = {now.gradient_accumulation_steps}: a step "
-        f"has {now.effective_batch} images"
+        f"{new_split.num_processes} processes with gradient_accumulation_steps = "
+        f"{new_split.gradient_accumulation_steps}: a step has {new_split.effective_batch} images"
     )
-    if is_elastic and now.effective_batch != before.effective_batch:
+    if is_elastic and new_split.effective_batch != old_split.effective_batch:
         reporter.notice(
-            f"From step {state.step + 1} on {split_text} instead of {before.effective_batch}. The loss is no "
+            f"From step {state.step + 1} on {split_text} instead of {old_split.effective_batch}. The loss is no "
             "longer that of a run without the change."
         )
     elif "gradient_accumulation_steps" in comparison.adapted and is_elastic:
@@ -323,19 +326,19 @@ def verified_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def check_windows(resume: Resume, commands: RestartCommands, now: Mapping[str, Windows], order: Order) -> None:
-    """Raise a CheckpointError if the windows `now` change which datasets were active in the steps that the checkpoint
+def check_windows(resume: Resume, commands: RestartCommands, windows: Mapping[str, Windows], order: Order) -> None:
+    """Raise a CheckpointError if `windows` change which datasets were active in the steps that the checkpoint
     has already trained. Windows may change later steps.
     """
-    then, step = resume.state.windows, resume.state.step
+    recorded, step = resume.state.windows, resume.state.step
     if step == 0:
         return
     # If the windows agree on the past, the new order counts past epochs as the old one did.
     epoch = order.place(step * order.batches_per_step - 1)[0] + 1
     changed_sets = [
         name
-        for name in sorted(then.keys() | now.keys())
-        if _past(then.get(name, WHOLE_RUN), step, epoch) != _past(now.get(name, WHOLE_RUN), step, epoch)
+        for name in sorted(recorded.keys() | windows.keys())
+        if _past(recorded.get(name, WHOLE_RUN), step, epoch) != _past(windows.get(name, WHOLE_RUN), step, epoch)
     ]
     if changed_sets:
         raise CheckpointError.of(

@@ -398,6 +398,6 @@ def _split_losses(values: list[float], global_batch: GlobalBatch) -> tuple[list[
 
 def _check_losses(global_batch: GlobalBatch, losses: Sequence[float], preserved: Sequence[float] = ()) -> None:
     for quantity, values in (("loss", losses), ("preservation loss", preserved)):
-        bad = [name for name, loss in zip(global_batch.names, values, strict=False) if not math.isfinite(loss)]
-        if bad:
-            raise NotFiniteError.for_step(quantity, global_batch.step, bad)
+        bad_names = [name for name, loss in zip(global_batch.names, values, strict=False) if not math.isfinite(loss)]
+        if bad_names:
+            raise NotFiniteError.for_step(quantity, global_batch.step, bad_names)

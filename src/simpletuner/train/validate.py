@@ -218,8 +218,8 @@ class ValidationSampler:
         agreed = self.world.broadcast_json(agreed)
         if agreed is None:
             return None
-        indices, both = agreed
-        self.both_at_once = frozenset((width, height) for width, height in both)
+        indices, sizes = agreed
+        self.both_at_once = frozenset((width, height) for width, height in sizes)
         return [planned[index] for index in indices]
 
     def _sample_all(
@@ -325,8 +325,8 @@ class ValidationSampler:
             """Whether `report` raised, or other ranks wait in a model call that this rank can no longer make."""
             return is_reporting or (self._in_step and calls.started > 0 and calls.done < self._calls(pictures))
 
-        both = self._shares_pass(pictures if self._in_step else [picture])
-        reason = failure_reason(lambda: self._make(picture, calls.counted, both, guarded_report), is_fatal)
+        shares_pass = self._shares_pass(pictures if self._in_step else [picture])
+        reason = failure_reason(lambda: self._make(picture, calls.counted, shares_pass, guarded_report), is_fatal)
         if reason is not None:
             release_memory(self.world.device)  # outside the except block, whose traceback references tensors
             if self._in_step and not calls.started:
@@ -380,14 +380,14 @@ class ValidationSampler:
         return self.ema.applied() if is_due and self.ema else contextlib.nullcontext()
 
     def _make(
-        self, picture: Picture, ready: Callable[[], Denoise], both: bool, report: Callable[[int, int], None]
+        self, picture: Picture, ready: Callable[[], Denoise], shares_pass: bool, report: Callable[[int, int], None]
     ) -> None:
         path = self.run.root / picture.path
         for folder in reversed(path.parents):
             if folder.is_relative_to(self.run.validations):
                 folder.mkdir(exist_ok=True)  # one by one, so that an error names the path that blocks it
         with self._view_of(picture):
-            image = self._image(ready(), self.decode(), picture, both, report)
+            image = self._image(ready(), self.decode(), picture, shares_pass, report)
         _save(image, path, self._parameters(picture))
 
     def _image(
@@ -395,7 +395,7 @@ class ValidationSampler:
         denoise: Denoise,
         decode: Decode,
         picture: Picture,
-        both: bool,
+        shares_pass: bool,
         report: Callable[[int, int], None] = lambda done, total: None,
     ) -> Image.Image:
         real = self.scales.real
@@ -409,7 +409,7 @@ class ValidationSampler:
             seed=picture.seed,
             real_guidance=real,
             negative=None if real == 1.0 else self._condition(picture, self.options.validation_negative_prompt),
-            both_at_once=both,
+            both_at_once=shares_pass,
             report=report,
         )
         return image
