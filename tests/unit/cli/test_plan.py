@@ -243,7 +243,7 @@ def test_gpus_are_planned_for_that_are_not_there(capsys: pytest.CaptureFixture[s
     assert found["engine"]["peaks"]["fsdp2"] == found["plan"]["peak"]["accelerator"]
     assert run([*dev, "--fsdp_enable"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[-1].startswith("Take FSDP2 (--fsdp_enable): whole copies take ")
+    assert told[-1].startswith("Use FSDP2 (--fsdp_enable): whole copies take ")
     assert told[-2].startswith("Each process sends ")
 
 

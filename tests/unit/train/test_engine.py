@@ -38,7 +38,7 @@ def test_copies_are_taken_where_one_gpu_holds_the_run() -> None:
 def test_shards_are_taken_where_copies_do_not_fit() -> None:
     own = budget(48, 2)
     assert own.advice.engine == "fsdp2"
-    assert own.advice.text.startswith("Take FSDP2 (--fsdp_enable): whole copies take 65.")
+    assert own.advice.text.startswith("Use FSDP2 (--fsdp_enable): whole copies take 65.")
     assert own.remedy is not None
     assert str(own.remedy).startswith("--fsdp_enable=true: 65.")
     assert own.remedy.after == own.advice.peaks["fsdp2"]
@@ -71,7 +71,7 @@ def test_zero_is_compared_with_the_others_and_kept_where_it_sends_less() -> None
     sent = lora.advice.summary()["sent"]
     assert sent["ddp"] < sent["zero1"] == sent["zero2"] < sent["fsdp2"] < sent["zero3"]
     own = budget(48, 2, deepspeed_config="zero3")
-    assert own.advice.text.startswith("Take ZeRO-3 (--deepspeed_config=zero3): whole copies take 65.")
+    assert own.advice.text.startswith("Use ZeRO-3 (--deepspeed_config=zero3): whole copies take 65.")
     idle = budget(80, 2, deepspeed_config="zero2").advice.text
     assert idle.startswith("Use DDP (without --deepspeed_config): each process holds the whole run, ")
     assert " a step, with ZeRO-2 " in idle
