@@ -299,7 +299,7 @@ def test_without_gpus_several_processes_share_the_ram(capsys: pytest.CaptureFixt
 def test_this_machine_is_planned_for_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[2] == "Memory plan, worst moment of each phase (8 pictures):"
+    assert told[2] == "Memory plan, worst moment of each phase (8 images):"
     assert told[-1].startswith("It fits: ")
     assert max(map(len, told)) <= 160
 

@@ -93,7 +93,7 @@ def test_references_of_validation_prompts_are_counted(project: Path) -> None:
     assert (seen.drawn_references, seen.pictures, seen.encoded) == (128 * 32 + 4 * 6, 4, (2048, 512))
     held = [Budget(loaded(*flags).config, work, CARD) for work in (seen, replace(seen, drawn_references=0))]
     assert held[0].summary()["workload"]["pictures"] == 2  # its images: references are none
-    assert "(2 pictures)" in held[0].table()[0]
+    assert "(2 images)" in held[0].table()[0]
     assert looked_at(loaded()).drawn_references == configured(loaded()).drawn_references == 0
     drawing, without = (each.plan.phase("validation") for each in held)
     assert drawing is not None
@@ -137,7 +137,7 @@ def test_it_refuses_where_training_does_not_fit_and_says_what_would() -> None:
     told = str(caught.value)
     assert told.startswith("train (1024x1024 × 1): GPU 65.")
     fitting = "--base_model_precision=int8-quanto --enable_group_offload=true"
-    assert f"and 22.50 GiB of the GPU are free. It would fit with {fitting}" in told
+    assert f"but only 22.50 GiB of the GPU are free. It would fit with {fitting}" in told
     assert caught.value.exit_code == 5
 
 

@@ -76,7 +76,7 @@ def test_it_owns_its_memory_and_refuses_anothers() -> None:
     ema = average(live)
     put(live, 5.0)
     assert torch.equal(ema.state()["x.b"], torch.zeros(2, 1))
-    with pytest.raises(ValueError, match="no moving average"):
+    with pytest.raises(ValueError, match="not a moving average"):
         ema.load({})
 
 

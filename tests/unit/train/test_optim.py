@@ -172,7 +172,7 @@ def test_an_optimizers_own_betas_stand_in_for_those_not_given() -> None:
 
 
 def test_muon_is_for_matrices() -> None:
-    with pytest.raises(ConfigError, match="muon refuses"):
+    with pytest.raises(ConfigError, match="muon rejects"):
         optim.build([torch.nn.Parameter(torch.zeros(3))], OptimOptions(optimizer="muon"))
 
 

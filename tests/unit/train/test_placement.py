@@ -244,4 +244,4 @@ def test_the_decoder_comes_when_a_picture_is_due(tiny: Source, during_startup: b
     assert torch.equal(decoder()(latents), expected)
     # Kept, it is the decoder of one autoencoder; else it is what loads one.
     assert (decoder() == decoder()) is True
-    assert ("once" in decoder().__name__) == during_startup
+    assert ("free" in decoder().__name__) == during_startup
