@@ -46,7 +46,8 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
     """Line and text of each comment, docstring and paragraph."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
-        yield from enumerate(text.splitlines(), 1)
+        is_glossary = path.name == "CONTRIBUTING.md"  # its tables quote what not to write
+        yield from (row for row in enumerate(text.splitlines(), 1) if not (is_glossary and row[1].startswith("|")))
         return
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
@@ -128,6 +129,6 @@ def test_spelling_is_american() -> None:
         f"{path.relative_to(ROOT)}: {hit[0]}"
         for path in pages()
         for hit in words.finditer(path.read_text(encoding="utf-8"))
-        if hit[0] not in INHERITED and "tiny/vocabulary" not in str(path) and "labelledby" not in hit[0]
+        if hit[0] not in INHERITED and path.name not in ("vocabulary.py", "CONTRIBUTING.md")
     ]
     assert not hits, "\n".join(hits)
