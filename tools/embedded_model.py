@@ -1,17 +1,17 @@
-"""Makes the embedded model from nothing: its world, its autoencoder, its transformer, and their scores.
+"""Make the embedded model from nothing: its training images, its autoencoder, its transformer, and their scores.
 
     python tools/embedded_model.py WORK [--seed 0]
 
-Takes about an hour on two CPU cores. Killed, it goes on where it was. WORK gets:
+Takes about an hour on two CPU cores. Resumes after a kill. WORK gets:
 
-    world/             pictures with captions, and pictures of scenes that training never sees
-    autoencoder.png    pictures above what the autoencoder makes of them
+    world/             images with captions, and images of scenes that training never sees
+    autoencoder.png    images above their reconstructions by the autoencoder
     base/              the model before its transformer is trained
-    run/               the run of `simpletuner train` with `model_type: full`, its sheets and its checkpoints
+    run/               the run of `simpletuner train` with `model_type: full`, its contact sheets and its checkpoints
     scores.json        of 400 held-out prompts, and sheet.png with some of them
-    log.txt            what was said, with times
+    log.txt            what was printed, with times
 
-The flavour `tiny` still has drawn weights: what this makes is not shipped yet (docs/log.md has the scores).
+The weights that the flavour `tiny` ships were made by this tool (docs/log.md has the scores).
 """
 
 import argparse
