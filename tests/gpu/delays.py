@@ -35,15 +35,15 @@ class Delays:
             self.pause()
 
         def stored(inputs: HostInputs, *arguments: object) -> object:
-            self.pause(inputs._copier)
+            self.pause(inputs._copy_stream)
             kept = put(inputs, *arguments)  # type: ignore[arg-type]
-            self.pause(inputs._copier)
+            self.pause(inputs._copy_stream)
             return kept
 
         def fetched(inputs: HostInputs, *arguments: object) -> None:
-            self.pause(inputs._copier)
+            self.pause(inputs._copy_stream)
             fetch(inputs, *arguments)  # type: ignore[arg-type]
-            self.pause(inputs._copier)
+            self.pause(inputs._copy_stream)
 
         monkeypatch.setattr(Streaming, "_fill", filled)
         monkeypatch.setattr(HostInputs, "_put", stored)

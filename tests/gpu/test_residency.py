@@ -139,7 +139,7 @@ def test_a_run_has_the_resident_ones_bits(
     assert delays.count > 50 * steps
     if streaming is not None:
         assert streaming.copies > steps
-        assert (streaming.copies_ahead > 0) == WAYS[way].ahead
+        assert (streaming.prefetched_copies > 0) == WAYS[way].ahead
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
-"""Frozen weights that wait in the machine's memory, or on its disk, and come to the accelerator group by group.
+"""Stream frozen weights to the accelerator group by group, from host memory or from disk.
 
-Each group's frozen tensors, quantized ones taken apart, lie packed in one copy that is only ever read. On the device
-there is a ring of slots, and a group that is wanted is copied into its own: its tensors are views there. What learns
-is in no group and stays on the device.
+Each group has one read-only packed copy of its frozen tensors; quantized tensors are packed as their plain parts. The
+device has a ring of slots. Before a group computes it is copied into its slot, and its tensors are views into the slot.
+Trainable parameters are in no group and stay on the device.
 
-Autograd would keep views of a slot whose content goes. So what it saves of a slot is a note of the group instead, and
-that brings the group back when the gradient wants it; nothing else of a slot leaves a forward pass. Outside of those,
-the modules hold tensors without memory, which fail when they are used. Why not diffusers' hooks:
+Slots are overwritten, so autograd must not save views into them. A saved-tensor hook stores (group, view) instead and
+reloads the group in backward; no other view into a slot leaves a forward pass. Outside of a forward pass the modules
+hold placeholders without memory, which raise when used. Why not diffusers' hooks:
 docs/decisions/0009-block-streaming.md.
 """
 
@@ -35,16 +35,16 @@ from simpletuner.memory.free import release_memory
 from simpletuner.memory.reader import FileReader
 
 _ALIGNMENT_BYTES = 256
-"""Bytes; what the kernels of every library are content with."""
+"""Alignment in bytes of each packed tensor; enough for every kernel we call."""
 
 
 def block_groups(blocks: Sequence[nn.Module], per_group: int = 1) -> list[list[nn.Module]]:
-    """Blocks in the order in which they run, `per_group` together."""
+    """Group `blocks`, which are in execution order, into groups of `per_group` blocks."""
     return [list(blocks[start : start + per_group]) for start in range(0, len(blocks), per_group)]
 
 
 def leaf_groups(modules: Iterable[nn.Module]) -> list[list[nn.Module]]:
-    """Each outermost module that itself owns frozen tensors, by itself: in the main single layers."""
+    """One group for each outermost module that directly owns frozen tensors; these are mostly single layers."""
     return [[leaf] for module in modules for leaf in _owners(module)]
 
 
@@ -57,13 +57,13 @@ def _owners(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def group_bytes(units: Iterable[nn.Module]) -> int:
-    """What the frozen tensors of `units` take, packed: also of modules on the meta device."""
-    return sum(_room(leaf) for place in _places(units) for leaf in _leaves(place.tensor))
+    """Packed size in bytes of the frozen tensors of `units`. Modules may be on the meta device."""
+    return sum(_padded_bytes(leaf) for ref in _tensor_refs(units) for leaf in _leaves(ref.tensor))
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a frozen tensor lives in a model."""
+class _TensorRef:
+    """A frozen parameter or buffer of a module, by name."""
 
     owner: nn.Module
     name: str
@@ -75,32 +75,32 @@ class _Place:
         assert tensor is not None
         return tensor
 
-    def put(self, tensor: Tensor) -> None:
-        # Not by setattr: that would register, and be answered by whatever a library has put in its way.
+    def assign(self, tensor: Tensor) -> None:
+        # Not setattr, which registers the tensor again and may be overridden by a library.
         (self.owner._parameters if self.is_parameter else self.owner._buffers)[self.name] = tensor  # type: ignore[assignment]
 
 
-def _places(units: Iterable[nn.Module]) -> Iterator[_Place]:
+def _tensor_refs(units: Iterable[nn.Module]) -> Iterator[_TensorRef]:
     for unit in units:
         for owner in unit.modules():
-            for place in _frozen(owner):
-                if isinstance(place.tensor, _Away):
-                    raise ValueError(f"{place.name} of a {type(owner).__name__} is streamed already")
-                yield place
+            for ref in _frozen(owner):
+                if isinstance(ref.tensor, _Placeholder):
+                    raise ValueError(f"{ref.name} of a {type(owner).__name__} is streamed already")
+                yield ref
 
 
-def _frozen(owner: nn.Module) -> Iterator[_Place]:
-    """The frozen tensors that `owner` has itself."""
+def _frozen(owner: nn.Module) -> Iterator[_TensorRef]:
+    """The frozen tensors of `owner`, without those of its submodules."""
     for name, parameter in owner._parameters.items():
         if parameter is not None and not parameter.requires_grad:
-            yield _Place(owner, name, is_parameter=True)
+            yield _TensorRef(owner, name, is_parameter=True)
     for name, buffer in owner._buffers.items():
         if buffer is not None:
-            yield _Place(owner, name, is_parameter=False)
+            yield _TensorRef(owner, name, is_parameter=False)
 
 
 def _leaves(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a tensor subclass, such as a quantized weight, is made of; of any other itself."""
+    """The plain tensors inside a tensor subclass, such as a quantized weight; a plain tensor yields itself."""
     wrapper: Any = tensor
     if is_traceable_wrapper_subclass(wrapper):
         for name in wrapper.__tensor_flatten__()[0]:
@@ -110,7 +110,7 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _rebuilt(tensor: Tensor, leaves: Iterator[Tensor]) -> Tensor:
-    """What `tensor` is, of other leaves, in the order of `_leaves`."""
+    """A tensor of the class of `tensor`, made of other `leaves` in the order of `_leaves`."""
     wrapper: Any = tensor
     if not is_traceable_wrapper_subclass(wrapper):
         return next(leaves)
@@ -121,85 +121,89 @@ def _rebuilt(tensor: Tensor, leaves: Iterator[Tensor]) -> Tensor:
 
 
 def _strides(leaf: Tensor) -> tuple[int, ...]:
-    """Those of `leaf` where it is dense: a transposed weight stays one, and the kernels that run on it the same."""
+    """Strides of a dense copy of `leaf`. A transposed weight stays transposed, so the same kernels run on it."""
     return torch.empty_like(leaf, device="meta").stride()
 
 
 def _extent(leaf: Tensor) -> int:
-    """Bytes from the first number of `leaf` to its last."""
+    """Bytes from the first element of `leaf` to the end of its last."""
     reach = sum((size - 1) * stride for size, stride in zip(leaf.shape, _strides(leaf), strict=True))
     return (1 + reach) * leaf.dtype.itemsize if leaf.numel() else 0
 
 
-def _room(leaf: Tensor) -> int:
+def _padded_bytes(leaf: Tensor) -> int:
     return math.ceil(_extent(leaf) / _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
-def _view(memory: Tensor, at: int, like: Tensor) -> Tensor:
-    """A tensor like `like` in the bytes of `memory` from `at` on."""
-    return memory[at : at + _extent(like)].view(like.dtype).as_strided(like.shape, _strides(like))
+def _view(memory: Tensor, offset: int, like: Tensor) -> Tensor:
+    """A tensor with the shape, strides and dtype of `like` at byte `offset` of `memory`."""
+    return memory[offset : offset + _extent(like)].view(like.dtype).as_strided(like.shape, _strides(like))
 
 
-class _Away(Tensor):
-    """Stands in a module for a tensor that is not on the device: its shape and type, and an error for whoever computes
-    with it. (With torch's meta tensors a product on a CPU is no error, but noise.)
+class _Placeholder(Tensor):
+    """Placeholder for a tensor that is not on the device. It has the shape and dtype; computing with it raises.
+
+    (A product of torch's meta tensor on a CPU does not raise; it returns garbage.)
     """
 
     @staticmethod
     def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "_Away":
-        away: _Away = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        return away
+        placeholder: _Placeholder = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        return placeholder
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # its first argument is left out of torch's own types
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stubs lack the first argument
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function is torch.ops.aten.detach.default:
             return cls(args[0].shape, args[0].dtype, args[0].device)
-        raise RuntimeError(f"{function} of a weight that is streamed, outside of its module's forward pass")
+        raise RuntimeError(f"{function} of a streamed weight, outside of its module's forward pass")
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
 
 
 class _Slot:
-    """Room on the device for one group at a time."""
+    """Device memory for one group at a time."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
-        self.holds: _Group | None = None
-        self.ready: torch.cuda.Event | None = None
-        """When a copy that another stream has been asked for will be there."""
+        self.group: _Group | None = None
+        self.copy_done: torch.cuda.Event | None = None
+        """Marks the end of a copy into the slot that was issued on the copy stream."""
 
 
 class _Group:
-    """Modules that come and go together: their packed copy, in memory or in a file, and their tensors as views into
+    """Modules that are copied together: their packed copy, in memory or in a file, and their tensors as views into
     `slot`.
     """
 
     def __init__(self, units: Sequence[nn.Module], index: int, slot: _Slot, folder: Path | None) -> None:
         self.index = index
         self.slot = slot
-        self.units: list[tuple[nn.Module, list[tuple[_Place, Tensor, Tensor]]]] = []
-        """Each module, and of each of its tensors the place, the view, and what stands there while it is away."""
+        self.units: list[tuple[nn.Module, list[tuple[_TensorRef, Tensor, Tensor]]]] = []
+        """Each module with its tensors: where the tensor belongs, the view into `slot`, and the placeholder."""
         packed = torch.zeros(group_bytes(units), dtype=torch.uint8)
-        at = 0
+        offset = 0
         for unit in units:
-            tensors: list[tuple[_Place, Tensor, Tensor]] = []
-            for place in _places([unit]):
-                tensor, leaves = place.tensor, []
+            tensors: list[tuple[_TensorRef, Tensor, Tensor]] = []
+            for ref in _tensor_refs([unit]):
+                tensor, leaves = ref.tensor, []
                 for leaf in _leaves(tensor):
                     if type(leaf) not in (Tensor, nn.Parameter):
-                        raise TypeError(f"{place.name}: a {type(leaf).__name__} cannot be taken apart")
-                    _view(packed, at, leaf).copy_(leaf.detach())
-                    leaves.append(_view(slot.memory, at, leaf))
-                    at += _room(leaf)
+                        raise TypeError(f"{ref.name}: a {type(leaf).__name__} cannot be taken apart")
+                    _view(packed, offset, leaf).copy_(leaf.detach())
+                    leaves.append(_view(slot.memory, offset, leaf))
+                    offset += _padded_bytes(leaf)
                 view = _rebuilt(tensor, iter(leaves))
-                away: Tensor = _Away(tensor.shape, tensor.dtype, slot.memory.device)
-                if place.is_parameter:
-                    view, away = nn.Parameter(view, requires_grad=False), nn.Parameter(away, requires_grad=False)
-                place.put(away)  # which lets the tensor itself go, before the next group is packed
-                tensors.append((place, view, away))
+                placeholder: Tensor = _Placeholder(tensor.shape, tensor.dtype, slot.memory.device)
+                if ref.is_parameter:
+                    view, placeholder = (
+                        nn.Parameter(view, requires_grad=False),
+                        nn.Parameter(placeholder, requires_grad=False),
+                    )
+                ref.assign(placeholder)  # frees the original before the next group is packed
+                tensors.append((ref, view, placeholder))
             self.units.append((unit, tensors))
         self.size = packed.nbytes
         self.file = None if folder is None else _on_disk(packed, folder)
@@ -209,22 +213,23 @@ class _Group:
 
 
 def _pin(memory: Tensor) -> None:
-    """Lock `memory` in place, so that copies from it need no help of the processor. Just its bytes: torch's own pinned
-    memory comes in powers of two.
+    """Page-lock `memory`, so that copies from it to the GPU run without the CPU.
+
+    Exactly its bytes: torch's own pinned memory is rounded up to powers of two.
     """
     address = memory.data_ptr()
     runtime = torch.cuda.cudart()
     code = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
     if code:
         raise MemoryBudgetError.of(
-            f"{format_size(memory.nbytes)} of memory cannot be locked for copies to the GPU (CUDA error {code})",
-            remedy="Is the memory short, or `ulimit -l` low? --group_offload_to_disk_path reads from a disk.",
+            f"{format_size(memory.nbytes)} of host memory cannot be pinned for copies to the GPU (CUDA error {code})",
+            remedy="Free host memory, raise `ulimit -l`, or give --group_offload_to_disk_path to stream from a disk.",
         )
     weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
 
 
 def _buffers(size: int, count: int, device: torch.device) -> list[Tensor]:
-    """In host memory, for copies to `device`."""
+    """`count` buffers of `size` bytes in host memory, pinned if `device` is a GPU."""
     buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(count)]
     if device.type == "cuda":
         for buffer in buffers:
@@ -233,8 +238,7 @@ def _buffers(size: int, count: int, device: torch.device) -> list[Tensor]:
 
 
 def _on_disk(packed: Tensor, folder: Path) -> Path:
-    """A file of `folder` with the same bytes. It is named by them: what is there under that name and holds them is
-    kept, whatever wrote it.
+    """Write `packed` to a file of `folder` that is named by its SHA-256. A file that has these bytes already is reused.
 
     Raises:
         DiskError: no space.
@@ -242,7 +246,7 @@ def _on_disk(packed: Tensor, folder: Path) -> Path:
     content = packed.numpy().data
     path = folder / f"{hashlib.sha256(content).hexdigest()}.weights"
     if not (path.exists() and path.stat().st_size == packed.nbytes and torch.equal(_mapped(path), packed)):
-        # Not flushed: a start that finds it damaged writes it again.
+        # Not synced to disk: a later run that finds the file damaged writes it again.
         write_atomic(path, content, sync=False)
     return path
 
@@ -251,138 +255,140 @@ def _mapped(path: Path) -> Tensor:
     with path.open("rb") as file:
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with warnings.catch_warnings():
-        # That the memory cannot be written, which is what is wanted.
+        # It warns that the memory is read-only, as intended.
         warnings.simplefilter("ignore", UserWarning)
         return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
-class _Note:
-    """What autograd keeps of a tensor in a slot."""
+class _SlotView:
+    """Saved for autograd in place of a view into a slot."""
 
     group: _Group
     tensor: Tensor
 
 
 _Mode = tuple[bool, bool]
-"""Whether a gradient is being computed, and whether what runs is recorded for one: what comes next depends on both."""
+"""Whether backward is running, and whether gradients are enabled. Both determine which group runs next."""
 
 
 class Streaming:
-    """What `install` has set up."""
+    """Groups of streamed weights, their slots, and counts of the copies. Made by `install`."""
 
     def __init__(
         self, groups: Sequence[Sequence[nn.Module]], device: torch.device, *, ahead: bool, folder: Path | None
     ) -> None:
         groups = [units for units in groups if group_bytes(units)]
-        ring = min(1 + ahead, len(groups))
+        slot_count = min(1 + ahead, len(groups))
         if folder is not None:
             sweep_parts(folder, ".*.weights.*.part")
         size = max(map(group_bytes, groups), default=0)
         self._device = device
-        self._slots = [_Slot(size, device) for _ in range(ring)]
-        self._groups = [_Group(units, i, self._slots[i % ring], folder) for i, units in enumerate(groups)]
-        self._at = {slot.memory.data_ptr(): slot for slot in self._slots}
-        self._copier = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
+        self._slots = [_Slot(size, device) for _ in range(slot_count)]
+        self._groups = [_Group(units, i, self._slots[i % slot_count], folder) for i, units in enumerate(groups)]
+        self._slot_by_address = {slot.memory.data_ptr(): slot for slot in self._slots}
+        self._copy_stream = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
         self._is_backward = False
-        self._now: tuple[_Mode, _Group] | None = None
-        """The group that was brought last, and the mode in which it was."""
-        self._next: dict[tuple[_Mode, int], tuple[_Mode, _Group]] = {}
-        """Which group came after a group that was brought in a mode, and in which mode: learned in the first step."""
-        self._entered: torch.cuda.Event | None = None
-        """When all work on other groups than the present one will be done."""
+        self._current: tuple[_Mode, _Group] | None = None
+        """The group that was loaded last, with its mode."""
+        self._successors: dict[tuple[_Mode, int], tuple[_Mode, _Group]] = {}
+        """The (mode, group) that followed each (mode, group index). Learned in the first step."""
+        self._earlier_work: torch.cuda.Event | None = None
+        """Marks the end of all work that was launched for groups before the current one."""
 
         self._reader = None if folder is None else FileReader(_buffers(size, min(2, len(self._groups)), device))
 
         self.slot_bytes = size
         self.packed_bytes = sum(group.size for group in self._groups)
         self.peak_resident = 0
-        """The most groups that were ever on the device at once."""
+        """Maximum number of groups on the device at once, so far."""
         self.copies = 0
         """Groups copied to the device."""
-        self.copies_ahead = 0
-        """Of these, copied before they were asked for."""
+        self.prefetched_copies = 0
+        """The prefetched ones of `copies`."""
         self.copied_bytes = 0
         for group in self._groups:
             for unit, tensors in group.units:
                 unit.forward = self._streamed(group, tensors, unit.forward)
 
     def __str__(self) -> str:
-        room = f"{len(self._slots)} of up to {format_size(self.slot_bytes)} on the device at once"
-        return f"{len(self._groups)} groups of weights, {format_size(self.packed_bytes)}, {room}"
+        slots = f"{len(self._slots)} of up to {format_size(self.slot_bytes)} on the device at once"
+        return f"{len(self._groups)} groups of weights, {format_size(self.packed_bytes)}, {slots}"
 
     @property
     def ring_bytes(self) -> int:
-        """Of all slots on the device."""
+        """Size of all slots on the device."""
         return len(self._slots) * self.slot_bytes
 
     def told(self) -> str:
-        """What has been copied so far, for people."""
+        """Counts of the copies so far, as text."""
         read = "" if self._reader is None else f"{self._reader.reads_ahead} of {self._reader.reads} files read ahead, "
         return (
-            f"{self.copies} copies, {format_size(self.copied_bytes)}, {self.copies_ahead} of them ahead of time, "
+            f"{self.copies} copies, {format_size(self.copied_bytes)}, {self.prefetched_copies} of them prefetched, "
             f"{read}at most {self.peak_resident} groups on the device"
         )
 
     def _streamed(
-        self, group: _Group, tensors: list[tuple[_Place, Tensor, Tensor]], forward: Callable[..., Any]
+        self, group: _Group, tensors: list[tuple[_TensorRef, Tensor, Tensor]], forward: Callable[..., Any]
     ) -> Callable[..., Any]:
-        def run(*inputs: Any, **named: Any) -> Any:
-            self._bring(group)
-            with self._saving(), _in_place(tensors):
-                out = forward(*inputs, **named)
-            self._look_ahead()
-            return pytree.tree_map_only(Tensor, partial(self._leaving, group), out)
+        def run(*inputs: Any, **keywords: Any) -> Any:
+            self._load(group)
+            with self._saved_tensor_hooks(), _materialized(tensors):
+                out = forward(*inputs, **keywords)
+            self._prefetch()
+            return pytree.tree_map_only(Tensor, partial(self._output, group), out)
 
         return run
 
-    def _leaving(self, group: _Group, tensor: Tensor) -> Tensor:
-        """A result of a module of `group`: never memory of a slot, and the group is there when its gradient is wanted.
-        For what a library hides from autograd's hooks, and before any that it does not.
+    def _output(self, group: _Group, tensor: Tensor) -> Tensor:
+        """An output of a module of `group`: never a view into a slot, and with a hook that loads the group in backward.
+
+        The hook serves tensors that a library hides from saved-tensor hooks; it runs before any of those.
         """
-        if self._holder(tensor) is not None:
+        if self._group_of(tensor) is not None:
             tensor = tensor.clone()
         if tensor.requires_grad:
 
-            def bring(_: Tensor) -> None:
+            def load(_: Tensor) -> None:
                 with self._in_backward():
-                    self._bring(group)
+                    self._load(group)
 
-            tensor.register_hook(bring)
+            tensor.register_hook(load)
         return tensor
 
-    def _saving(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """Inside, autograd saves notes of what is in a slot. All else goes the way it would go without this: where the
-        block is recomputed, to the hooks of the recomputation, which torch would else not ask.
+    def _saved_tensor_hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """Hooks that make autograd save (group, view) for tensors in a slot.
+
+        Other tensors go to the enclosing hooks, those of activation checkpointing, which torch would skip.
         """
         outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)  # None without any
 
         def pack(tensor: Tensor) -> object:
-            group = self._holder(tensor)
+            group = self._group_of(tensor)
             if group is not None:
-                return _Note(group, tensor)
+                return _SlotView(group, tensor)
             if outer is not None:
                 return outer[0](tensor)
-            return tensor.detach() if tensor.requires_grad else tensor  # a result that is saved must not hold its graph
+            return tensor.detach() if tensor.requires_grad else tensor  # a saved output must not hold its graph
 
-        def unpack(kept: Any) -> Tensor:
+        def unpack(saved: Any) -> Tensor:
             with self._in_backward():
-                if isinstance(kept, _Note):
-                    self._bring(kept.group)
-                    tensor = kept.tensor
+                if isinstance(saved, _SlotView):
+                    self._load(saved.group)
+                    tensor = saved.tensor
                 else:
-                    tensor = kept if outer is None else outer[1](kept)
-                self._look_ahead()
+                    tensor = saved if outer is None else outer[1](saved)
+                self._prefetch()
             return tensor
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
-    def _holder(self, tensor: Tensor) -> _Group | None:
-        """The group of whose slot `tensor`, or a part of it, is a view."""
+    def _group_of(self, tensor: Tensor) -> _Group | None:
+        """The group whose slot contains the memory of `tensor` or of one of its leaves; None if there is none."""
         for leaf in _leaves(tensor):
-            slot = self._at.get(leaf.untyped_storage().data_ptr())
+            slot = self._slot_by_address.get(leaf.untyped_storage().data_ptr())
             if slot is not None:
-                return slot.holds
+                return slot.group
         return None
 
     @contextlib.contextmanager
@@ -393,91 +399,92 @@ class Streaming:
         finally:
             self._is_backward = before
 
-    def _bring(self, group: _Group) -> None:
-        """Have `group` in its slot for what is launched from here on."""
-        if self._now is None or self._now[1] is not group:
-            now = (self._is_backward, torch.is_grad_enabled()), group
-            if self._now is not None:
-                before, last = self._now
-                self._next[before, last.index] = now
-            self._now = now
-            if self._copier is not None:
-                self._entered = torch.cuda.current_stream(self._device).record_event()
+    def _load(self, group: _Group) -> None:
+        """Make sure that `group` is in its slot for all work that is launched from now on."""
+        if self._current is None or self._current[1] is not group:
+            current = (self._is_backward, torch.is_grad_enabled()), group
+            if self._current is not None:
+                previous_mode, previous_group = self._current
+                self._successors[previous_mode, previous_group.index] = current
+            self._current = current
+            if self._copy_stream is not None:
+                self._earlier_work = torch.cuda.current_stream(self._device).record_event()
         slot = group.slot
-        if slot.ready is not None:
-            torch.cuda.current_stream(self._device).wait_event(slot.ready)
-            slot.ready = None
-        if slot.holds is not group:
+        if slot.copy_done is not None:
+            torch.cuda.current_stream(self._device).wait_event(slot.copy_done)
+            slot.copy_done = None
+        if slot.group is not group:
             self._fill(group)
-            self._read_ahead(*self._now)
+            self._read_next_file(*self._current)
 
-    def _look_ahead(self) -> None:
-        """Begin to copy what will be wanted next. Called once the present group's work is launched: from a disk the
-        copy keeps the processor, but not the accelerator.
+    def _prefetch(self) -> None:
+        """Begin to copy the next group. Called after the current group's work is launched: a copy from disk blocks the
+        CPU, but not the accelerator.
         """
-        if len(self._slots) < 2 or self._now is None:
+        if len(self._slots) < 2 or self._current is None:
             return
-        mode, now = self._now
-        following = self._next.get((mode, now.index))
+        mode, current_group = self._current
+        following = self._successors.get((mode, current_group.index))
         if following is None:
             return
         _, group = following
-        if group.slot.holds is group or group.slot is now.slot:
+        if group.slot.group is group or group.slot is current_group.slot:
             return
-        self.copies_ahead += 1
-        if self._copier is None or self._entered is None:
+        self.prefetched_copies += 1
+        if self._copy_stream is None or self._earlier_work is None:
             self._fill(group)
         else:
-            self._copier.wait_event(self._entered)
-            with torch.cuda.stream(self._copier):
+            self._copy_stream.wait_event(self._earlier_work)
+            with torch.cuda.stream(self._copy_stream):
                 self._fill(group)
-            group.slot.ready = self._copier.record_event()
-        self._read_ahead(*following)
+            group.slot.copy_done = self._copy_stream.record_event()
+        self._read_next_file(*following)
 
-    def _read_ahead(self, mode: _Mode, group: _Group) -> None:
-        """Begin to read the file of the group that will have to be copied next after `group`."""
+    def _read_next_file(self, mode: _Mode, group: _Group) -> None:
+        """Begin to read the file of the next group after `group` that is not in a slot."""
         if self._reader is None:
             return
-        for _ in range(len(self._slots) + 1):  # those in slots are not copied
-            following = self._next.get((mode, group.index))
+        for _ in range(len(self._slots) + 1):  # groups in slots need no copy
+            following = self._successors.get((mode, group.index))
             if following is None:
                 return
             mode, group = following
-            if group.slot.holds is not group and group.file is not None:
+            if group.slot.group is not group and group.file is not None:
                 self._reader.begin(group.file, group.size)
                 return
 
     @torch.no_grad()
     def _fill(self, group: _Group) -> None:
         slot = group.slot
-        slot.holds = None  # should the copy fail
-        room = slot.memory[: group.size]
+        slot.group = None  # in case the copy fails
+        target = slot.memory[: group.size]
         if group.packed is not None:
-            room.copy_(group.packed, non_blocking=True)
+            target.copy_(group.packed, non_blocking=True)
         else:
             assert self._reader is not None
             assert group.file is not None
             is_cuda = self._device.type == "cuda"
-            room.copy_(self._reader.content(group.file, group.size), non_blocking=is_cuda)
+            target.copy_(self._reader.content(group.file, group.size), non_blocking=is_cuda)
             if is_cuda:
-                end = torch.cuda.Event(blocking=True)  # the thread sleeps until then
-                end.record(torch.cuda.current_stream(self._device))
-                self._reader.copy_ends(end)
-        slot.holds = group
+                copy_end = torch.cuda.Event(blocking=True)  # the reader thread sleeps until it
+                copy_end.record(torch.cuda.current_stream(self._device))
+                self._reader.copy_ends(copy_end)
+        slot.group = group
         self.copies += 1
         self.copied_bytes += group.size
-        self.peak_resident = max(self.peak_resident, sum(slot.holds is not None for slot in self._slots))
+        self.peak_resident = max(self.peak_resident, sum(slot.group is not None for slot in self._slots))
 
 
 @contextlib.contextmanager
 def set_aside(tensors: Iterable[Tensor], device: torch.device) -> Iterator[None]:
-    """Inside, those of `tensors` that are on `device`, streamed ones left out, lie in host memory and can be read
-    there; afterwards on `device` again, bit for bit. No other tensor may be a view of one of them.
+    """Move those of `tensors` that are on `device` to host memory, where they can be read; on exit move them back.
+
+    Their bits do not change. Streamed tensors are skipped. No other tensor may be a view of one of them.
     """
     moved: list[Tensor] = []
     try:
         for tensor in tensors:
-            for leaf in [] if isinstance(tensor, _Away) else _leaves(tensor):
+            for leaf in [] if isinstance(tensor, _Placeholder) else _leaves(tensor):
                 if leaf.device.type == device.type:
                     leaf.data = leaf.data.to("cpu", copy=True)
                     moved.append(leaf)
@@ -489,14 +496,14 @@ def set_aside(tensors: Iterable[Tensor], device: torch.device) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def _in_place(tensors: list[tuple[_Place, Tensor, Tensor]]) -> Iterator[None]:
-    for place, view, _ in tensors:
-        place.put(view)
+def _materialized(tensors: list[tuple[_TensorRef, Tensor, Tensor]]) -> Iterator[None]:
+    for ref, view, _ in tensors:
+        ref.assign(view)
     try:
         yield
     finally:
-        for place, _, away in tensors:
-            place.put(away)
+        for ref, _, placeholder in tensors:
+            ref.assign(placeholder)
 
 
 def install(
@@ -507,32 +514,32 @@ def install(
     ahead: bool = False,
     folder: Path | None = None,
 ) -> Streaming:
-    """Keep the frozen tensors of `groups` off `device` but for the one that computes; move all else of `model` there.
+    """Stream the frozen tensors of `groups` to `device` when their modules run; move the rest of `model` to `device`.
 
-    What is trained must have `requires_grad` by now. Call it before `recompute.install`: what is recomputed then brings
-    its group back. Results and gradients are the same bits. On CUDA that takes kernels that always add in the
-    same order; the backward passes of fused attention do not.
+    Trainable parameters must already have `requires_grad`. Call this before `recompute.install`, so that recompute
+    loads its groups. Results and gradients are bit-identical. On CUDA that takes kernels that always add in the same
+    order, which the backward kernels of fused attention do not.
 
     Args:
-        groups: modules of `model` that come and go together, none inside another; see `block_groups`, `leaf_groups`.
-        ahead: copy the group that will be wanted next while one computes, in a second slot; on CUDA in a stream of its
-            own. The order is learned as the model runs.
-        folder: where packed groups are files, and are read from, instead of being in memory.
+        groups: modules of `model` that are copied together, none inside another; see `block_groups`, `leaf_groups`.
+        ahead: prefetch the next group into a second slot while one computes; on CUDA on a separate stream. The order
+            of the groups is learned as the model runs.
+        folder: store the packed groups as files in this folder and read them from there; None keeps them in memory.
 
     Raises:
         DiskError: no space in `folder`.
-        MemoryBudgetError: the memory for the packed groups cannot be locked.
+        MemoryBudgetError: the memory of the packed groups cannot be pinned.
         ValueError: a module is streamed already.
-        TypeError: a frozen tensor of a class that cannot be taken apart.
+        TypeError: a frozen tensor has a class that cannot be split into plain tensors.
     """
     streaming = Streaming(groups, device, ahead=ahead, folder=folder)
     for owner in model.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.requires_grad:
-                parameter.data = parameter.data.to(device)  # the same parameter: others may know it
-            elif parameter is not None and not isinstance(parameter, _Away):
+                parameter.data = parameter.data.to(device)  # the same object: an optimizer may refer to it
+            elif parameter is not None and not isinstance(parameter, _Placeholder):
                 owner._parameters[name] = nn.Parameter(parameter.to(device), requires_grad=False)
         for name, buffer in owner._buffers.items():
-            if buffer is not None and not isinstance(buffer, _Away):
+            if buffer is not None and not isinstance(buffer, _Placeholder):
                 owner._buffers[name] = buffer.to(device)
     return streaming

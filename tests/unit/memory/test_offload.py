@@ -223,7 +223,7 @@ def test_twenty_steps_are_the_resident_ones_bit_for_bit(
     assert streaming.peak_resident == min(1 + ahead, groups)
     if groups > 2:
         assert streaming.copies > 20 * groups
-        assert (streaming.copies_ahead > 20 * groups) == ahead
+        assert (streaming.prefetched_copies > 20 * groups) == ahead
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -238,7 +238,7 @@ def test_evaluation_is_the_resident_one_bit_for_bit(level: str) -> None:
     if groups > 2:
         # From the second pass on each group is there before its turn, but for the first if it shares the last's slot.
         assert streaming.copies <= 3 * groups + 1
-        assert streaming.copies - streaming.copies_ahead <= groups + 2 * (groups % 2)
+        assert streaming.copies - streaming.prefetched_copies <= groups + 2 * (groups % 2)
 
 
 def weights_alive() -> int:
@@ -383,9 +383,9 @@ def test_a_weight_outside_of_its_module_is_an_error_and_no_noise() -> None:
     model, _ = prepared("plain", "block")
     weight = model.blocks[0].out.weight
     assert (weight.shape, weight.dtype, weight.device) == ((WIDTH, WIDTH), torch.float32, CPU)
-    assert repr(weight) == "_Away([24, 24], torch.float32)"
+    assert repr(weight) == "_Placeholder([24, 24], torch.float32)"
     for use in (lambda: batch(0) @ weight.T, lambda: F.linear(batch(0), weight), lambda: weight + 1):
-        with pytest.raises(RuntimeError, match="of a weight that is streamed, outside of its module's forward pass"):
+        with pytest.raises(RuntimeError, match="of a streamed weight, outside of its module's forward pass"):
             use()
 
 
