@@ -234,7 +234,7 @@ def test_what_a_precision_cannot_hold_is_named() -> None:
     with pytest.raises(ConfigError) as caught:
         targets(module, ("",), "int4-quanto")
     text = str(caught.value)
-    assert "int4-quanto cannot hold first, and 1 more like it: 80 inputs are no multiple of 32" in text
+    assert "int4-quanto cannot hold first and 1 more: 80 inputs are no multiple of 32" in text
     assert "int8-quanto" in text
     with pytest.raises(ConfigError, match="cannot hold third: 24 outputs and 64 inputs are no multiples of 16"):
         targets(module, ("",), "fp8-torchao")
@@ -267,7 +267,7 @@ def test_what_a_cpu_does_not_run_is_refused_with_what_does() -> None:
         text = str(caught.value)
         assert f"text_encoder_1_precision = {name} on a machine without a GPU" in text
         assert all(able in text for able in HERE)
-        assert f"Nearest is {near}." in text
+        assert f"The nearest is {near}." in text
 
 
 @pytest.mark.parametrize("name", HERE)

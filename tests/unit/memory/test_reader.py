@@ -106,7 +106,7 @@ def broken(file: Path, how: str) -> str:
         return f"{file} cannot be read: Is a directory."
     content = file.read_bytes()
     file.write_bytes(content[:-1] if how == "cut" else content + b"1")
-    return f"{file} holds {len(content) + (-1 if how == 'cut' else 1)} bytes in place of {len(content)}."
+    return f"{file} has {len(content) + (-1 if how == 'cut' else 1)} bytes instead of {len(content)}."
 
 
 @pytest.mark.parametrize("begun", [False, True])
