@@ -1,9 +1,9 @@
-"""Products of bf16 numbers on CPUs that cannot multiply them.
+"""Fast bf16 products on CPUs without bf16 instructions.
 
 Without AVX-512 torch multiplies bf16 on a CPU one element at a time: products take up to 60 times as long as in fp32,
-convolutions 95 times (docs/log.md, 2026-11-29). Most desktop CPUs are such. Here torch's products in bf16 are replaced
-by products in fp32 that are rounded once at the end, as oneDNN computes them where the CPU can. fp32 is left as it is,
-bit for bit.
+convolutions 95 times (docs/log.md, 2026-11-29). Most desktop CPUs have no AVX-512. This module replaces torch's bf16
+products by fp32 products that are rounded once at the end, as oneDNN computes them on CPUs with AVX-512. fp32 products
+stay bit-identical.
 """
 
 import functools
@@ -19,16 +19,15 @@ _X86 = ("x86_64", "amd64")
 
 
 def multiplies_bf16() -> bool:
-    """Whether torch's own products of bf16 numbers are fast on this CPU. Of other architectures than x86 nothing is
-    known that would be slow.
-    """
+    """Whether torch's own bf16 products are fast on this CPU. Assumed on architectures other than x86."""
     return platform.machine().lower() not in _X86 or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 @functools.cache
 def multiply_bf16_in_fp32() -> torch.library.Library | None:
-    """Replace torch's products and convolutions of bf16 numbers, for this process, where the CPU needs it. None where
-    it does not. Products inside compiled code and in torch's own attention stay as they are.
+    """Replace torch's bf16 products and convolutions in this process, if the CPU needs it; returns None if it does not.
+
+    Products in compiled code and in torch's own attention are not replaced.
     """
     if multiplies_bf16():
         return None
@@ -42,22 +41,23 @@ def multiply_bf16_in_fp32() -> torch.library.Library | None:
     }
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there was a kernel before
+        warnings.simplefilter("ignore")  # about overriding a kernel
         for name, kernel in replaced.items():
             library.impl(name, kernel, "CPU", allow_override=True)
     return library
 
 
 def _in_fp32(kernel: Callable[..., Tensor], out: str) -> Callable[..., Tensor]:
-    """`kernel`, the variant of an operator that writes to its argument `out` and is not replaced, as one that returns
-    its result, in the dtype of the factors.
+    """Wrap `kernel`, an operator's variant that writes to its argument `out`: return the result, in the factors' dtype.
+
+    The out variant itself is not replaced, so this does not recurse.
     """
 
     def compute(*arguments: Any, **options: Any) -> Tensor:
         first: Tensor = arguments[0]
         if first.dtype != torch.bfloat16:
             return kernel(*arguments, **options, **{out: first.new_empty(0)})
-        whole = [each.float() if isinstance(each, Tensor) else each for each in arguments]
-        return kernel(*whole, **options, **{out: whole[0].new_empty(0)}).bfloat16()
+        fp32_arguments = [each.float() if isinstance(each, Tensor) else each for each in arguments]
+        return kernel(*fp32_arguments, **options, **{out: fp32_arguments[0].new_empty(0)}).bfloat16()
 
     return compute

@@ -1,4 +1,4 @@
-"""The device that a command computes on, and how exactly it computes there."""
+"""Choose the device that a command computes on, and its precision."""
 
 import torch
 
@@ -6,18 +6,18 @@ from simpletuner.memory.cpu_products import multiply_bf16_in_fp32
 
 
 def choose_device() -> torch.device:
-    """The GPU if there is one, with TF32 forbidden; else the CPU. Products of bf16 on the CPU are fast from here on."""
+    """The GPU if there is one, otherwise the CPU. Disables TF32, and makes bf16 products on the CPU fast."""
     forbid_tf32()
     multiply_bf16_in_fp32()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def forbid_tf32() -> None:
-    """Make CUDA compute products and convolutions of fp32 numbers in fp32, for this process.
+    """Make CUDA compute fp32 products and convolutions in fp32, in this process.
 
-    TF32 keeps 10 bits of each factor's mantissa, not 23. torch allows it to cuDNN's convolutions, and to products where
-    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is 1, as NVIDIA's containers set it; after this call neither has it.
+    TF32 keeps 10 of the 23 mantissa bits of each factor. By default torch allows it for cuDNN's convolutions; NVIDIA's
+    containers allow it for products too, with TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1. This call disables both.
     """
-    # The flags that torch 2.11 has as well. Both kinds together, or the newer ones alone; a mixture cannot be read.
+    # torch 2.11 has these flags too. Do not mix them with the newer ones: torch raises when it reads a mixture.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

@@ -1,4 +1,4 @@
-"""Which errors say that memory ran out, and of which place."""
+"""Tell which errors mean that memory ran out, and whether it was the accelerator's or RAM."""
 
 from typing import Literal
 
@@ -13,9 +13,10 @@ DEVICE_FAILURES = (
     "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED",
     "Triton Error [CUDA]: out of memory",
 )
-"""First lines of a RuntimeError where the runtime, the driver or a library failed to allocate. Torch's allocator has an
-error of its own. The runtime says the same where pinned host memory ran out. Others, such as
-CUBLAS_STATUS_NOT_INITIALIZED, may come of full memory and may not."""
+"""Texts in the first line of a RuntimeError that mean a failed allocation of the runtime, the driver or a library.
+
+Torch's allocator raises its own class instead. The runtime's error is the same if pinned host memory ran out. Errors
+such as CUBLAS_STATUS_NOT_INITIALIZED are not listed: they may have other causes than full memory."""
 
 HOST_FAILURES = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -25,21 +26,21 @@ HOST_FAILURES = (
 
 
 def exhausted_memory(error: BaseException) -> Literal["accelerator", "ram"] | None:
-    """The place of which `error` says that it is full; None if it says something else."""
+    """The memory that `error` says is full; None if it says something else."""
     if isinstance(error, torch.OutOfMemoryError):
         return "accelerator"
     if isinstance(error, MemoryError):
         return "ram"
-    # Subclasses say something else, whatever they quote: a NotImplementedError is not about memory.
+    # Not subclasses, even if they quote such a text: a NotImplementedError is not about memory.
     if type(error) in (RuntimeError, torch.AcceleratorError):
-        told = first_line(error)
-        if any(text in told for text in DEVICE_FAILURES):
+        message = first_line(error)
+        if any(text in message for text in DEVICE_FAILURES):
             return "accelerator"
-        if any(text in told for text in HOST_FAILURES):
+        if any(text in message for text in HOST_FAILURES):
             return "ram"
     return None
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what `error` says. A MemoryError often says nothing: then that memory ran out."""
+    """The first line of the message of `error`. Without a message, as often in a MemoryError, "out of memory"."""
     return next(iter(str(error).splitlines()), "out of memory")

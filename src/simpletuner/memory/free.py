@@ -1,4 +1,4 @@
-"""How much memory a device has left, and how to give it back."""
+"""Read the free memory of a device, and release unused memory."""
 
 import gc
 
@@ -8,11 +8,13 @@ from simpletuner.base.machine import MEMINFO, host_memory
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Bytes that can still be taken on `device`: what the driver has and what torch holds unused; on the CPU what the
-    system could free, within the limits of this process's control groups (version 2).
+    """Bytes that can still be allocated on `device`.
+
+    On CUDA: the driver's free memory plus the unused part of torch's reservation. On the CPU: the available RAM,
+    including caches that the system can drop, within the limits of this process's control groups (version 2).
 
     Raises:
-        OSError: the system does not say.
+        OSError: the system does not report it.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -24,7 +26,7 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def release_memory(device: torch.device) -> None:
-    """Free what is not referenced any more, so that the next phase finds it available."""
+    """Free unreferenced objects and torch's unused memory for the next phase."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

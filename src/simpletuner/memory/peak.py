@@ -1,4 +1,4 @@
-"""Peak memory since a moment, of the accelerator and of this process."""
+"""Measure the peak memory of the accelerator and of this process in a span of time."""
 
 import contextlib
 import resource
@@ -12,19 +12,19 @@ from simpletuner.base.sizes import GIB
 PROCESS_STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 CLEAR_PEAK = "5"
-"""Written to `CLEAR_REFS`, it sets the process's peak to what is resident now (proc(5))."""
+"""Written to `CLEAR_REFS`, it resets the process's peak to the current resident size (proc(5))."""
 
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """The most memory that was in use at once, in bytes."""
+    """Peak memory in bytes."""
 
     resident: int = 0
-    """Host memory of this process."""
+    """Peak host memory of this process."""
     reserved: int | None = None
-    """What torch's allocator held of the accelerator; None without one."""
+    """Peak accelerator memory reserved by torch's allocator; None without an accelerator."""
     allocated: int | None = None
-    """What tensors took of `reserved`."""
+    """Peak accelerator memory of tensors."""
 
     @property
     def used_gib(self) -> float:
@@ -37,7 +37,7 @@ class PeakMemory:
         return None if self.allocated is None else round(self.allocated / GIB, 3)
 
     def combined(self, other: "PeakMemory") -> "PeakMemory":
-        """The peak of two spans of time."""
+        """The peak over two spans of time."""
         return PeakMemory(
             max(self.resident, other.resident),
             _larger(self.reserved, other.reserved),
@@ -46,9 +46,9 @@ class PeakMemory:
 
 
 def reset_peak_memory() -> None:
-    """Begin the span of time that `read_peak_memory` looks at. What is in use now is the least that it can return.
+    """Begin the span of time that `read_peak_memory` measures. The current memory is its lower bound.
 
-    Where the system does not let a process reset its peak, `resident` stays that of the whole process.
+    If the system does not let a process reset its peak, `resident` stays the peak since the process started.
     """
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
@@ -57,7 +57,7 @@ def reset_peak_memory() -> None:
 
 
 def read_peak_memory() -> PeakMemory:
-    """Peak memory since `reset_peak_memory` was called last, or else since the process began."""
+    """Peak memory since the last call of `reset_peak_memory`, or since the process started."""
     resident = _peak_resident_bytes()
     if not torch.cuda.is_available():
         return PeakMemory(resident)
@@ -69,9 +69,9 @@ def _peak_resident_bytes() -> int:
     lines = dict(line.split(":", 1) for line in PROCESS_STATUS.read_text().splitlines())
     if "VmHWM" in lines:
         return int(lines["VmHWM"].removesuffix("kB")) * 1024
-    # Not first: it also counts the program that this process was before it became this one.
+    # Second choice: it also counts the program that ran in this process before exec.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _larger(one: int | None, other: int | None) -> int | None:
-    return max((each for each in (one, other) if each is not None), default=None)
+def _larger(first: int | None, second: int | None) -> int | None:
+    return max((each for each in (first, second) if each is not None), default=None)

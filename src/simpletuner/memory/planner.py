@@ -1,5 +1,6 @@
-"""The arithmetic of a memory plan: parts add up to phases, phases meet a machine, and what does not fit gets the
-smallest change that would. Knows no model, and needs no torch.
+"""Memory plans: sum parts into phases, compare the phases with a machine, and find the smallest change that fits.
+
+Independent of models and of torch.
 """
 
 import itertools
@@ -24,28 +25,28 @@ ENGINES: Mapping[Engine, str] = {
     "zero2": "ZeRO-2",
     "zero3": "ZeRO-3",
 }
-"""What people call them."""
+"""Names of the engines for people."""
 
 LEFT_BY_A_CARD = 1.5 * GIB
 LEFT_BY_A_SYSTEM = 4 * GIB
-"""What of a card, and of a machine's memory, others hold: driver, context, screen, system, this program. An eighth of
-small ones. A card of 24, 16, 12 or 8 GiB has 22.5, 14.5, 10.5 or 7 for a model."""
-
+"""Bytes of a GPU and of host memory that other things use: driver, CUDA context, screen, system, this program. At most
+an eighth of the memory. A GPU of 24, 16, 12 or 8 GiB has 22.5, 14.5, 10.5 or 7 GiB for a model."""
 
 KEPT_FREE = 1 / 20
-"""Share of the accelerator that choices made to fill it leave free: measured peaks lie within it of the plan."""
+"""Share of the accelerator that `auto` choices leave free. Measured peaks differ from the plan by less than this."""
 
 
 def bytes_to_fill(accelerator: int) -> int:
-    """Bytes that a choice made to fill the accelerator may plan for. Of what is free of a whole card of 24, 16, 12 or
-    8 GiB that is less than the 22.5, 14.5, 10.5 or 7 GiB above.
+    """Bytes that an `auto` choice may plan to use, with `accelerator` bytes free.
+
+    With an idle GPU of 24, 16, 12 or 8 GiB it is less than the 22.5, 14.5, 10.5 or 7 GiB above.
     """
     return int(accelerator - max(KEPT_FREE * accelerator, min(LEFT_BY_A_CARD, accelerator / 8)))
 
 
 @dataclass(frozen=True)
 class MemoryPart:
-    """What takes memory, where, and how much of it, in bytes."""
+    """An item that takes memory: its name, its memory tier, and its size in bytes."""
 
     name: str
     place: MemoryTier
@@ -54,44 +55,46 @@ class MemoryPart:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """What is in memory at the worst moment of a phase, and what the phase leaves on the disk: accelerator memory of
-    one process, RAM and disk of all processes of one machine.
+    """Memory at the worst moment of a phase, and the files that the phase leaves on disk.
+
+    Accelerator memory is that of one process; RAM and disk are those of all processes of one machine.
     """
 
     phase: PlannedPhase
     what: str
-    """What the phase does, in a few words."""
+    """Short description of the phase."""
     parts: tuple[MemoryPart, ...]
     read: int
-    """Bytes of weights that it reads from the disk."""
+    """Bytes of weights that the phase reads from disk."""
 
-    def total(self, place: MemoryTier) -> int:
-        return sum(part.size for part in self.parts if part.place == place)
+    def total(self, tier: MemoryTier) -> int:
+        return sum(part.size for part in self.parts if part.place == tier)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run may take, in bytes."""
+    """Memory and disk space available to a run, in bytes."""
 
     accelerator: int | None
-    """None: there is none, and everything is in RAM."""
+    """None: there is no accelerator, and everything is in RAM."""
     ram: int
     disk: int | None
-    """None: not known."""
+    """None: unknown."""
 
     @classmethod
     def of_size(cls, vram: float | None, ram: float) -> "Machine":
-        """A machine with a card of `vram` bytes (None or 0: without one) and `ram` bytes of memory."""
-        card = int(vram - min(LEFT_BY_A_CARD, vram / 8)) if vram else None
-        return cls(card, int(ram - min(LEFT_BY_A_SYSTEM, ram / 8)), None)
+        """A machine with a GPU of `vram` bytes (None or 0: no GPU) and `ram` bytes of host memory."""
+        accelerator = int(vram - min(LEFT_BY_A_CARD, vram / 8)) if vram else None
+        return cls(accelerator, int(ram - min(LEFT_BY_A_SYSTEM, ram / 8)), None)
 
-    def has(self, place: MemoryTier) -> int | None:
-        return {"accelerator": self.accelerator, "ram": self.ram, "disk": self.disk}[place]
+    def has(self, tier: MemoryTier) -> int | None:
+        """Bytes available in a tier; None if the tier is missing or unknown."""
+        return {"accelerator": self.accelerator, "ram": self.ram, "disk": self.disk}[tier]
 
 
 @dataclass(frozen=True)
 class Lack:
-    """A place that is too small for a phase."""
+    """A memory tier that is too small for a phase; `needed` and `there` (available) are bytes."""
 
     phase: PhasePlan
     place: MemoryTier
@@ -101,15 +104,15 @@ class Lack:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All phases of a run on a machine, or on several that are alike."""
+    """All phases of a run on one machine, or on several equal machines."""
 
     machine: Machine
     phases: tuple[PhasePlan, ...]
     processes: int = 1
-    """Of all machines. Each has an accelerator like the machine's; those of a machine share its RAM and disk."""
+    """Number of processes on all machines. Each has an accelerator; those of one machine share its RAM and disk."""
     engine: Engine = "single"
     wire: Wire | None = None
-    """What a process sends in a step; None for a single process."""
+    """Bytes that a process sends in a step; None for a single process."""
     machines: int = 1
 
     @property
@@ -118,56 +121,56 @@ class MemoryPlan:
 
     @property
     def described_processes(self) -> str:
-        """Such as "2 processes, FSDP2", or "16 processes on 2 machines, FSDP2"; of a single one "one process"."""
+        """Such as "one process", "2 processes, FSDP2", or "16 processes on 2 machines, FSDP2"."""
         if self.processes == 1:
             return ENGINES[self.engine]
-        where = "" if self.machines == 1 else f" on {self.machines} machines"
-        return f"{self.processes} processes{where}, {ENGINES[self.engine]}"
+        machines = "" if self.machines == 1 else f" on {self.machines} machines"
+        return f"{self.processes} processes{machines}, {ENGINES[self.engine]}"
 
-    def peak(self, place: MemoryTier) -> int:
-        """Of memory, what the hungriest phase takes; of the disk, what all leave there together."""
-        totals = [phase.total(place) for phase in self.phases]
-        return sum(totals) if place == "disk" else max(totals)
+    def peak(self, tier: MemoryTier) -> int:
+        """Bytes of a tier that the run needs: the maximum over the phases, or for the disk their sum."""
+        totals = [phase.total(tier) for phase in self.phases]
+        return sum(totals) if tier == "disk" else max(totals)
 
-    def worst(self, place: MemoryTier) -> PhasePlan:
-        return max(self.phases, key=lambda phase: phase.total(place))
+    def worst(self, tier: MemoryTier) -> PhasePlan:
+        return max(self.phases, key=lambda phase: phase.total(tier))
 
     def phase(self, name: PlannedPhase) -> PhasePlan | None:
         return next((phase for phase in self.phases if phase.phase == name), None)
 
     @property
     def lacks(self) -> tuple[Lack, ...]:
-        """Each place that is too small, with the phase that takes most of it."""
-        found = []
-        for place in MEMORY_TIERS:
-            there = self.machine.has(place)
-            if there is not None and self.peak(place) > there:
-                found.append(Lack(self.worst(place), place, self.peak(place), there))
-        return tuple(found)
+        """Each tier that is too small, with the phase that takes most of it."""
+        lacks = []
+        for tier in MEMORY_TIERS:
+            available = self.machine.has(tier)
+            if available is not None and self.peak(tier) > available:
+                lacks.append(Lack(self.worst(tier), tier, self.peak(tier), available))
+        return tuple(lacks)
 
     @property
     def fits(self) -> bool:
         return not self.lacks
 
     def summary(self) -> dict[str, Any]:
-        """For a JSON reader, in bytes; docs/plan.md says what each key means."""
+        """The plan as JSON, in bytes; docs/plan.md explains each key."""
         return {
             "processes": self.processes,
             "machines": self.machines,
             "engine": self.engine,
             "wire": None if self.wire is None else self.wire.summary(),
-            "machine": {place: self.machine.has(place) for place in MEMORY_TIERS},
+            "machine": {tier: self.machine.has(tier) for tier in MEMORY_TIERS},
             "phases": [
                 {
                     "phase": phase.phase,
                     "what": phase.what,
-                    **{place: phase.total(place) for place in MEMORY_TIERS},
+                    **{tier: phase.total(tier) for tier in MEMORY_TIERS},
                     "read": phase.read,
                     "parts": [{"name": part.name, "place": part.place, "bytes": part.size} for part in phase.parts],
                 }
                 for phase in self.phases
             ],
-            "peak": {place: self.peak(place) for place in MEMORY_TIERS},
+            "peak": {tier: self.peak(tier) for tier in MEMORY_TIERS},
             "fits": self.fits,
             "lacks": [
                 {"phase": lack.phase.phase, "place": lack.place, "needed": lack.needed, "there": lack.there}
@@ -178,24 +181,24 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Change:
-    """Another value of an option."""
+    """A new value of an option."""
 
     option: str
     value: str | int | bool | None
     where: str = ""
-    """Where it is written, if not on the command line."""
+    """Where the option is set, if not on the command line."""
 
     def __str__(self) -> str:
-        """As it is typed."""
+        """The flag as it is typed."""
         if self.value is None:
             return f"no --{self.option}"
-        told = f"{self.option}={self.value if isinstance(self.value, str) else json.dumps(self.value)}"
-        return f"{told} {self.where}" if self.where else f"--{told}"
+        assignment = f"{self.option}={self.value if isinstance(self.value, str) else json.dumps(self.value)}"
+        return f"{assignment} {self.where}" if self.where else f"--{assignment}"
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Changes that make a plan fit, and what they do to the place that was too small."""
+    """Changes that make a plan fit, and the bytes that one tier needed before and needs after them."""
 
     changes: tuple[Change, ...]
     place: MemoryTier
@@ -206,36 +209,39 @@ class Remedy:
         return f"{' '.join(map(str, self.changes))}: {format_size(self.before)} → {format_size(self.after)}"
 
     def summary(self) -> dict[str, Any]:
-        """For a JSON reader."""
+        """The remedy as JSON."""
         changes = {change.option: change.value for change in self.changes}
         return {"changes": changes, "place": self.place, "before": self.before, "after": self.after}
 
 
 Replan = Callable[[Mapping[str, object]], MemoryPlan]
-"""The plan with other values of options."""
+"""Returns the plan with the given values of options."""
 
 MOST_CHANGES = 4
+"""Maximum number of changes in a remedy."""
 
 
 def smallest_change(plan: MemoryPlan, ladder: Sequence[Change], replan: Replan) -> Remedy | None:
-    """The first of `ladder`, else the first two, three or four together, with which all memory is enough. None if
-    nothing helps, or nothing has to. `ladder` goes from what costs least to what costs most; the disk has no rung.
+    """The fewest changes, at most `MOST_CHANGES`, with which the accelerator's memory and RAM suffice; else None.
+
+    `ladder` is ordered from the cheapest change to the most expensive. Of equally many changes the first in its order
+    are returned. None also if nothing has to change. A full disk has no remedy here.
     """
     lacking = [lack for lack in plan.lacks if lack.place != "disk"]
     if not lacking:
         return None
-    first, places = lacking[0], {lack.place for lack in lacking}
+    first, tiers = lacking[0], {lack.place for lack in lacking}
 
     def saves(change: Change) -> bool:
-        other = replan({change.option: change.value})
+        changed_plan = replan({change.option: change.value})
         return any(
-            after.total(place) < before.total(place)
-            for place in places
-            for before, after in zip(plan.phases, other.phases, strict=True)
+            after.total(tier) < before.total(tier)
+            for tier in tiers
+            for before, after in zip(plan.phases, changed_plan.phases, strict=True)
         )
 
-    def is_enough(other: MemoryPlan) -> bool:
-        return all(lack.place == "disk" for lack in other.lacks)
+    def is_enough(changed_plan: MemoryPlan) -> bool:
+        return all(lack.place == "disk" for lack in changed_plan.lacks)
 
     helpful = [change for change in ladder if saves(change)]
     for count in range(1, MOST_CHANGES + 1):
@@ -243,14 +249,14 @@ def smallest_change(plan: MemoryPlan, ladder: Sequence[Change], replan: Replan) 
             values = {change.option: change.value for change in changes}
             if len(values) < count:
                 continue
-            other = replan(values)
-            if is_enough(other):
-                return Remedy(changes, first.place, first.needed, other.peak(first.place))
+            changed_plan = replan(values)
+            if is_enough(changed_plan):
+                return Remedy(changes, first.place, first.needed, changed_plan.peak(first.place))
     return None
 
 
 def with_less(plan: MemoryPlan, phase: PlannedPhase, place: MemoryTier, there: int) -> MemoryPlan:
-    """`plan` as a failed allocation has corrected it: `phase` alone, on a machine with `there` bytes in `place`."""
+    """`plan` reduced to `phase`, on a machine with `there` bytes in the tier `place`: for a failed allocation."""
     only = tuple(each for each in plan.phases if each.phase == phase)
     limits = {"accelerator": plan.machine.accelerator, "ram": plan.machine.ram, place: there}
     return replace(plan, phases=only, machine=Machine(limits["accelerator"], limits["ram"] or 0, None))
@@ -260,56 +266,58 @@ NAMES: Mapping[MemoryTier, str] = {"accelerator": "GPU", "ram": "RAM", "disk": "
 
 
 def plan_title(plan: MemoryPlan) -> str:
-    """What the sizes of a plan are of: "Memory plan, worst moment of each phase", with several processes whose."""
+    """Heading of a plan: "Memory plan, worst moment of each phase", and with several processes which share is shown."""
     title = "Memory plan, worst moment of each phase"
     if plan.processes == 1:
         return title
-    whose = "RAM of all" if plan.machines == 1 else "RAM of each machine"
+    scope = "RAM of all" if plan.machines == 1 else "RAM of each machine"
     if plan.machine.accelerator is not None:
-        whose = f"GPU of each process, {whose}"
-    return f"{title} ({plan.described_processes}; {whose})"
+        scope = f"GPU of each process, {scope}"
+    return f"{title} ({plan.described_processes}; {scope})"
 
 
 def phase_line(phase: PhasePlan) -> str:
-    """A phase in one line: "train (1024x1024 × 1): GPU 19.40 GiB (weights 16.91, activations 2.33, …)"."""
-    told = []
-    for place in MEMORY_TIERS:
-        parts = sorted((part for part in phase.parts if part.place == place), key=lambda part: -part.size)
-        if phase.total(place):
-            shown = ", ".join(f"{part.name} {format_size(part.size)}" for part in parts[:4] if part.size)
-            told.append(f"{NAMES[place]} {format_size(phase.total(place))} ({shown})")
-    return f"{phase.phase} ({phase.what}): {'; '.join(told)}"
+    """One line about a phase: "train (1024x1024 × 1): GPU 19.40 GiB (weights 16.91, activations 2.33, …)"."""
+    tiers = []
+    for tier in MEMORY_TIERS:
+        parts = sorted((part for part in phase.parts if part.place == tier), key=lambda part: -part.size)
+        if phase.total(tier):
+            part_list = ", ".join(f"{part.name} {format_size(part.size)}" for part in parts[:4] if part.size)
+            tiers.append(f"{NAMES[tier]} {format_size(phase.total(tier))} ({part_list})")
+    return f"{phase.phase} ({phase.what}): {'; '.join(tiers)}"
 
 
 def plan_table(plan: MemoryPlan) -> list[str]:
-    """Every part of every phase, for a terminal."""
-    rows: list[tuple[str, ...]] = [("", *(NAMES[place] for place in MEMORY_TIERS), "read")]
+    """Table of every part of every phase, for a terminal."""
+    rows: list[tuple[str, ...]] = [("", *(NAMES[tier] for tier in MEMORY_TIERS), "read")]
     for phase in plan.phases:
-        totals = (format_size(phase.total(place)) for place in MEMORY_TIERS)
+        totals = (format_size(phase.total(tier)) for tier in MEMORY_TIERS)
         rows.append((f"{phase.phase}: {phase.what}", *totals, format_size(phase.read)))
         for name in dict.fromkeys(part.name for part in phase.parts):
-            own = {part.place: part.size for part in phase.parts if part.name == name}
-            rows.append((f"  {name}", *(format_size(own[place]) if place in own else "" for place in MEMORY_TIERS), ""))
+            sizes = {part.place: part.size for part in phase.parts if part.name == name}
+            rows.append(
+                (f"  {name}", *(format_size(sizes[tier]) if tier in sizes else "" for tier in MEMORY_TIERS), "")
+            )
     return aligned_rows(rows)
 
 
 def engine_table(plans: Mapping[Engine, MemoryPlan]) -> list[str]:
-    """What each engine takes and sends, and the estimated time of that, for a terminal."""
+    """Table of the engines: memory, bytes sent per step, and the estimated time to send them, for a terminal."""
     rows: list[tuple[str, ...]] = []
     for engine, plan in plans.items():
-        places = [place for place in MEMORY_TIERS[:2] if plan.machine.has(place) is not None]
+        tiers = [tier for tier in MEMORY_TIERS[:2] if plan.machine.has(tier) is not None]
         wire = plan.wire or Wire(0, 0)
         if not rows:
-            rows.append(("engine", *(NAMES[place] for place in places), "sent a step", *wire.links))
+            rows.append(("engine", *(NAMES[tier] for tier in tiers), "sent a step", *wire.links))
         times = map(format_seconds, wire.seconds().values())
         rows.append(
-            (ENGINES[engine], *(format_size(plan.peak(place)) for place in places), format_size(wire.total), *times)
+            (ENGINES[engine], *(format_size(plan.peak(tier)) for tier in tiers), format_size(wire.total), *times)
         )
     return aligned_rows(rows)
 
 
 def aligned_rows(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of a table: the first column to the left, numbers to the right."""
+    """Align a table: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -320,17 +328,17 @@ def aligned_rows(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def verdict(plan: MemoryPlan) -> str:
-    """Whether it fits, in a sentence."""
-    said = []
-    for place in MEMORY_TIERS:
-        there = plan.machine.has(place)
-        if there is not None and (plan.peak(place) or place != "disk"):
-            at = "" if place == "disk" else f" ({plan.worst(place).phase})"
-            each = "" if plan.machines == 1 else f" on each of {plan.machines} machines"
-            if place == "accelerator":
-                each = "" if plan.processes == 1 else f" in each of {plan.processes}"
-            said.append(f"{NAMES[place]} {format_size(plan.peak(place))}{at} of {format_size(there)}{each}")
+    """One sentence that says whether the plan fits."""
+    sizes = []
+    for tier in MEMORY_TIERS:
+        available = plan.machine.has(tier)
+        if available is not None and (plan.peak(tier) or tier != "disk"):
+            phase = "" if tier == "disk" else f" ({plan.worst(tier).phase})"
+            scope = "" if plan.machines == 1 else f" on each of {plan.machines} machines"
+            if tier == "accelerator":
+                scope = "" if plan.processes == 1 else f" in each of {plan.processes}"
+            sizes.append(f"{NAMES[tier]} {format_size(plan.peak(tier))}{phase} of {format_size(available)}{scope}")
     if plan.fits:
-        return f"It fits: {', '.join(said)}."
+        return f"It fits: {', '.join(sizes)}."
     names = " and ".join(NAMES[lack.place] for lack in plan.lacks)
-    return f"It does not fit, for want of {names}: {', '.join(said)}."
+    return f"It does not fit, for lack of {names}: {', '.join(sizes)}."

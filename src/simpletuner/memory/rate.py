@@ -1,16 +1,17 @@
-"""How fast a device multiplies matrices."""
+"""Measure how fast a device multiplies matrices."""
 
 import time
 
 import torch
 
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
-"""Of the square matrices: large enough that nothing but the product counts."""
+"""Side of the square matrices by device type; large enough that overhead does not count."""
 LONG_ENOUGH_S = 0.2
+"""Minimum duration of the measurement in seconds."""
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating point operations a second of products of `dtype` on `device`, measured; takes about half a second."""
+    """Measured FLOP/s of matrix products in `dtype` on `device`. Takes about half a second."""
     side = MATRIX_SIDE[device.type]
     matrix = torch.randn(side, side, device=device, dtype=torch.float32).to(dtype)
 
@@ -22,7 +23,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
-    seconds(1)  # sets up what the first product needs
+    seconds(1)  # warm-up
     times = 1
     while (took := seconds(times)) < LONG_ENOUGH_S:
         times *= 2

@@ -1,8 +1,8 @@
-"""How much memory a pass through a module takes, found by running its own code on tensors that hold no numbers.
+"""Measure the memory of a pass through a module by running it on the meta device.
 
-Tensors are on torch's meta device: shapes and lifetimes are those of the real pass, nothing is allocated and nothing
-computed. So what autograd saves, what recomputing saves on that, and what a gradient needs on its way are counted and
-not guessed. What a kernel takes inside itself is not seen.
+Shapes and lifetimes of tensors are those of the real pass, but nothing is allocated or computed. So tensors saved by
+autograd, savings by checkpointing, and temporary memory in backward are counted, not estimated. Memory that a kernel
+allocates internally is not counted.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is active, until they are gone. Storages count once."""
+    """Count the bytes of all tensors created while this mode is active, until they are freed. Storages count once."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        """What is `known` from before counts nothing."""
+        """Tensors in `known` do not count."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
@@ -57,21 +57,22 @@ class Ledger(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes that a stretch of a model takes, its weights and what is shared between stretches not counted."""
+    """Bytes that a section of a model takes, without its weights and without tensors shared between sections."""
 
     kept: int
-    """From its forward to its backward pass, its outputs not counted. An input counts if it is needed later."""
+    """Saved from forward to backward, without the outputs. An input counts if backward needs it."""
     forward: int
-    """At most during its forward pass, inputs and outputs counted."""
+    """Peak during the forward pass, with inputs and outputs."""
     backward: int
-    """At most during its backward pass, beyond `kept`; the gradients of its outputs and inputs counted."""
+    """Peak during the backward pass in addition to `kept`, with the gradients of outputs and inputs."""
     gradients: int
-    """Of its weights, which it leaves behind."""
+    """Gradients of its weights that remain after the backward pass."""
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what a fused kernel keeps: its inputs, its output, and the logarithm of each row's sum. On the meta device
-    torch takes the plain way, with a table of all pairs, which no device we train on does.
+    """Saves what a fused kernel saves: its inputs, its output, and the log-sum-exp of each row.
+
+    On the meta device torch takes the unfused path with the whole attention matrix, which no device we train on takes.
     """
 
     @staticmethod
@@ -93,7 +94,7 @@ class _Fused(TorchFunctionMode):
 
 
 def fuse_attention(module: nn.Module) -> None:
-    """Make `module` attend as on a device with fused attention, also where it is recomputed: call it before that."""
+    """Make `module` use the memory of fused attention, in recompute too. Call it before the module is checkpointed."""
     forward = module.forward
 
     def run(*inputs: Any) -> Any:
@@ -104,19 +105,19 @@ def fuse_attention(module: nn.Module) -> None:
 
 
 TracedForward = Callable[..., Sequence[Tensor]]
-"""Streams in, streams out."""
+"""Takes and returns streams of tokens."""
 
 
 @contextlib.contextmanager
 def pretending(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, tensors and modules are made without memory, in `dtype` where nothing else is said."""
-    before = torch.get_default_dtype()
+    """Create tensors and modules on the meta device, by default in `dtype`, inside this context."""
+    default_dtype = torch.get_default_dtype()
     with torch.device("meta"):
         torch.set_default_dtype(dtype)
         try:
             yield
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(default_dtype)
 
 
 def trace(
@@ -127,10 +128,10 @@ def trace(
     *,
     is_released: bool = False,
 ) -> Cost:
-    """What `run(*streams())` costs with its backward pass, all of it made inside `pretending`.
+    """Memory of `run(*streams())` and its backward pass. All tensors must have been created inside `pretending`.
 
     Args:
-        is_released: each weight's gradient is freed as soon as it is whole.
+        is_released: whether each weight's gradient is freed as soon as it is complete.
     """
     ledger = Ledger([*weights, *shared])
     for weight in weights if is_released else ():
@@ -139,16 +140,16 @@ def trace(
         outputs = list(run(*streams()))
         forward = ledger.peak
         edges = [get_gradient_edge(each) for each in outputs]
-        kept = ledger.live - sum(each.untyped_storage().nbytes() for each in outputs)
+        saved = ledger.live - sum(each.untyped_storage().nbytes() for each in outputs)
         gradients = [torch.empty_like(each) for each in outputs]
         outputs.clear()
         ledger.peak = ledger.live
         torch.autograd.backward(edges, gradients)
-        backward = ledger.peak - kept
-    left = sum(weight.grad.nbytes for weight in weights if weight.grad is not None)
+        backward = ledger.peak - saved
+    remaining = sum(weight.grad.nbytes for weight in weights if weight.grad is not None)
     for tensor in (*weights, *shared):
         tensor.grad = None
-    return Cost(kept, forward, backward, left)
+    return Cost(saved, forward, backward, remaining)
 
 
 def _free_gradient(weight: Tensor) -> None:
@@ -156,7 +157,7 @@ def _free_gradient(weight: Tensor) -> None:
 
 
 def trace_forward(run: TracedForward, streams: Callable[[], list[Tensor]], weights: Sequence[Tensor]) -> int:
-    """Bytes that `run(*streams())` takes at most without gradients, inputs and outputs counted."""
+    """Peak bytes of `run(*streams())` without gradients, with inputs and outputs."""
     ledger = Ledger(weights)
     with torch.no_grad(), ledger:
         run(*streams())

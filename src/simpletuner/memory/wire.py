@@ -1,28 +1,28 @@
-"""Bytes that each process sends in an optimizer step; it receives as many. Knows no model, and needs no torch."""
+"""Bytes that each process sends in an optimizer step; it receives as many. Independent of models and of torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 LINKS: Mapping[str, float] = {"NVLink": 450e9, "PCIe 4 x16": 25e9}
-"""Bytes a second and direction between two GPUs: what NVIDIA states of an H100's NVLink, and about what is left of the
-32 GB/s of PCIe 4 with 16 lanes. Not measured here."""
+"""Bytes per second and direction between two GPUs: NVIDIA's figure for an H100's NVLink, and about the usable part of
+the 32 GB/s of 16 lanes of PCIe 4. Not measured by us."""
 
 NETWORKS: Mapping[str, float] = {
     "400 Gbit/s InfiniBand": 50e9,
     "100 Gbit/s Ethernet": 12.5e9,
     "10 Gbit/s Ethernet": 1.25e9,
 }
-"""Bytes a second and direction between two machines: the rates in the names. Not measured here."""
+"""Bytes per second and direction between two machines: the bit rates in the names. Not measured by us."""
 
 
 def all_reduce_bytes(size: int, ranks: int) -> int:
-    """Sent by each of `ranks` processes to sum `size` bytes in a ring: a reduce-scatter and an all-gather."""
-    return 2 * shard_exchange_bytes(size, ranks)
+    """Bytes that each of `ranks` processes sends in a ring all-reduce of `size` bytes."""
+    return 2 * shard_exchange_bytes(size, ranks)  # a reduce-scatter and an all-gather
 
 
 def shard_exchange_bytes(size: int, ranks: int) -> int:
-    """Sent by each of `ranks` processes to all-gather, or to reduce-scatter, `size` bytes: all shards but one."""
+    """Bytes that each of `ranks` processes sends to all-gather or reduce-scatter `size` bytes: all shards but one."""
     return (ranks - 1) * size // ranks
 
 
@@ -31,9 +31,9 @@ class Wire:
     """Bytes that one process sends in an optimizer step."""
 
     gathered: int
-    """Weights: for the passes (FSDP2, ZeRO-3), or after the step (ZeRO-1, ZeRO-2)."""
+    """Bytes of weights: for the passes (FSDP2, ZeRO-3), or after the step (ZeRO-1, ZeRO-2)."""
     reduced: int
-    """Gradients."""
+    """Bytes of gradients."""
     machines: int = 1
 
     @property
@@ -42,17 +42,17 @@ class Wire:
 
     @property
     def links(self) -> Mapping[str, float]:
-        """What the bytes may travel over, and its speed: `LINKS`, or `NETWORKS` where there are several machines."""
+        """Possible links and their bytes per second: `LINKS`, or `NETWORKS` with several machines."""
         return LINKS if self.machines == 1 else NETWORKS
 
     def seconds(self) -> dict[str, float]:
-        """Estimated time of a step's transfers over each of `links`, were nothing of it hidden behind the compute.
+        """Estimated seconds of a step's transfers over each of `links`, if compute hides none of them.
 
-        A ring passes each machine once, so over its network a machine sends as much as one process does. The slower
-        link decides.
+        A ring passes through each machine once, so a machine sends as much over its network as one process does. The
+        slowest link determines the time.
         """
         return {name: self.total / speed for name, speed in self.links.items()}
 
     def summary(self) -> dict[str, Any]:
-        """For a JSON reader."""
+        """The bytes and times as JSON."""
         return {"gathered": self.gathered, "reduced": self.reduced, "total": self.total, "seconds": self.seconds()}

@@ -217,7 +217,7 @@ def test_dev_on_a_small_card_gets_the_smallest_change(capsys: pytest.CaptureFixt
     assert found["plan"]["fits"]
     assert run(list(dev)) == 5
     told = capsys.readouterr().out
-    assert "It does not fit, for want of GPU" in told
+    assert "It does not fit, for lack of GPU" in told
     assert "It would fit with --base_model_precision=" in told
 
 

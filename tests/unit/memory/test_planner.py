@@ -57,7 +57,7 @@ def test_every_place_that_is_too_small_is_named() -> None:
         ("disk", "train", 4 * GIB, 3 * GIB),
     ]
     assert verdict(own) == (
-        "It does not fit, for want of GPU and RAM and disk: GPU 30.00 GiB (train) of 22.00 GiB, "
+        "It does not fit, for lack of GPU and RAM and disk: GPU 30.00 GiB (train) of 22.00 GiB, "
         "RAM 40.00 GiB (train) of 28.00 GiB, disk 4.00 GiB of 3.00 GiB."
     )
 
