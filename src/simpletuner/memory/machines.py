@@ -1,4 +1,4 @@
-"""Files of a run on several machines: which folders they share, whether they hold the same, and what one sends."""
+"""Files of a run on several machines: detect shared folders, compare values, send folders."""
 
 import contextlib
 import datetime
@@ -15,64 +15,64 @@ from simpletuner.base.files import sha256_json
 from simpletuner.memory.world import World, explained
 
 SENT_BYTES = 32 * 2**20
-"""Bytes of a file that are sent at once."""
+"""Bytes of a file per message."""
 
 
 def shared_folders(world: World, folders: Sequence[Path]) -> frozenset[Path]:
-    """Those of `folders` that all machines share, which is each of them where there is one machine. Rank 0 leaves a
-    file in each, and makes those that are missing; the first rank of each machine looks for it. A folder that rank 0
-    may not write to counts as not shared.
+    """Those of `folders` that all machines share; with one machine, all of them.
+
+    Rank 0 writes a marker file into each folder, and creates missing folders. The first rank of each machine checks
+    whether it sees the marker. A folder to which rank 0 may not write counts as not shared.
 
     Raises:
-        RanksError: a rank is gone, or is waited for in vain.
+        RanksError: a rank is gone or timed out.
     """
     if world.of_machine is None:
         return frozenset(folders)
-    mark = world.broadcast_json(f".simpletuner-{secrets.token_hex(16)}")
-    marks = [folder / mark for folder in folders]
-    looks = world.on_machine.is_main
-    made: dict[Path, list[Path]] = {}
+    marker = world.broadcast_json(f".simpletuner-{secrets.token_hex(16)}")
+    marker_paths = [folder / marker for folder in folders]
+    is_checking = world.on_machine.is_main
+    created: dict[Path, list[Path]] = {}
     try:
         if world.is_main:
-            for path in marks:
+            for path in marker_paths:
                 make_missing(path.parent)
                 with contextlib.suppress(OSError):
                     path.touch()
-        world.barrier("the marks in folders that machines may share")
-        if looks and not world.is_main:
-            # A client of NFS that has looked for a folder believes for up to a minute that it is missing, until it
-            # makes it.
-            made = {folder: make_missing(folder) for folder in folders}
-        by_rank = world.gather_json([not looks or path.exists() for path in marks])
+        world.barrier("the markers in folders that machines may share")
+        if is_checking and not world.is_main:
+            # An NFS client caches for up to a minute that a folder is missing, unless it creates the folder.
+            created = {folder: make_missing(folder) for folder in folders}
+        by_rank = world.gather_json([not is_checking or path.exists() for path in marker_paths])
     finally:
-        for path in marks if world.is_main else ():
+        for path in marker_paths if world.is_main else ():
             with contextlib.suppress(OSError):
                 path.unlink()
-    shared = frozenset(folder for folder, *seen in zip(folders, *by_rank, strict=True) if all(seen))
-    remove_made(each for folder, new in made.items() if folder not in shared for each in new)
+    shared = frozenset(folder for folder, *sightings in zip(folders, *by_rank, strict=True) if all(sightings))
+    remove_made(each for folder, new_folders in created.items() if folder not in shared for each in new_folders)
     return shared
 
 
 def make_missing(folder: Path) -> list[Path]:
-    """Make `folder`, if it may be made; returns those of it and its parents that were missing."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    """Create `folder` and its parents, as far as permitted; return those of them that were missing."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def remove_made(folders: Iterable[Path]) -> None:
-    """Remove those of `folders`, which `make_missing` made, that are empty."""
+    """Remove the empty ones of `folders`, which `make_missing` returned."""
     for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def with_writers(world: World, folder: Path) -> World:
-    """`world` with its `writers`: the ranks of machine 0 where the machines do not share `folder`, the run's.
+    """`world` with its `writers`: the ranks of machine 0 if the machines do not share the run's `folder`, else all.
 
     Raises:
-        RanksError: a rank is gone, or is waited for in vain.
+        RanksError: a rank is gone or timed out.
     """
     if folder in shared_folders(world, [folder]):
         return world
@@ -80,43 +80,45 @@ def with_writers(world: World, folder: Path) -> World:
 
 
 def differing_machine(world: World, value: Any) -> tuple[int, tuple[Any, Any]] | None:
-    """The first machine whose `value`, a JSON value, is not machine 0's, and both values; None where all are equal. All
-    ranks call it, those of a machine with the same `value`, and get the same answer. Values travel only where their
-    hashes differ.
+    """The first machine whose `value` differs from machine 0's, with both values; None if all are equal.
+
+    All ranks call it and get the same result. `value` is a JSON value, the same on all ranks of a machine. Values are
+    sent only if their hashes differ.
 
     Raises:
-        RanksError: a rank is gone, or is waited for in vain.
+        RanksError: a rank is gone or timed out.
     """
     if world.of_machine is None:
         return None
     hashes = world.gather_json([world.machine, sha256_json(value)])
-    other = next((rank for rank, (_, each) in enumerate(hashes) if each != hashes[0][1]), None)
-    if other is None:
+    differing_rank = next((rank for rank, (_, each) in enumerate(hashes) if each != hashes[0][1]), None)
+    if differing_rank is None:
         return None
-    values = world.gather_json(value if world.rank in (0, other) else None)
-    return hashes[other][0], (values[0], values[other])
+    values = world.gather_json(value if world.rank in (0, differing_rank) else None)
+    return hashes[differing_rank][0], (values[0], values[differing_rank])
 
 
 def send_folder(world: World, folder: Path, into: Path) -> None:
-    """Copy the files of rank 0's `folder` to each other machine, whose first rank writes them into its folder `into`.
-    All ranks call it.
+    """Copy the files of rank 0's `folder` to each other machine, into its folder `into`. All ranks call it.
+
+    The first rank of each machine writes the files.
 
     Raises:
         OSError: a file cannot be read or written. The other ranks then raise a RanksError.
-        RanksError: a rank is gone, or is waited for in vain.
+        RanksError: a rank is gone or timed out.
     """
     firsts = [rank for rank, is_first in enumerate(world.gather_json(world.on_machine.is_main)) if is_first]
     assert world.signs is not None  # of several ranks
     with explained("sending files to other machines"):
-        patience = datetime.timedelta(seconds=world.signs.timeout_s)
-        group = dist.new_group(firsts, timeout=patience, backend="gloo")
+        timeout = datetime.timedelta(seconds=world.signs.timeout_s)
+        group = dist.new_group(firsts, timeout=timeout, backend="gloo")
     if world.rank in firsts:
-        between = World(firsts.index(world.rank), len(firsts), torch.device("cpu"), group=group)
+        first_ranks = World(firsts.index(world.rank), len(firsts), torch.device("cpu"), group=group)
         sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-        for name, size in between.broadcast_json(sizes).items():
-            _send(between, (folder if world.is_main else into) / name, size)
+        for name, size in first_ranks.broadcast_json(sizes).items():
+            _send(first_ranks, (folder if world.is_main else into) / name, size)
         dist.destroy_process_group(group)
-    world.barrier("files that are sent to other machines")
+    world.barrier("the files sent to other machines")
 
 
 def _send(world: World, path: Path, size: int) -> None:

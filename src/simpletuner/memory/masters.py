@@ -1,7 +1,7 @@
 """fp32 masters of weights that compute in bf16 or fp16.
 
-bf16 tells numbers apart from one in 256 on: beside a weight of 1 a step of 1e-4 rounds away, and so would every step
-after it. Masters collect such steps until the weights can show them (Micikevicius et al., arXiv 1710.03740).
+bf16 has a relative precision of 1 in 256: a step of 1e-4 on a weight of 1 is rounded away, and so is every later one.
+Masters accumulate such steps until they change the weights (Micikevicius et al., arXiv 1710.03740).
 """
 
 from collections.abc import Mapping
@@ -15,31 +15,30 @@ from simpletuner.memory.precision import check_range
 
 @runtime_checkable
 class SteppedParameters(Protocol):
-    """Parameters on which an optimizer steps in place of a model's own: `Masters`, or the `Shards` of parameters that
-    ranks share out.
-    """
+    """Parameters on which an optimizer steps instead of a model's own: `Masters`, or the `Shards` of one rank."""
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """By the names of the model's."""
+        """The parameters by the names of the model's."""
 
     def collect(self) -> None:
-        """Take the gradients of the model's parameters over and clear them: after each backward pass."""
+        """Take over the gradients of the model's parameters and clear them. Call it after each backward pass."""
 
     def settle(self) -> None:
-        """Let the model compute with their values: after each change of them."""
+        """Make the model compute with these values. Call it after each change of them."""
 
 
 class Masters:
-    """What an optimizer steps on in place of a model's weights. The model computes with the same numbers, rounded to
-    the nearest of its own type.
+    """fp32 parameters on which the optimizer steps instead of a model's weights.
+
+    The model computes with the same numbers, rounded to nearest in its own dtype.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
-        """Takes the memory of `weights`, fp32, over for the masters and leaves their values as `dtype` in its place.
+        """Make masters from the memory of fp32 `weights`, and replace the weights' data by a copy in `dtype`.
 
         Raises:
-            ConfigError: fp16 is the `dtype` and cannot hold a weight.
+            ConfigError: `dtype` is fp16 and cannot hold a weight.
         """
         if any(weight.dtype != torch.float32 for weight in weights.values()):
             raise TypeError("masters are made of fp32 weights")
@@ -50,8 +49,9 @@ class Masters:
             weight.data = weight.data.to(dtype)
 
     def collect(self) -> None:
-        """Add the weights' gradients to the masters', in fp32, and clear them: after each backward pass, so that
-        nothing is accumulated in less.
+        """Add the weights' gradients to the masters' in fp32, and clear them.
+
+        Call it after each backward pass, so that no gradients are accumulated in a lower precision.
         """
         for weight, master in zip(self._weights, self.parameters.values(), strict=True):
             if weight.grad is None:
@@ -63,10 +63,10 @@ class Masters:
             weight.grad = None
 
     def settle(self) -> None:
-        """Give the weights the masters' values: after each change of the masters."""
+        """Set the weights to the masters' values. Call it after each change of the masters."""
         self.show(self.parameters)
 
     @torch.no_grad()
     def show(self, values: Mapping[str, Tensor]) -> None:
-        """Give the weights other values, by the masters' names, until `settle` is called."""
+        """Set the weights to other values, by the masters' names, until `settle` is called."""
         torch._foreach_copy_(self._weights, [values[name].to(self._weights[0].device) for name in self.parameters])

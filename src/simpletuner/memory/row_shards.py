@@ -1,4 +1,4 @@
-"""Trained parameters that ranks share out, as plain tensors: what an optimizer, an average and a file see."""
+"""This rank's shards of trainable parameters as plain tensors, for the optimizer, EMA and checkpoints."""
 
 import abc
 import math
@@ -12,58 +12,59 @@ from simpletuner.memory.world import World
 
 
 class Shards(abc.ABC):
-    """This rank's share of each of a model's parameters, on which the optimizer steps (`SteppedParameters`). Their
-    gradients are sums over the ranks.
+    """This rank's shards of a model's trainable parameters, on which the optimizer steps (`SteppedParameters`).
+
+    Their gradients are sums over the ranks.
     """
 
     world: World
     splits: Mapping[str, Split]
     """How each tensor is split, by name."""
     parameters: dict[str, nn.Parameter]
-    """This rank's share, by name; of some it may have nothing."""
+    """This rank's shards, by name; a shard may be empty."""
 
     @property
     def first_elements(self) -> dict[Tensor, int]:
-        """Place of the first number of each of `parameters` in its whole tensor."""
+        """Index of the first element of each of `parameters` in its flattened whole tensor."""
         return {share: self.splits[name].first_element for name, share in self.parameters.items()}
 
     @abc.abstractmethod
     def collect(self) -> None:
-        """Move the gradients of the model's parameters to `parameters`: after each backward pass."""
+        """Move the gradients of the model's parameters to `parameters`. Call it after each backward pass."""
 
     @abc.abstractmethod
     def settle(self) -> None:
-        """Let the model compute with the values of `parameters`: after each change of them."""
+        """Make the model compute with the values of `parameters`. Call it after each change of them."""
 
     def locals(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's share of whole tensors, by the parameters' names. Tensors of a mapped file are not read."""
+        """This rank's shards of whole tensors, by the parameters' names. Tensors of a mapped file are not read."""
         return {name: self.splits[name].of(tensor) if name in self.splits else tensor for name, tensor in whole.items()}
 
     def wholes(self, shares: Mapping[str, Tensor], to: int) -> dict[str, Tensor] | None:
-        """The whole tensors of `shares`, by the parameters' names, on the CPU of rank `to`; None on the others. All
-        ranks call it.
+        """Gather whole tensors from the ranks' `shares` to the CPU of rank `to`, by name; None on the others.
+
+        All ranks call it.
         """
         gathered = {name: self.splits[name].gather(share, self.world, to) for name, share in shares.items()}
-        return {name: each for name, each in gathered.items() if each is not None} or None
+        return {name: tensor for name, tensor in gathered.items() if tensor is not None} or None
 
 
 class RowShards(Shards):
-    """This rank's rows of the parameters that FSDP2 shards: `parameters` are plain tensors that share the memory from
-    which FSDP gathers the weights.
+    """This rank's rows of the parameters that FSDP2 shards, as plain tensors in the memory of FSDP's shards.
 
-    FSDP sums the gradients over the ranks after each backward pass, those of several micro-batches too: gradients that
-    wait for the last one would be those of the whole model on every rank.
+    FSDP sums the gradients over the ranks after each backward pass, also between accumulated micro-batches. Otherwise
+    every rank would have to hold the gradients of the whole model.
     """
 
     def __init__(self, module: nn.Module, world: World) -> None:
-        """`module` was sharded by `shard`, with a dtype in which it trains, and has its weights."""
+        """`module` must have been sharded by `shard` with `trained_as`, and must have its weights."""
         from torch.distributed.fsdp import FSDPModule
 
         self.world = world
-        self._modules = [each for each in module.modules() if isinstance(each, FSDPModule)]
-        for each in self._modules:
-            each.unshard()  # FSDP pads uneven shards here, in new memory: no view may be older
-            each.reshard()
+        self._modules = [fsdp_module for fsdp_module in module.modules() if isinstance(fsdp_module, FSDPModule)]
+        for fsdp_module in self._modules:
+            fsdp_module.unshard()  # FSDP pads uneven shards here, in new memory; views must be taken after this
+            fsdp_module.reshard()
         self._sharded: dict[str, nn.Parameter] = dict(module.named_parameters())
         self.splits = {
             name: RowSplit(tuple(weight.shape), world.rank, world.size) for name, weight in self._sharded.items()
@@ -74,13 +75,13 @@ class RowShards(Shards):
                 raise ValueError(f"{name} is split into {tuple(rows.shape)}, not {self.splits[name].local_shape}")
 
     def collect(self) -> None:
-        """Move the gradients, which FSDP has summed over the ranks, to `parameters`: after each backward pass."""
+        """Move the gradients, which FSDP has summed over the ranks, to `parameters`. Call it after each backward pass."""
         for name, weight in self._sharded.items():
             if weight.grad is None:
                 continue
             gradient, rows = local(weight.grad), self.parameters[name]
             if rows.data_ptr() != local(weight).data_ptr():
-                raise RuntimeError(f"FSDP has moved the rows of {name}: steps on the former ones would be lost")
+                raise RuntimeError(f"FSDP has moved the rows of {name}: steps on the old ones would be lost")
             if rows.grad is None:
                 rows.grad = gradient
             else:
@@ -89,8 +90,9 @@ class RowShards(Shards):
 
     @torch.no_grad()
     def share_overflow(self) -> None:
-        """Make a gradient NaN on every rank if one is infinite or NaN on any: fp16's GradScaler looks at this rank's
-        alone, and must skip a step on all ranks or on none.
+        """Make a gradient NaN on every rank if any rank has an infinite or NaN gradient.
+
+        fp16's GradScaler only checks this rank's gradients, but must skip a step on all ranks or on none.
         """
         gradients = [rows.grad for rows in self.parameters.values() if rows.grad is not None and rows.numel()]
         flag = 0 * torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)  # 0, or NaN
@@ -99,6 +101,6 @@ class RowShards(Shards):
             gradients[0].view(-1)[:1].add_(flag)
 
     def settle(self) -> None:
-        """Drop whole weights that were gathered before: after each change of `parameters`."""
-        for each in self._modules:
-            each.reshard()
+        """Free gathered weights, which are outdated. Call it after each change of `parameters`."""
+        for fsdp_module in self._modules:
+            fsdp_module.reshard()

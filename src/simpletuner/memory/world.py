@@ -1,6 +1,6 @@
-"""The processes that train together, as one of them sees it, and what they tell each other.
+"""Communication between the ranks of a run: collectives, barriers, and errors.
 
-Between ranks travel tensors and the bytes of JSON, never pickled objects.
+Ranks exchange tensors and JSON, never pickled objects.
 """
 
 import atexit
@@ -23,42 +23,43 @@ from simpletuner.runs.process import stop_if_asked
 from simpletuner.runs.ranks import RankErrors, RankFailure
 
 BUCKET_BYTES = 64 * 2**20
-"""Most bytes that are copied together for one reduction: one call for many small tensors, and little memory."""
+"""Maximum bytes of tensors that one reduction combines: few calls for small tensors, and little extra memory."""
 
 LOOK_FOR_RANKS_EVERY_S = 0.05
-"""How often a rank that waits at a barrier looks for the others."""
+"""Seconds between two checks of a rank that waits at a barrier."""
 
 STOP_WITHIN_S = 5.0
-"""At most so long does a rank that ends wait for its last sign of life to be written."""
+"""Seconds that an ending rank waits at most until its last sign of life is written."""
 
 T = TypeVar("T")
 
 
-def _same(value: Any) -> Any:
+def _unchanged(value: Any) -> Any:
     return value
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among those that share a run, and the device that it computes on.
+    """This process's rank among the processes of a run, and the device that it computes on.
 
-    All ranks call each method in the same order, with the same shapes. Alone, each of them does nothing.
+    All ranks must call the methods in the same order, with the same shapes. With one process no method communicates.
     """
 
     rank: int
     size: int
     device: torch.device
     signs: "Signs | None" = None
-    """Where ranks leave signs of life; None alone."""
+    """The ranks' signs of life; None with one process."""
     machine: int = 0
-    """Number of this rank's machine."""
+    """Number of this rank's machine, from 0."""
     machines: int = 1
+    """Number of machines."""
     group: dist.ProcessGroup | None = None
-    """Of these ranks; None where they are all ranks of the run."""
+    """Process group of these ranks; None if they are all ranks of the run."""
     of_machine: "World | None" = None
-    """This rank among those of its own machine, where there are several machines; None where they are all ranks."""
+    """The ranks of this rank's machine, if there are several machines; None with one machine."""
     writers: int | None = None
-    """So many of the first ranks see the run's folder; None where all do."""
+    """Number of ranks, from rank 0, that can access the run's folder; None if all can."""
 
     @classmethod
     def single(cls) -> "World":
@@ -67,7 +68,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what a run has once: events, checkpoints, images."""
+        """Whether this process writes the run's events, checkpoints and images."""
         return self.rank == 0
 
     @property
@@ -76,25 +77,25 @@ class World:
 
     @property
     def on_machine(self) -> "World":
-        """The ranks of this rank's machine: all of them where there is one machine."""
+        """The ranks of this rank's machine: all ranks if there is one machine."""
         return self.of_machine or self
 
     @property
     def writing_ranks(self) -> int:
-        """How many ranks, the first ones, see the run's folder."""
+        """Number of ranks, from rank 0, that can access the run's folder."""
         return self.size if self.writers is None else self.writers
 
     @property
     def errors(self) -> RankErrors | None:
-        """Where ranks leave the errors that end them; None alone."""
+        """The store of errors that ended ranks; None with one process."""
         return None if self.signs is None else self.signs.errors
 
     def told(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the ranks tell each other of their errors (`RankErrors.told`)."""
+        """Report errors raised inside this context to the other ranks (`RankErrors.told`)."""
         return contextlib.nullcontext() if self.errors is None else self.errors.told()
 
     def check(self) -> None:
-        """A point at which this rank notices that another failed.
+        """Raise the error of another rank, if one has failed.
 
         Raises:
             UserError: another rank's error, of its own class.
@@ -103,11 +104,11 @@ class World:
             self.errors.check()
 
     def barrier(self, what: str) -> None:
-        """Wait until every rank is here. However long the work `what` of one of them takes: as long as it gives signs
-        of life.
+        """Wait until every rank has called this. `what` names the work for messages; it may take any time while every
+        rank gives signs of life.
 
         Raises:
-            RanksError: one has given none for the timeout. It is named.
+            RanksError: a rank has given no sign of life for the timeout. The message names it.
         """
         if self.signs is not None:
             self.signs.await_all(what)
@@ -117,15 +118,16 @@ class World:
         what: str,
         make: Callable[[], T],
         *,
-        record: Callable[[T], Any] = _same,
-        restore: Callable[[Any], T] = _same,
+        record: Callable[[T], Any] = _unchanged,
+        restore: Callable[[Any], T] = _unchanged,
     ) -> T:
-        """What `make` returns on rank 0, which alone calls it: for downloads, scans, and what depends on files that
-        ranks write. The others wait for `what` as at a `barrier`, and `restore` what they return from its `record`, a
-        JSON value. Rank 0 returns the value itself.
+        """Call `make` on rank 0 only and return its value on every rank.
+
+        It serves downloads, scans, and results that depend on files that ranks write. The other ranks wait as at
+        `barrier(what)`. Rank 0 sends `record(value)`, a JSON value, and they return `restore` of it.
 
         Raises:
-            RanksError: as `barrier` does.
+            RanksError: as `barrier`.
         """
         if not self.is_main:
             self.barrier(what)
@@ -141,32 +143,34 @@ class World:
         what: str,
         make: Callable[[], T],
         *,
-        record: Callable[[T], Any] = _same,
-        restore: Callable[[Any], T] = _same,
+        record: Callable[[T], Any] = _unchanged,
+        restore: Callable[[Any], T] = _unchanged,
     ) -> T:
-        """`from_main` for each machine: what `make` returns on its first rank. Machine 0 comes first: what it leaves in
-        folders that machines share, the others find.
+        """`from_main` for each machine: call `make` on the first rank of each machine.
+
+        Machine 0 goes first, so the others find the files that it writes to shared folders.
 
         Raises:
-            RanksError: as `barrier` does.
+            RanksError: as `barrier`.
         """
-        here = self.of_machine
-        if here is None:
+        machine_world = self.of_machine
+        if machine_world is None:
             return self.from_main(what, make, record=record, restore=restore)
-        values = [here.from_main(what, make, record=record, restore=restore)] if self.machine == 0 else []
+        values = [machine_world.from_main(what, make, record=record, restore=restore)] if self.machine == 0 else []
         self.barrier(what)
         if self.machine > 0:
-            values.append(here.from_main(what, make, record=record, restore=restore))
+            values.append(machine_world.from_main(what, make, record=record, restore=restore))
         self.barrier(what)
         return values[0]
 
     @torch.no_grad()
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the ranks: the same bits on each of them. Tensors of one format that lie
-        beside each other in `tensors` travel together.
+        """Replace each tensor by its sum over the ranks, in place. The sums are bit-identical on all ranks.
+
+        Consecutive tensors of the same dtype are sent together.
 
         Raises:
-            RanksError: a rank is gone, or is waited for in vain.
+            RanksError: a rank is gone or timed out.
         """
         if self.is_alone:
             return
@@ -180,10 +184,10 @@ class World:
 
     @torch.no_grad()
     def gather(self, tensor: Tensor, to: int) -> list[Tensor] | None:
-        """Every rank's `tensor`, by rank, on rank `to`; None on the others. Bits of any dtype arrive as they are.
+        """Every rank's `tensor`, by rank, on rank `to`; None on the others. Bit-identical for every dtype.
 
         Raises:
-            RanksError: a rank is gone, or is waited for in vain.
+            RanksError: a rank is gone or timed out.
         """
         if self.is_alone:
             return [tensor]
@@ -195,11 +199,12 @@ class World:
 
     @torch.no_grad()
     def gather_pieces(self, piece: Tensor, counts: Sequence[int], to: int) -> Tensor | None:
-        """The flat pieces of all ranks, one after the other, on rank `to`; None on the others. Each travels at its own
-        size, `counts` elements by rank. Bits of any dtype arrive as they are.
+        """Concatenate the flat pieces of all ranks on rank `to`; None on the others. Bit-identical for every dtype.
+
+        Pieces may differ in size; `counts` has the number of elements of each rank.
 
         Raises:
-            RanksError: a rank is gone, or is waited for in vain.
+            RanksError: a rank is gone or timed out.
         """
         if self.is_alone:
             return piece
@@ -215,25 +220,25 @@ class World:
         """Rank 0's `flags`, on every rank.
 
         Raises:
-            RanksError: a rank is gone, or is waited for in vain.
+            RanksError: a rank is gone or timed out.
         """
         if self.is_alone:
             return list(flags)
         values = torch.tensor(flags, dtype=torch.uint8)
-        with explained("hearing what rank 0 decides"):
+        with explained("receiving a decision of rank 0"):
             dist.broadcast(values, group=self.group, group_src=0)
         return [bool(value) for value in values.tolist()]
 
     def broadcast_json(self, value: Any) -> Any:
-        """Rank 0's `value`, a JSON value, on every rank. Alone it is `value` itself.
+        """Rank 0's `value`, a JSON value, on every rank. With one process, `value` itself.
 
         Raises:
-            RanksError: a rank is gone, or is waited for in vain.
+            RanksError: a rank is gone or timed out.
         """
         if self.is_alone:
             return value
         data = _json_bytes(value) if self.is_main else torch.empty(0, dtype=torch.uint8)
-        with explained("hearing what rank 0 decides"):
+        with explained("receiving a message from rank 0"):
             length = torch.tensor([len(data)])
             dist.broadcast(length, group=self.group, group_src=0)
             if not self.is_main:
@@ -242,10 +247,10 @@ class World:
         return json.loads(data.numpy().tobytes())
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Every rank's `value`, a JSON value, by rank, on every rank. Numbers come back to the bit.
+        """Every rank's `value`, a JSON value, by rank, on every rank. Numbers are bit-identical.
 
         Raises:
-            RanksError: a rank is gone, or is waited for in vain.
+            RanksError: a rank is gone or timed out.
         """
         if self.is_alone:
             return [value]
@@ -257,7 +262,9 @@ class World:
             padded = torch.nn.functional.pad(data, (0, longest - len(data)))
             gathered = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
             dist.all_gather(gathered, padded, group=self.group)
-        return [json.loads(each[: int(size)].numpy().tobytes()) for each, size in zip(gathered, lengths, strict=True)]
+        return [
+            json.loads(message[: int(size)].numpy().tobytes()) for message, size in zip(gathered, lengths, strict=True)
+        ]
 
 
 def _json_bytes(value: Any) -> Tensor:
@@ -265,7 +272,7 @@ def _json_bytes(value: Any) -> Tensor:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """`tensors`, in order, in groups of one format, of `BUCKET_BYTES` or a single larger tensor."""
+    """Group `tensors`, in order, into buckets of one dtype: at most `BUCKET_BYTES`, or a single larger tensor."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
@@ -280,7 +287,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextlib.contextmanager
 def explained(doing: str) -> Iterator[None]:
-    """Turn the failure of a collective into a RanksError."""
+    """Turn the failure of a collective in this context into a RanksError; `doing` says what failed."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -292,7 +299,7 @@ def explained(doing: str) -> Iterator[None]:
 
 @runtime_checkable
 class KeyStore(Protocol):
-    """What `Signs` needs of torch's stores."""
+    """The methods of torch's stores that `Signs` uses."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -302,8 +309,9 @@ class KeyStore(Protocol):
 
 
 class PatientStore:
-    """A store in other threads: one of torch's client waits for ever where the network is cut. What did not answer once
-    is not asked again.
+    """Proxy of a store that calls it in other threads and times out.
+
+    torch's own client waits forever if the network is cut. After one timeout the store is not called again.
     """
 
     def __init__(self, store: KeyStore, timeout_s: float) -> None:
@@ -312,25 +320,25 @@ class PatientStore:
         self._is_gone = False
 
     def set(self, key: str, value: str) -> None:
-        self._within(lambda: self._store.set(key, value))
+        self._call(lambda: self._store.set(key, value))
 
     def get(self, key: str) -> bytes:
-        return self._within(lambda: self._store.get(key))
+        return self._call(lambda: self._store.get(key))
 
     def check(self, keys: list[str]) -> bool:
-        return self._within(lambda: self._store.check(keys))
+        return self._call(lambda: self._store.check(keys))
 
-    def _within(self, work: Callable[[], T]) -> T:
+    def _call(self, call: Callable[[], T]) -> T:
         answer: Future[T] = Future()
 
-        def ask() -> None:
+        def run() -> None:
             try:
-                answer.set_result(work())
+                answer.set_result(call())
             except RuntimeError as error:
                 answer.set_exception(error)
 
         if not self._is_gone:
-            threading.Thread(target=ask, name="store", daemon=True).start()
+            threading.Thread(target=run, name="store", daemon=True).start()
             with contextlib.suppress(TimeoutError):
                 return answer.result(self._timeout_s)
         self._is_gone = True
@@ -339,11 +347,11 @@ class PatientStore:
 
 @dataclass(frozen=True)
 class ErrorKeys(RankErrors):
-    """Errors in a store on rank 0's machine. Once it is out of reach, `read` says so on the other ranks."""
+    """Errors of ranks, in a store on rank 0's machine. If it is out of reach, `read` returns that as an error."""
 
     store: KeyStore
     address: str
-    """Of rank 0's machine."""
+    """Address of rank 0's machine."""
 
     def write(self, failure: RankFailure) -> None:
         with contextlib.suppress(RuntimeError):
@@ -357,40 +365,40 @@ class ErrorKeys(RankErrors):
             keys = [key for key in (f"error/{rank}" for rank in range(self.size)) if self.store.check([key])]
             failures = [RankFailure.model_validate_json(self.store.get(key)) for key in keys]
         except RuntimeError:
-            failures = [self._lost] if self.rank else []
+            failures = [self._unreachable] if self.rank else []
         return {failure.rank: failure for failure in failures}
 
     @property
-    def _lost(self) -> RankFailure:
+    def _unreachable(self) -> RankFailure:
         text = (
-            f"rank 0 is out of reach at {self.address}, and with it the store in which the processes leave their "
-            "errors. What ended the run is in rank 0's output."
+            f"rank 0 is out of reach at {self.address}, and so is the store of the processes' errors. Rank 0's output "
+            "says what ended the run."
         )
         return RankFailure(rank=0, exit_code=RanksError.exit_code, text=text, time=time.time())
 
 
 @dataclass
 class Signs:
-    """Signs of life of the ranks, and where each of them waits, in a store that all of them reach."""
+    """Signs of life of the ranks, and the barriers that each has reached, in a store that all of them can access."""
 
     store: KeyStore
     rank: int
     ranks: Sequence[int]
-    """That wait for each other: all of the run, or those of a machine."""
+    """The ranks that wait for each other: all of the run, or those of one machine."""
     timeout_s: float
     errors: RankErrors | None = None
-    """Where ranks leave the errors that end them."""
-    place: str = "wait"
-    """Of these ranks' waits in the store."""
+    """The store of errors that ended ranks."""
+    key_prefix: str = "wait"
+    """Prefix of these ranks' keys for barriers in the store."""
     _waits: int = 0
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
-        """Give a sign of life now and several times within each timeout, until this process ends."""
+        """Give a sign of life now, and repeat it several times per timeout until this process ends."""
         self._beat(0)
         thread = threading.Thread(target=self._beats, name="signs of life", daemon=True)
         thread.start()
-        # A thread that is inside the store when the interpreter ends would abort the process.
+        # A thread that calls the store while the interpreter shuts down would abort the process.
         atexit.register(self._stop, thread)
 
     def _stop(self, thread: threading.Thread) -> None:
@@ -401,36 +409,36 @@ class Signs:
         count = 0
         while not self._ended.wait(min(10.0, self.timeout_s / 5)):
             count += 1
-            with contextlib.suppress(RuntimeError):  # the store went with its owner
+            with contextlib.suppress(RuntimeError):  # the store's process has ended
                 self._beat(count)
 
     def _beat(self, count: int) -> None:
         self.store.set(f"alive/{self.rank}", str(count))
 
     def await_all(self, what: str) -> None:
-        """Wait until all ranks call this as often as this one has.
+        """Wait until all ranks have called this as often as this rank.
 
         Raises:
-            RanksError: one has given no sign of life for the timeout.
+            RanksError: a rank has given no sign of life for the timeout.
             UserError: the error that ended another rank, of its own class.
             Stopped: a signal asked rank 0 to stop, before the training.
         """
         self._waits += 1
-        self.store.set(f"{self.place}/{self._waits}/{self.rank}", what)
-        last: dict[int, tuple[bytes, float]] = {}
+        self.store.set(f"{self.key_prefix}/{self._waits}/{self.rank}", what)
+        last_signs: dict[int, tuple[bytes, float]] = {}
         missing = {*self.ranks} - {self.rank}
         while missing:
             if self.errors is not None:
                 self.errors.check()
-            stop_if_asked()  # rank 0 alone obeys, and not within the training
-            missing = {rank for rank in missing if not self._has(f"{self.place}/{self._waits}/{rank}")}
+            stop_if_asked()  # only rank 0 reacts, and only before the training
+            missing = {rank for rank in missing if not self._has(f"{self.key_prefix}/{self._waits}/{rank}")}
             now = time.monotonic()
             silent = []
             for rank in missing:
                 sign = self.store.get(f"alive/{rank}") if self._has(f"alive/{rank}") else b""
-                if rank not in last or last[rank][0] != sign:
-                    last[rank] = sign, now
-                elif now - last[rank][1] > self.timeout_s:
+                if rank not in last_signs or last_signs[rank][0] != sign:
+                    last_signs[rank] = sign, now
+                elif now - last_signs[rank][1] > self.timeout_s:
                     silent.append(rank)
             if silent:
                 raise RanksError.of(

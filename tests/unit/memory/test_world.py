@@ -133,6 +133,6 @@ def test_errors_that_went_with_rank_0s_store_are_looked_for_in_its_output() -> N
     with pytest.raises(RanksError) as caught, errors.told():
         raise RanksError.of("another process is gone")
     assert str(caught.value) == (
-        "rank 0 is out of reach at 10.0.0.1, and with it the store in which the processes leave their errors. What "
-        "ended the run is in rank 0's output."
+        "rank 0 is out of reach at 10.0.0.1, and so is the store of the processes' errors. Rank 0's output says what "
+        "ended the run."
     )
