@@ -1,1 +1,1 @@
-"""Spending less memory on any `nn.Module`, and tensors in files."""
+"""Memory saving for any `nn.Module`, distributed training, and tensor files."""

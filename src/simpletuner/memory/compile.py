@@ -1,7 +1,7 @@
-"""Compiled blocks: one compiled graph for all blocks of a kind, counted, bounded, and never replaced in silence.
+"""Compile transformer blocks: one compiled graph for all blocks of a kind. Compilations are counted and limited.
 
-Blocks of a class share one compiled function that is given the block itself, so its weights are inputs and not
-constants. What may vary between calls is few, and that bounds how often the compiler is asked.
+Blocks of a class share one compiled function that takes the block as an argument, so its weights are inputs, not
+constants. Few properties vary between calls, which limits the number of compilations. There is no silent fallback.
 """
 
 import contextlib
@@ -19,13 +19,14 @@ from torch import nn
 from simpletuner.base.errors import ConfigError
 
 VARIANTS = 16
-"""How many compiled graphs a kind of block can come to need: passes with gradients whose inputs want one or not (the
-first block's do not), and passes without gradients with the adapter on or off × batches of one or of more × one table
-of positions or one a sample. Sizes are symbols in the graph, so resolutions and routes add none. References may be
-masked or not: twice as many with references."""
+"""Maximum number of compiled graphs per kind of block: 4 × 2 × 2.
+
+4 kinds of passes: with gradients, whose inputs require a gradient or do not (those of the first block do not); without
+gradients, with the adapter on or off. 2 batch sizes: one or more. 2 position tables: one for all, or one per sample.
+Sizes are symbols in the graph, so resolutions and routes add none. References, masked or not, double the number."""
 
 PROBE_LIMIT_S = 120.0
-"""Longer than a first start of Triton and its compiler takes on a slow disk."""
+"""Seconds; longer than the first start of Triton and its compiler takes on a slow disk."""
 
 _PROBE = """
 import sys
@@ -43,10 +44,10 @@ torch.compile(lambda x: torch.tanh(2 * x).sum(), backend="inductor", fullgraph=T
 
 
 def compiler_lack(device_type: str) -> str | None:
-    """Why inductor cannot compile for a type of device on this machine, in a line; None if it can.
+    """Why inductor cannot compile for a device type on this machine, in one line; None if it can.
 
-    For a GPU, a tiny function is compiled and differentiated in a process of its own, which may crash or hang: that
-    takes Triton, a C compiler and the CUDA assembler. For a CPU, only its C++ compiler is looked for.
+    For a GPU, a separate process, which may crash or hang, compiles and differentiates a tiny function. It needs
+    Triton, a C compiler and the CUDA assembler. For a CPU, only the C++ compiler is searched for.
     """
     compiler = os.environ.get("CXX", "g++")
     if device_type == "cpu":
@@ -56,7 +57,7 @@ def compiler_lack(device_type: str) -> str | None:
 
 @functools.cache
 def probe_lack(device_type: str, limit_s: float) -> str | None:
-    """The same by trying, for any type of device."""
+    """`compiler_lack` by trying it in a separate process, for any device type."""
     command = [sys.executable, "-P", "-W", "ignore", "-c", _PROBE, device_type]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
@@ -67,20 +68,20 @@ def probe_lack(device_type: str, limit_s: float) -> str | None:
 
 
 class Compiled:
-    """The blocks that `install` has compiled, or rather will: the first pass through each kind does it."""
+    """State of the blocks that `install` prepares; the first pass through each kind compiles it."""
 
     def __init__(self, backend: str, kinds: int, bound: int) -> None:
         self.backend = backend
         self.kinds = kinds
-        """Classes of blocks, and within a class, differences in what they are made of."""
+        """Number of kinds of blocks: classes, and within a class the different layouts."""
         self.bound = bound
-        """The most compiled graphs there can be."""
+        """Maximum number of compiled graphs."""
         self.count = 0
-        """Compilations so far."""
+        """Number of compilations so far."""
         self.seconds = 0.0
-        """Time spent in making them."""
+        """Seconds spent on compilations."""
         self.is_on = True
-        """Off, blocks that train run as they are, too."""
+        """If false, blocks run uncompiled in training too."""
 
     def __str__(self) -> str:
         kinds = f"{self.kinds} {'kind' if self.kinds == 1 else 'kinds'} of block"
@@ -88,7 +89,7 @@ class Compiled:
 
     @contextlib.contextmanager
     def failures_are_explained(self) -> Iterator[None]:
-        """Turn what the compiler raises into a ConfigError that names the way out. Nothing goes on uncompiled."""
+        """Turn the compiler's errors into a ConfigError with a remedy. There is no fallback to uncompiled blocks."""
         # Takes seconds to import; `install` has done so already.
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
         from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
@@ -99,7 +100,7 @@ class Compiled:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise ConfigError.of(
                 f"dynamo_backend = {self.backend}: the blocks cannot be compiled: {' '.join(lines[:2])}",
-                remedy="Give --dynamo_backend=no to train uncompiled: the losses are the same but for rounding. With "
+                remedy="Give --dynamo_backend=no to train uncompiled: the losses are equal up to rounding. With "
                 "TORCH_LOGS=+dynamo in the environment the compiler says more.",
             ) from error
 
@@ -112,20 +113,20 @@ def install(
     sizes_vary: bool = True,
     has_references: bool = False,
 ) -> Compiled:
-    """Compile each block's forward wherever the block trains; in evaluation it stays as it is, to the bit.
+    """Compile each block's forward for training. In evaluation blocks run uncompiled, with bit-identical results.
 
-    Call it before `recompute.install`: what is recomputed is then the compiled block.
+    Call it before `recompute.install`, so that the compiled block is checkpointed.
 
     Args:
         backend: a backend of `torch.compile`.
-        sizes_vary: whether more than one shape of input is expected. If not, graphs are compiled for the one shape,
-            which can be faster, and once more should another come.
-        has_references: whether references may come, with padding or without.
+        sizes_vary: whether several input shapes are expected. If not, graphs are compiled for one shape, which can be
+            faster, and again for a second shape.
+        has_references: whether inputs may have reference images, with or without padding.
 
     Raises:
-        ValueError: something has wrapped a block already, and would be left out.
+        ValueError: a block's forward is wrapped already; the compiled one would bypass the wrapper.
     """
-    # Takes seconds to import, which a run without compilation does not pay.
+    # Imported here, because it takes seconds.
     import torch._dynamo
     import torch.fx.experimental._config as symbols
     from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
@@ -134,15 +135,15 @@ def install(
     by_class: dict[type[nn.Module], list[nn.Module]] = {}
     for block in blocks:
         by_class.setdefault(type(block), []).append(block)
-    layouts = {kind: len({_layout(block) for block in members}) for kind, members in by_class.items()}
+    layouts = {cls: len({_layout(block) for block in members}) for cls, members in by_class.items()}
     variants = VARIANTS * (1 if sizes_vary else 2) * (2 if has_references else 1)
     compiled = Compiled(backend, sum(layouts.values()), variants * sum(layouts.values()))
 
-    # All of these hold for the process: it trains one model. Past the limit a full graph is an error, not a fallback.
+    # Settings of the whole process, which trains one model. With fullgraph, exceeding the limit raises.
     torch._dynamo.config.recompile_limit = variants * max(layouts.values())
-    torch._dynamo.config.issue_3_13_0_warning = False  # of slower guards, for a few blocks a step
-    symbols.use_duck_shape = False  # two sizes that are equal by chance are no reason to compile again
-    inductor.fallback_random = True  # dropout draws what it draws without compilation
+    torch._dynamo.config.issue_3_13_0_warning = False  # about slower guards, irrelevant for a few blocks per step
+    symbols.use_duck_shape = False  # otherwise sizes that are equal by chance cause a recompilation
+    inductor.fallback_random = True  # dropout draws the same numbers as without compilation
 
     began = 0.0
 
@@ -150,20 +151,20 @@ def install(
         nonlocal began
         began = time.monotonic()
 
-    def end(what: CallbackArgs) -> None:
+    def end(arguments: CallbackArgs) -> None:
         compiled.seconds += time.monotonic() - began
-        compiled.count += what.callback_trigger is CallbackTrigger.DYNAMO
+        compiled.count += arguments.callback_trigger is CallbackTrigger.DYNAMO
 
     callback_handler.register_start_callback(start)
     callback_handler.register_end_callback(end)
 
-    for kind, members in by_class.items():
+    for cls, members in by_class.items():
         compiled_forward = torch.compile(
-            kind.forward, backend=backend, mode=mode, fullgraph=True, dynamic=True if sizes_vary else None
+            cls.forward, backend=backend, mode=mode, fullgraph=True, dynamic=True if sizes_vary else None
         )
         for block in members:
             if "forward" in vars(block):
-                raise ValueError(f"a {kind.__name__} is wrapped already: compile blocks before anything wraps them")
+                raise ValueError(f"a {cls.__name__} is wrapped already: compile blocks before anything wraps them")
             block.forward = _in_training(block, block.forward, compiled_forward, compiled)
     return compiled
 
@@ -178,9 +179,15 @@ def _in_training(
 
 
 def _layout(block: nn.Module) -> tuple[object, ...]:
-    """What a block is made of: modules by name, and the shapes of their parameters. Adapters that sit in some blocks
-    only make layouts that differ."""
+    """A block's modules by name, with their parameters' shapes. Adapters in some blocks give these another layout."""
     return tuple(
-        (name, type(module), tuple((own, parameter.shape) for own, parameter in module.named_parameters(recurse=False)))
+        (
+            name,
+            type(module),
+            tuple(
+                (parameter_name, parameter.shape)
+                for parameter_name, parameter in module.named_parameters(recurse=False)
+            ),
+        )
         for name, module in block.named_modules()
     )

@@ -75,7 +75,7 @@ class RowShards(Shards):
                 raise ValueError(f"{name} is split into {tuple(rows.shape)}, not {self.splits[name].local_shape}")
 
     def collect(self) -> None:
-        """Move the gradients, which FSDP has summed over the ranks, to `parameters`. Call it after each backward pass."""
+        """Move the gradients, which FSDP sums over the ranks, to `parameters`. Call it after each backward pass."""
         for name, weight in self._sharded.items():
             if weight.grad is None:
                 continue

@@ -1,4 +1,4 @@
-"""Tensors put aside between two uses: in memory up to a bound, the others in a file that nothing can leave behind."""
+"""Scratch storage for tensors: in host memory up to a limit, beyond it in an unnamed temporary file."""
 
 import os
 import tempfile
@@ -13,11 +13,11 @@ from simpletuner.base.files import file_errors_reported
 
 
 class Scratch:
-    """Places for CPU tensors of known shapes, all of type `dtype`. A context manager: at its end they are gone.
+    """Places for CPU tensors of known shapes, all in `dtype`. A context manager that discards them on exit.
 
-    In the order of `shapes`, each is in memory if it fits into what is left of `memory_bytes`; the others share one
-    file in `folder`, which has no name there and so vanishes with the process, however that ends. Its space is
-    reserved at once: a full disk shows before the work.
+    In the order of `shapes`, a tensor is kept in memory if it still fits into `memory_bytes`. The others share one
+    file in `folder` that has no name, so it vanishes with the process. Its space is reserved at once, so that a full
+    disk is noticed before the work.
 
     Raises:
         DiskError: no space for the file.
@@ -29,7 +29,7 @@ class Scratch:
         self._shapes = shapes
         self._dtype = dtype
         self._folder = folder
-        self._held: dict[int, Tensor] = {}
+        self._tensors: dict[int, Tensor] = {}
         self._offsets: dict[int, int] = {}
         self._file: IO[bytes] | None = None
         in_memory = in_file = 0
@@ -56,37 +56,37 @@ class Scratch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._held.clear()
+        self._tensors.clear()
         if self._file is not None:
             self._file.close()
 
     def put(self, place: int, tensor: Tensor) -> None:
-        """Keep `tensor` in `place`, instead of what was there. One that stays in memory is not copied.
+        """Store `tensor` at the index `place`, replacing its former tensor. In memory it is not copied.
 
         Raises:
-            ValueError: another shape or type than the place has.
-            DiskError: the disk failed to keep what it had reserved.
+            ValueError: shape or dtype differ from those of the place.
+            DiskError: the disk could not write to the reserved space.
         """
         if tuple(tensor.shape) != tuple(self._shapes[place]) or tensor.dtype != self._dtype:
             raise ValueError(f"{tensor.dtype} {list(tensor.shape)} for {self._dtype} {list(self._shapes[place])}")
         if self._file is None or place not in self._offsets:
-            self._held[place] = tensor
+            self._tensors[place] = tensor
             return
-        left, at = _bytes_of(tensor.contiguous()), self._offsets[place]
+        remaining, offset = _bytes_of(tensor.contiguous()), self._offsets[place]
         with file_errors_reported(self._folder):
-            while left:
-                written = os.pwrite(self._file.fileno(), left, at)
-                left, at = left[written:], at + written
+            while remaining:
+                written = os.pwrite(self._file.fileno(), remaining, offset)
+                remaining, offset = remaining[written:], offset + written
 
     def get(self, place: int) -> Tensor:
-        """What was put in `place`."""
+        """The tensor at the index `place`."""
         if self._file is None or place not in self._offsets:
-            return self._held[place]
+            return self._tensors[place]
         tensor = torch.empty(self._shapes[place], dtype=self._dtype)
-        left, at = _bytes_of(tensor), self._offsets[place]
-        while left:
-            read = os.preadv(self._file.fileno(), [left], at)
-            left, at = left[read:], at + read
+        remaining, offset = _bytes_of(tensor), self._offsets[place]
+        while remaining:
+            read = os.preadv(self._file.fileno(), [remaining], offset)
+            remaining, offset = remaining[read:], offset + read
         return tensor
 
 

@@ -1,4 +1,4 @@
-"""Tensor files that all ranks write together: each tensor lies whole in one file, and each rank writes one file."""
+"""Tensor files written by all ranks together: each rank writes one file, with whole tensors."""
 
 import contextlib
 import hashlib
@@ -18,20 +18,20 @@ from simpletuner.memory.tensors import DTYPE_NAMES, as_written, load_tensors
 from simpletuner.memory.world import World
 
 _SHARE = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors")
-"""End of a share's name, as Hugging Face's libraries number the shards of a model."""
+"""End of a share's file name, as Hugging Face's libraries number the shards of a model."""
 
 
 @dataclass(frozen=True)
 class RankTensor:
-    """A tensor as one rank holds it."""
+    """A rank's part of a tensor, with its split."""
 
     local: Tensor
     split: Split | None = None
-    """What `local` is of the whole tensor. None: every rank holds the same whole tensor."""
+    """How the whole tensor is split. None: every rank holds the same whole tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """Shape of the whole tensor."""
         return tuple(self.local.shape) if self.split is None else self.split.shape
 
     def whole(self, world: World, to: int) -> Tensor | None:
@@ -42,8 +42,10 @@ class RankTensor:
 
 
 def share_out(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
-    """The names that each rank writes, of tensors of `sizes` bytes: the largest first, each to the rank that has least.
-    It follows from the arguments alone. Ranks without a tensor are left out; they are the last ones.
+    """Distribute tensors of `sizes` bytes over `ranks`; returns names by rank.
+
+    Deterministic: the largest first, each to the rank with least bytes. Ranks without a tensor, which are the last ones,
+    are left out.
     """
     shares: list[list[str]] = [[] for _ in range(ranks)]
     totals = [0] * ranks
@@ -55,7 +57,7 @@ def share_out(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
 
 
 def share_names(stem: str, count: int) -> list[str]:
-    """The names of `count` files: "optimizer-00001-of-00002.safetensors" and so on."""
+    """Names of `count` files: "optimizer-00001-of-00002.safetensors" and so on."""
     return [f"{stem}-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
 
 
@@ -67,42 +69,43 @@ def write_shares(
     world: World,
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Write `tensors`, each as it is or cast to `dtype`, into files `stem`-0000k-of-0000n.safetensors of `folder`. All
-    ranks call it, with tensors of the same names, shapes and dtypes; each of the `writing_ranks` writes its share and
-    reads it back. No rank holds more than one whole tensor at a time beside what it has.
+    """Write `tensors`, optionally cast to `dtype`, into files `stem`-0000k-of-0000n.safetensors of `folder`.
+
+    All ranks call it, with tensors of the same names, shapes and dtypes. Each of the `writing_ranks` writes its share
+    and reads it back. A rank needs memory for one gathered tensor at a time.
 
     Returns:
-        The SHA-256 of this rank's file, by its name, if it wrote one; and the file of each tensor, of all ranks.
+        The SHA-256 of this rank's file, by file name, if it wrote one; and each tensor's file name, for all ranks.
 
     Raises:
-        OSError: this rank's file cannot be written. The other ranks end as if nothing was wrong.
-        DiskError: it reads back differently.
+        OSError: this rank's file cannot be written. The other ranks return normally.
+        DiskError: this rank's file reads back differently.
     """
     described = {name: _described(tensor, dtype) for name, tensor in tensors.items()}
     shares = share_out({name: data.size for name, data in described.items()}, world.writing_ranks)
     files = share_names(stem, len(shares))
     owners = {name: rank for rank, share in enumerate(shares) for name in share}
-    arrived: dict[str, Tensor] = {}
+    gathered: dict[str, Tensor] = {}
 
-    def arriving(name: str) -> Callable[[], bytes | memoryview]:
-        return lambda: as_written(arrived.pop(name), dtype).data()
+    def gathered_bytes(name: str) -> Callable[[], bytes | memoryview]:
+        return lambda: as_written(gathered.pop(name), dtype).data()
 
-    own = {
-        name: TensorData(described[name].dtype, described[name].shape, described[name].size, arriving(name))
+    own_tensors = {
+        name: TensorData(described[name].dtype, described[name].shape, described[name].size, gathered_bytes(name))
         for name, rank in owners.items()
         if rank == world.rank
     }
-    writer = _ShareWriter(folder / files[world.rank]) if own else None
-    pieces = file_pieces(own, metadata)
+    writer = _ShareWriter(folder / files[world.rank]) if own_tensors else None
+    pieces = file_pieces(own_tensors, metadata)
     if writer is not None:
         writer.write(pieces)
-    # In a file's order, which is that of each share too. A rank whose disk is full still takes part in every gather.
+    # In file order, which is each share's order too. A rank whose disk is full still takes part in every gather.
     for name in file_order(described):
         whole = tensors[name].whole(world, owners[name])
         if whole is not None and writer is not None:
-            arrived[name] = whole
+            gathered[name] = whole
             writer.write(pieces)
-            arrived.clear()
+            gathered.clear()
     hashes = {} if writer is None else {writer.path.name: writer.close()}
     return hashes, {name: files[rank] for name, rank in owners.items()}
 
@@ -111,7 +114,7 @@ def share_files(folder: Path, stem: str) -> list[Path]:
     """The files that hold the tensors saved as `stem`, in order: `stem`.safetensors, or the shares of several ranks.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: there are no files.
         CheckpointError: shares are missing.
     """
     single = folder / f"{stem}.safetensors"
@@ -135,7 +138,7 @@ def share_files(folder: Path, stem: str) -> list[Path]:
 
 
 def load_shares(folder: Path, stem: str) -> dict[str, Tensor]:
-    """All tensors saved as `stem`, by name, however many ranks wrote them: parts of mapped files.
+    """All tensors saved as `stem` by any number of ranks, by name, as views of memory-mapped files.
 
     Raises:
         FileNotFoundError: there is no file.
@@ -145,15 +148,15 @@ def load_shares(folder: Path, stem: str) -> dict[str, Tensor]:
 
 
 def _described(tensor: RankTensor, dtype: torch.dtype | None) -> TensorData:
-    """Dtype, shape and size of the whole tensor in the file, without its numbers."""
-    like = torch.empty(tensor.shape, dtype=tensor.local.dtype, device="meta")
+    """Dtype, shape and size of the whole tensor in the file, without data."""
+    whole = torch.empty(tensor.shape, dtype=tensor.local.dtype, device="meta")
     return TensorData(
-        DTYPE_NAMES[dtype or like.dtype], tensor.shape, like.numel() * (dtype or like.dtype).itemsize, bytes
+        DTYPE_NAMES[dtype or whole.dtype], tensor.shape, whole.numel() * (dtype or whole.dtype).itemsize, bytes
     )
 
 
 class _ShareWriter:
-    """A file that is written piece by piece. The first error is kept until `close`, and nothing is written after it."""
+    """Write a file piece by piece. After an error it writes nothing more, and `close` raises the error."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -174,15 +177,15 @@ class _ShareWriter:
             self._file.write(piece)
         except OSError as error:
             self._error = error
-            with contextlib.suppress(OSError):  # it flushes what it holds
+            with contextlib.suppress(OSError):  # closing flushes the buffer
                 self._file.close()
 
     def close(self) -> str:
-        """The SHA-256 of what was written.
+        """Close the file, read it back, and return its SHA-256.
 
         Raises:
-            OSError: it could not be written.
-            DiskError: it reads back differently.
+            OSError: the file could not be written.
+            DiskError: the file reads back differently.
         """
         if self._error is not None:
             raise self._error

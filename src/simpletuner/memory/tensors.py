@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: the one place that writes them, and the one that reads them, tensor by tensor."""
+"""Write and read safetensors files, tensor by tensor. All other modules use these functions."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -26,23 +26,24 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""The dtypes that are written, as safetensors spells them."""
+"""Supported dtypes with their names in safetensors."""
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By the bytes of a number: the dtype that shows its bits."""
+"""Integer dtypes to view the bits of a number, by its size in bytes."""
 
 
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
 ) -> None:
-    """Write `tensors`, each as it is or cast to `dtype`, one after the other: no second copy of them is held. The same
-    content gives the same bytes.
+    """Write `tensors`, optionally cast to `dtype`, one by one, so that at most one is copied at a time.
+
+    The same content gives the same bytes.
     """
     write_tensors(path, {name: as_written(tensor, dtype) for name, tensor in tensors.items()}, metadata)
 
 
 def as_written(tensor: Tensor, dtype: torch.dtype | None = None) -> TensorData:
-    """`tensor`, as it is or cast to `dtype`, for `base.tensorfile`; nothing is copied before it is written."""
+    """`tensor`, optionally cast to `dtype`, as data for `base.tensorfile`. It is copied only when it is written."""
     dtype = dtype or tensor.dtype
 
     def data() -> memoryview:
@@ -55,7 +56,7 @@ def as_written(tensor: Tensor, dtype: torch.dtype | None = None) -> TensorData:
 def save_verified(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
 ) -> None:
-    """`save_tensors`, then compare what the disk gives back, tensor by tensor.
+    """`save_tensors`, then read the file back and compare it tensor by tensor.
 
     Raises:
         DiskError: no space, or the file reads back differently.
@@ -77,7 +78,7 @@ def save_verified(
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of an open file, by name; each is read, to the CPU, when it is asked for."""
+    """The tensors of an open file, by name. Each access reads the tensor to the CPU."""
 
     def __init__(self, names: Collection[str], metadata: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
         self.metadata = metadata
@@ -90,7 +91,7 @@ class TensorFile(Mapping[str, Tensor]):
         return self._read(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names  # Mapping's own would read the tensor
+        return name in self._names  # Mapping's default would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -101,13 +102,13 @@ class TensorFile(Mapping[str, Tensor]):
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[TensorFile]:
-    """Open a safetensors file. The tensors are parts of a mapping of it, and outlive it.
+    """Open a safetensors file. Its tensors are views of the memory-mapped file and stay valid after the context.
 
     Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: it is no safetensors file, or not all of one.
+        FileNotFoundError: the file is missing.
+        CheckpointError: it is no safetensors file, or an incomplete one.
     """
-    # safetensors says of every file that it cannot open that it is not there.
+    # safetensors reports every file that it cannot open as missing.
     with path.open("rb"):
         pass
     try:
@@ -118,25 +119,24 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 
 
 def non_finite_count(tensor: Tensor) -> int:
-    """How many numbers of `tensor` are NaN or infinite. One pass over it if there are none; a tensor on the meta device
-    has no numbers."""
-    # Nothing finite comes of a sum with one of them; a sum of finite numbers may overflow.
+    """Number of elements of `tensor` that are NaN or infinite; 0 on the meta device. One pass if there are none."""
+    # A NaN or infinite element makes the sum non-finite; a sum of finite elements may overflow, so they are counted.
     if tensor.is_meta or not tensor.is_floating_point() or bool(tensor.sum().isfinite()):
         return 0
     return int(tensor.isfinite().logical_not().sum())
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, by name: parts of a mapping of it.
+    """All tensors of a safetensors file, by name, as views of the memory-mapped file.
 
     Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: it is no safetensors file, or not all of one.
+        FileNotFoundError: the file is missing.
+        CheckpointError: it is no safetensors file, or an incomplete one.
     """
     with open_tensors(path) as file:
         return dict(file)
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
-    """The answer to a weight file that cannot be read."""
+    """The CheckpointError for a weight file that cannot be read."""
     return CheckpointError.of(f"{path} cannot be read ({error})", "a whole .safetensors file")

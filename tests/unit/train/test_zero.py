@@ -306,7 +306,7 @@ def test_other_weights_are_held_for_a_while(saved: tuple[str, Any, list[dict[str
 @pytest.mark.slow
 def test_a_call_past_the_engine_is_refused(saved: tuple[str, Any, list[dict[str, Any]]]) -> None:
     for answer in saved[2]:
-        assert answer["past"].startswith("the model is called past DeepSpeed's engine")
+        assert answer["past"].startswith("the model is called without DeepSpeed's engine")
 
 
 @pytest.mark.parametrize("spans", [((0, 4), (4, 6)), ((0, 0), (0, 6)), ((0, 6), (0, 0))])
