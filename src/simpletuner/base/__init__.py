@@ -1,1 +1,1 @@
-"""What every room may use: errors, files, sizes, keyed draws. Imports nothing heavy."""
+"""Utilities for all packages: errors, files, sizes, seeds of random draws. Imports nothing heavy."""

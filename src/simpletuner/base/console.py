@@ -1,7 +1,7 @@
-"""The one place that writes to standard output and standard error. Telling never ends the work.
+"""The only module that writes to standard output and standard error.
 
-`main` runs each command inside `guarded`, so that whatever else writes to `sys.stdout` or `sys.stderr` (progress bars,
-warnings, logging of libraries) goes through a `GuardedStream` too.
+`main` runs each command inside `guarded`, so that other writers to `sys.stdout` and `sys.stderr` (progress bars,
+warnings, logging of libraries) use a `GuardedStream` too. A failed print does not end a training.
 """
 
 import codecs
@@ -19,7 +19,7 @@ from simpletuner.base.errors import DiskError
 from simpletuner.base.signals import deferred_signals
 
 ESCAPED = "simpletuner.escaped"
-"""Error handler of encodings: `\\u03c3` for what a stream cannot show, which is that character in a JSON string too."""
+"""Encoding error handler: writes `\\u03c3` for a character that a stream cannot encode, as in a JSON string."""
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
@@ -33,17 +33,19 @@ codecs.register_error(ESCAPED, _escape)
 
 
 class GuardedStream(io.TextIOBase):
-    """A text stream that replaces what it cannot show. Once a write fails, it and its file descriptor write nowhere:
-    the terminal is gone, whoever read the pipe has ended, or the disk is full.
+    """A text stream that escapes characters it cannot encode, and survives failed writes.
+
+    After a failed write, because the terminal or the pipe's reader is gone or the disk is full, the stream and its file
+    descriptor discard all output.
     """
 
     def __init__(self, stream: TextIO | None, *, is_output: bool) -> None:
         self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  `detach` closes it
-        self._is_own = stream is None
-        self._fault: Exception | None = OSError(errno.EBADF, os.strerror(errno.EBADF)) if self._is_own else None
+        self._opened_here = stream is None
+        self._fault: Exception | None = OSError(errno.EBADF, os.strerror(errno.EBADF)) if self._opened_here else None
         self.is_output = is_output
-        """Whether what is written is what the command was called for, so that a failed write ends it."""
-        self._wait_when_full()
+        """Whether the text is the command's output, so that a failed write ends the command."""
+        self._set_blocking()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -63,55 +65,55 @@ class GuardedStream(io.TextIOBase):
         return self._stream.fileno()
 
     def write(self, text: str) -> int:
-        """Write `text` as far as the stream can show it.
+        """Write `text`, escaping characters that the stream cannot encode.
 
         Raises:
-            BrokenPipeError: this is the command's output, and nobody reads it.
+            BrokenPipeError: this is the command's output, and its reader is gone.
             DiskError: this is the command's output, and it cannot be written.
         """
         try:
             if self._fault is None:
-                self._stream.write(self._showable(text))
+                self._stream.write(self._encodable(text))
         except (OSError, ValueError) as error:  # ValueError: the stream was closed
-            self._lose(error)
+            self._discard_after(error)
         self._end_if_output()
         return len(text)
 
     def flush(self) -> None:
-        """As `write`, for what waits in the stream's buffer."""
+        """Write the stream's buffer; errors as in `write`."""
         try:
             if self._fault is None:
                 self._stream.flush()
         except (OSError, ValueError) as error:
-            self._lose(error)
+            self._discard_after(error)
         self._end_if_output()
 
     def detach(self) -> None:  # type: ignore[override]
-        """Give the stream back, or close it if it was made here."""
+        """Flush, and close the underlying stream if this object opened it."""
         self.is_output = False
         self.flush()
-        if self._is_own:
+        if self._opened_here:
             self._stream.close()
 
-    def _showable(self, text: str) -> str:
+    def _encodable(self, text: str) -> str:
         try:
             text.encode(self.encoding, self.errors)
         except UnicodeEncodeError:
             return text.encode(self.encoding, ESCAPED).decode(self.encoding)
         return text
 
-    def _wait_when_full(self) -> None:
-        """Other programs that share a terminal or pipe may have made it non-blocking, and text would be lost."""
+    def _set_blocking(self) -> None:
+        """Make the stream blocking: another program with the same terminal or pipe may have made it non-blocking."""
         with contextlib.suppress(OSError, ValueError):
             os.set_blocking(self._stream.fileno(), True)
 
-    def _lose(self, error: Exception) -> None:
+    def _discard_after(self, error: Exception) -> None:
         if isinstance(error, BlockingIOError):
-            self._wait_when_full()
+            self._set_blocking()
             return
         self._fault = error
         with contextlib.suppress(OSError, ValueError):
-            # What waits in the buffer has nowhere to go either, now or when the interpreter ends.
+            # The buffered text cannot be written either, now or when the interpreter ends.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -122,43 +124,45 @@ class GuardedStream(io.TextIOBase):
         if isinstance(self._fault, BrokenPipeError):
             raise self._fault
         reason = self._fault.strerror if isinstance(self._fault, OSError) else str(self._fault)
-        raise DiskError.of(f"cannot write to standard output: {reason}", remedy="Send it to another place.")
+        raise DiskError.of(f"cannot write to standard output: {reason}", remedy="Redirect it elsewhere.")
 
 
 def hold_standard_descriptors() -> None:
-    """Open /dev/null for each of the descriptors 0, 1, 2 that is closed (`>&-`). The next file to be opened would get
-    its number, and with it all that a library or a child process prints.
+    """Open /dev/null for each of the descriptors 0, 1 and 2 that is closed (`>&-`).
+
+    Otherwise the next opened file would get that number, and the prints of libraries and child processes with it.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
             opened = os.open(os.devnull, os.O_RDWR)
-            os.dup2(opened, number)  # the lowest that is free is this one; `dup2` makes child processes inherit it
+            os.dup2(opened, number)  # usually equal already; `dup2` makes child processes inherit it
             if opened != number:
                 os.close(opened)
 
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Inside, `sys.stdout` and `sys.stderr` are guarded, also where they were closed. A failed write to standard output
-    ends the command, unless it is inside `work_goes_on`; one to standard error never does.
+    """Guard `sys.stdout` and `sys.stderr` inside this context, even if they were closed.
+
+    A failed write to standard output ends the command, except inside `work_goes_on`; one to standard error never does.
     """
     hold_standard_descriptors()
-    before = sys.stdout, sys.stderr
+    original_streams = sys.stdout, sys.stderr
     out, err = GuardedStream(sys.stdout, is_output=True), GuardedStream(sys.stderr, is_output=False)
     sys.stdout, sys.stderr = out, err
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = original_streams
         out.detach()
         err.detach()
 
 
 @contextlib.contextmanager
 def work_goes_on() -> Iterator[None]:
-    """Inside, nothing that happens to standard output ends the work: what is printed only tells about it."""
+    """Ignore failed writes to standard output inside this context, because the output only reports on the work."""
     stream = sys.stdout
     if not isinstance(stream, GuardedStream) or not stream.is_output:
         yield
@@ -181,7 +185,7 @@ def complain(text: str, *, end: str = "\n") -> None:
 
 
 def interject(text: str) -> None:
-    """Print `text` and a newline to standard error from a signal handler, which may have interrupted another print."""
+    """Print `text` and a newline to standard error from a signal handler, even if it interrupted another print."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
@@ -191,7 +195,7 @@ deferred_signals.tell = interject
 
 
 def answer_to(question: str) -> str | None:
-    """What is typed after `question`; None if nobody can be asked, or the input ends (Ctrl-D)."""
+    """Ask `question` and return the typed line; None if standard input is no terminal, or ends (Ctrl-D)."""
     if sys.stdin is None or not sys.stdin.isatty():
         return None
     complain(question, end="")
@@ -206,22 +210,22 @@ def input_lines() -> Iterator[str]:
 
 
 def is_output_read() -> bool:
-    """Whether standard output still has somebody who reads it: false once the other end of a pipe is closed."""
+    """Whether standard output still has a reader; false once the other end of its pipe is closed."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # poll reports errors and a closed pipe unasked
+    poll.register(sys.stdout.fileno(), 0)  # poll always reports errors and a closed pipe
     return not poll.poll(0)
 
 
 def is_terminal() -> bool:
-    """Whether a person sees standard error."""
+    """Whether standard error is a terminal."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def terminal_width() -> int:
-    """Columns of the terminal, or what COLUMNS says; 80 where there is none."""
+    """Columns of the terminal, or the value of COLUMNS; 80 without a terminal."""
     return shutil.get_terminal_size((80, 24)).columns
 
 
 def say_on_standard_error() -> contextlib.AbstractContextManager[object]:
-    """Inside, `say` prints to standard error: standard output is for the answer alone."""
+    """Make `say` print to standard error inside this context, so that standard output has only the result."""
     return contextlib.redirect_stdout(sys.stderr)

@@ -1,4 +1,4 @@
-"""Every random draw has a key. The same key gives the same draw on any machine, in any order, after any restart."""
+"""Seeds of random draws by key. The same key gives the same draw on any machine, in any order, after any restart."""
 
 import hashlib
 from typing import Literal
@@ -27,10 +27,10 @@ Purpose = Literal[
 
 
 def draw_seed(seed: int, purpose: Purpose, *place: int | str) -> int:
-    """A seed in [0, 2**63) for one draw: `place` is (step, slot) in training, a name elsewhere.
+    """A seed in [0, 2**63) for one draw. `place` is (step, slot) in training, a name elsewhere.
 
-    A slot is the sample's place in the global effective batch, so ranks × accumulation steps that make up
-    the same batch see the same draws.
+    A slot is the sample's index in the global batch, so the same batch gets the same draws with any number of ranks and
+    accumulation steps.
     """
     key = "/".join(("simpletuner", str(seed), purpose, *map(str, place)))
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,6 +1,6 @@
-"""Errors that are the user's to fix: what was found, what was expected, what to do.
+"""Errors that the user can fix: what was found, what was expected, and a remedy.
 
-Anything that is not a `UserError` is a bug in this program and keeps its traceback.
+Any other exception is a bug in this program and is shown with its traceback.
 """
 
 from collections.abc import Iterable
@@ -12,17 +12,17 @@ from simpletuner.base.signals import STOPPED
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, in one breath: "`found`: expected `expected`. `remedy`"."""
+    """One problem, written as one sentence and a remedy: "`found`: expected `expected`. `remedy`"."""
 
     found: str
     expected: str = ""
     remedy: str = ""
     key: str = field(default="", compare=False)
-    """The option it is about, for who shows it beside that option."""
+    """The option with the problem, for pages that show the problem beside the option."""
 
     @property
     def parts(self) -> dict[str, str]:
-        """For JSON: each field, and as `text` all of it in one breath."""
+        """The problem as JSON: each field, and the whole message as `text`."""
         return asdict(self) | {"text": str(self)}
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ class Problem:
 
 
 class UserError(Exception):
-    """Problems found at one stage, all of them together. Ends the command with `exit_code`, no traceback."""
+    """All problems of one stage. Ends the command with `exit_code` and without a traceback."""
 
     exit_code: ClassVar[int] = 1
     where: ClassVar[str] = "here"
@@ -45,15 +45,15 @@ class UserError(Exception):
 
     @classmethod
     def of(cls, found: str, expected: str = "", remedy: str = "") -> Self:
-        """The error of a single problem."""
+        """An error with a single problem."""
         return cls(Problem(found, expected, remedy))
 
     @classmethod
     def raise_if(cls, problems: Iterable[Problem]) -> None:
-        """Raise one error that holds all `problems`, each once; return when there is none."""
-        found = tuple(dict.fromkeys(problems))
-        if found:
-            raise cls(*found)
+        """Raise one error with all `problems`, without repetitions; do nothing if there are none."""
+        distinct = tuple(dict.fromkeys(problems))
+        if distinct:
+            raise cls(*distinct)
 
     def __str__(self) -> str:
         if len(self.problems) == 1:
@@ -93,19 +93,19 @@ class DiskError(UserError):
 
 
 class Stopped(UserError):
-    """The run was asked to stop and can be resumed."""
+    """The run was stopped by a signal or a request, and can be resumed."""
 
     exit_code = STOPPED
     where = "with the run"
 
 
 class RanksError(UserError):
-    """A process of a run on several is gone, or was waited for in vain."""
+    """A process of a run with several processes is gone or timed out."""
 
     exit_code = 8
     where = "between the processes"
 
 
 def error_class(exit_code: int) -> type[UserError]:
-    """The class of errors that ends a command with `exit_code`; `UserError` itself where none has this code."""
+    """The class of errors with `exit_code`; `UserError` itself if no class has it."""
     return next((kind for kind in UserError.__subclasses__() if kind.exit_code == exit_code), UserError)

@@ -1,7 +1,7 @@
-"""Files and folders that are not yet whole: hidden, locked while their process lives, swept once it is gone.
+"""Partial files and folders: hidden, locked by the process that writes them, and removed once that process is gone.
 
-The lock is the system's (`flock`) and ends with the process, however that ends: no pid is trusted, which another
-machine or container may have given to something else.
+The lock is the system's (`flock`), which is released whenever the process ends. Pids are not trusted, since the same
+pid may belong to another process on another machine or in another container.
 """
 
 import contextlib
@@ -16,25 +16,25 @@ from pathlib import Path
 from simpletuner.base.errors import ConfigError
 
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF})
-"""What a file system without locks answers."""
+"""Errors with which a file system without locks refuses one."""
 
-_LOOK_EVERY_S = 0.005
+_RETRY_EVERY_S = 0.005
 
 ABANDONED_S = 3600
-"""On a file system without locks, a part that nobody has written to for this long belongs to a process that is gone."""
+"""Seconds. On a file system without locks, a part that has not been modified for this long counts as abandoned."""
 
 
 @contextlib.contextmanager
 def locked_part(path: Path, *, is_folder: bool = False, mode: int = 0o777) -> Iterator[Path]:
-    """An empty file or folder beside `path`, to be filled and renamed to it. Removed at the end if it was not renamed.
+    """Create an empty, locked file or folder beside `path`, to be filled and renamed to `path`.
 
-    `mode` is a folder's, less what the process's mask takes away.
+    It is removed on exit if it was not renamed. `mode` applies to a folder, less the process's umask.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    handle = _made_and_locked(part, is_folder, mode)
+    handle = _create_locked(part, is_folder, mode)
     try:
         yield part
     finally:
@@ -45,13 +45,13 @@ def locked_part(path: Path, *, is_folder: bool = False, mode: int = 0o777) -> It
 
 @contextlib.contextmanager
 def editing(path: Path, wait_s: float = 10.0) -> Iterator[None]:
-    """Keep every other process that edits a file in the folder of `path` waiting: look, decide and replace below this.
+    """Lock out other processes that edit files in the folder of `path`. Read, decide and replace inside this context.
 
-    The folder itself is locked (the first above that is there), so nothing is left beside the file, and the lock ends
-    with the process. Not for two files of one folder, one inside the other. A file system without locks has none.
+    It locks the folder itself, or the nearest parent that exists, so no lock file remains, and the lock ends with the
+    process. Do not nest it for two files of one folder. On a file system without locks it does nothing.
 
     Raises:
-        ConfigError: another process held it for `wait_s` seconds.
+        ConfigError: another process held the lock for `wait_s` seconds.
         OSError: the folder cannot be opened.
     """
     folder = next(above for above in path.absolute().parents if above.is_dir())
@@ -64,18 +64,18 @@ def editing(path: Path, wait_s: float = 10.0) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    found = f"{path.name} is being changed by another process"
-                    raise ConfigError.of(found, remedy="Try again.") from None
-                time.sleep(_LOOK_EVERY_S)
+                    message = f"{path.name} is being changed by another process"
+                    raise ConfigError.of(message, remedy="Try again.") from None
+                time.sleep(_RETRY_EVERY_S)
         yield
     finally:
         os.close(handle)
 
 
 def sweep_parts(folder: Path, pattern: str) -> None:
-    """Remove the parts that no process holds: what killed processes left half-written in `folder`.
+    """Remove parts in `folder` that no process has locked: leftovers of killed processes.
 
-    `pattern` names them, and nothing that another program may have put there. What may not be removed stays.
+    `pattern` must match only our parts, and no file of another program. Parts that cannot be removed stay.
     """
     for part in folder.glob(pattern):
         with contextlib.suppress(OSError):
@@ -83,7 +83,7 @@ def sweep_parts(folder: Path, pattern: str) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a file, a link or a folder with all that is in it, if it is there; what cannot be deleted stays."""
+    """Delete a file, a link or a folder with its content, if it exists. Errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -91,7 +91,7 @@ def discard(path: Path) -> None:
         path.unlink()
 
 
-def _made_and_locked(part: Path, is_folder: bool, mode: int) -> int:
+def _create_locked(part: Path, is_folder: bool, mode: int) -> int:
     while True:
         if is_folder:
             part.mkdir(mode, exist_ok=True)
@@ -103,7 +103,7 @@ def _made_and_locked(part: Path, is_folder: bool, mode: int) -> int:
         except OSError:
             os.close(handle)
             raise
-        if _is_same(handle, part):  # else it was swept, or renamed, before it was locked
+        if _is_same(handle, part):  # otherwise it was removed or renamed before the lock
             return handle
         os.close(handle)
 
@@ -118,14 +118,14 @@ def _sweep(part: Path) -> None:
         os.close(handle)
 
 
-def _lock(handle: int, how: int) -> bool:
-    """Lock an open file. False where the file system has no locks.
+def _lock(handle: int, operation: int) -> bool:
+    """Lock an open file with the flags `operation` of `flock`; False if the file system has no locks.
 
     Raises:
-        BlockingIOError: another process holds it, and `how` says not to wait.
+        BlockingIOError: another process holds the lock, and `operation` has LOCK_NB.
     """
     try:
-        fcntl.flock(handle, how)
+        fcntl.flock(handle, operation)
     except OSError as error:
         if error.errno in NO_LOCKS:
             return False
@@ -134,7 +134,7 @@ def _lock(handle: int, how: int) -> bool:
 
 
 def _is_same(handle: int, path: Path) -> bool:
-    """Whether the open file still lies at `path`."""
+    """Whether `path` is still the open file."""
     try:
         return os.path.samestat(os.fstat(handle), os.lstat(path))
     except FileNotFoundError:

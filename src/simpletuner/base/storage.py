@@ -1,4 +1,4 @@
-"""Files by name, wherever they lie: in a folder on this machine, or where fsspec reaches, behind one interface."""
+"""One interface to trees of files: a folder on this machine, or a URL that fsspec supports."""
 
 import errno
 import os
@@ -15,41 +15,40 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from simpletuner.base.files import file_errors_reported, write_atomic
 
 Stamp = tuple[int | str, ...]
-"""What a file's listing says of its content: size in bytes first, then times or a hash. While it is the same, so is
-the content."""
+"""Fingerprint of a file from its listing: size in bytes, then times or a hash. An equal stamp means equal content."""
 
 NO_FILE = "not a regular file"
-"""Reason of an `UnlistedFile` that could block a reader, or never end."""
+"""Reason of an `UnlistedFile` that might block a reader or never end."""
 PASSED_OVER = "passed over with all it holds"
-"""Detail of a folder that is not entered."""
+"""Detail of an `UnlistedFile` that is a folder which was not entered."""
 
 FSSPEC_STAMPS = ("ETag", "etag", "LastModified", "mtime", "created")
-"""What fsspec's file systems call the parts of a stamp."""
+"""Keys of a stamp's parts in the listings of fsspec's file systems."""
 
 
 class StoredFile(NamedTuple):
     """A file of a storage."""
 
     name: str
-    """Path below the storage, with forward slashes."""
+    """Path relative to the storage, with forward slashes."""
     size: int
     """Bytes."""
     stamp: Stamp
     changed_at: float
-    """Seconds since the epoch; 0 where the stamp is a hash of the content."""
+    """Time of the last change in seconds since the epoch; 0 if the stamp is a hash of the content."""
 
 
 class UnlistedFile(NamedTuple):
-    """A file or folder that `Storage.list` cannot or need not enter."""
+    """A file or folder that `Storage.list` cannot read or does not enter."""
 
     name: str
     reason: str
-    """Its class, such as "broken link"."""
+    """Category of the problem, such as "broken link"."""
     detail: str
 
 
 PassOver = Callable[[Collection[str]], str | None]
-"""Why a folder that holds these names is not entered; None where it is."""
+"""Takes the names in a folder; returns why the folder is not entered, or None to enter it."""
 
 
 def enter_all(_names: Collection[str]) -> str | None:
@@ -59,15 +58,16 @@ def enter_all(_names: Collection[str]) -> str | None:
 
 @runtime_checkable  # the tests check signatures as they run
 class Storage(Protocol):
-    """A tree of files. Names are relative paths with forward slashes. Storages of the same place are equal."""
+    """A tree of files. Names are relative paths with forward slashes. Storages of the same folder or URL are equal."""
 
     def list(self, prefix: str = "", *, pass_over: PassOver = enter_all) -> Iterator[StoredFile | UnlistedFile]:
-        """Every file below the folder `prefix`, one folder at a time. Hidden files and folders, whose names start with
-        a dot, are left out. A folder that `pass_over` has a reason for is an `UnlistedFile`, `prefix` itself included.
-        So is what is no file: a pipe, a socket, a device.
+        """Yield every file below the folder `prefix`, one folder at a time.
+
+        Hidden files and folders, whose names start with a dot, are left out. A folder for which `pass_over` returns a
+        reason becomes an `UnlistedFile`, even `prefix` itself. So do pipes, sockets and devices.
 
         Raises:
-            FileNotFoundError, NotADirectoryError: `prefix` is no folder; at the call, before anything is yielded.
+            FileNotFoundError, NotADirectoryError: `prefix` is no folder; raised by the call, not by the iteration.
         """
         ...
 
@@ -75,23 +75,23 @@ class Storage(Protocol):
         """Size and stamp of a file, as `list` yields them.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: the file does not exist.
         """
         ...
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """The bytes of a file, or `length` of them from `start`, fewer where it ends before.
+        """Read a file, or `length` bytes from `start`; fewer if the file ends before.
 
         Raises:
-            FileNotFoundError: no such file.
-            OSError: it cannot be read, or is a pipe, a socket or a device, which might never end.
+            FileNotFoundError: the file does not exist.
+            OSError: the file cannot be read, or is a pipe, a socket or a device, which might never end.
         """
         ...
 
     def write(self, name: str, data: bytes, *, sync: bool = True) -> None:
-        """Write a file so that it holds either its old content or all of `data`; its folders are made.
+        """Write a file atomically: it has either its old content or all of `data`. Creates missing folders.
 
-        `sync=False` leaves the flush to the disk to the system.
+        `sync=False` does not wait until the data is on the disk.
 
         Raises:
             DiskError: no space, no quota, or a read-only disk.
@@ -99,7 +99,7 @@ class Storage(Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """Remove a file; nothing happens if it is not there.
+        """Remove a file; do nothing if it does not exist.
 
         Raises:
             DiskError: not permitted, or a read-only disk.
@@ -107,16 +107,16 @@ class Storage(Protocol):
         ...
 
     def local_path(self, name: str = "") -> Path | None:
-        """The path of `name` on this machine, where it has one."""
+        """The path of `name` on this machine; None if it has none."""
         ...
 
     def shown(self, name: str = "") -> str:
-        """`name` as a person would type it, for messages."""
+        """The full path or URL of `name`, for messages."""
         ...
 
 
 def storage_of(text: str) -> Storage:
-    """The storage that `text` names: a URL such as `memory://images`, or a path on this machine."""
+    """The storage at `text`: a URL such as `memory://images`, or a path on this machine."""
     return FsspecStorage(text) if "://" in text else LocalStorage(Path(text))
 
 
@@ -127,9 +127,10 @@ class LocalStorage:
     folder: Path
 
     def list(self, prefix: str = "", *, pass_over: PassOver = enter_all) -> Iterator[StoredFile | UnlistedFile]:
-        """As `Storage.list`. A link to a folder or file is followed once: one that leads to something already listed
-        is an `UnlistedFile`, so a loop ends. Real files and folders go before links. An `UnlistedFile` too is what
-        cannot be entered, and a name that is not UTF-8.
+        """`Storage.list`, following links.
+
+        Links to folders and files are followed after all others, each target once: a link to something already listed
+        becomes an `UnlistedFile`, so loops end. So do folders that cannot be entered and names that are not UTF-8.
         """
         folder = self.folder / prefix
         if not folder.is_dir():
@@ -137,7 +138,7 @@ class LocalStorage:
         return self._walk(prefix, pass_over)
 
     def _walk(self, prefix: str, pass_over: PassOver) -> Iterator[StoredFile | UnlistedFile]:
-        seen = {_identity((self.folder / prefix).stat())}
+        visited = {_identity((self.folder / prefix).stat())}
         folders, links = deque([prefix]), deque[str]()
         while folders or links:
             name = folders.popleft() if folders else links.popleft()
@@ -148,10 +149,10 @@ class LocalStorage:
                 yield UnlistedFile(name, "broken link", str(error.strerror))
                 continue
             if is_link:
-                if _identity(status) in seen:
+                if _identity(status) in visited:
                     yield UnlistedFile(name, "link followed already", f"it leads to {path.resolve()}")
                     continue
-                seen.add(_identity(status))
+                visited.add(_identity(status))
             if not stat.S_ISDIR(status.st_mode):
                 yield _local_file(name, status)
                 continue
@@ -167,44 +168,44 @@ class LocalStorage:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                inner = f"{name}/{entry.name}" if name else entry.name
-                if not is_utf8_name(inner):
-                    shown = os.fsencode(inner).decode(errors="replace")
-                    yield UnlistedFile(shown, "name is not UTF-8", "rename the file")
+                entry_name = f"{name}/{entry.name}" if name else entry.name
+                if not is_utf8_name(entry_name):
+                    printable = os.fsencode(entry_name).decode(errors="replace")
+                    yield UnlistedFile(printable, "name is not UTF-8", "rename the file")
                     continue
                 if entry.is_symlink():
-                    links.append(inner)
+                    links.append(entry_name)
                     continue
                 try:
                     status = entry.stat()
-                except OSError as error:  # gone meanwhile, or the folder may be listed and not entered
-                    yield UnlistedFile(inner, "unreadable", str(error.strerror))
+                except OSError as error:  # deleted meanwhile, or the folder may be listed but not entered
+                    yield UnlistedFile(entry_name, "unreadable", str(error.strerror))
                     continue
-                seen.add(_identity(status))
+                visited.add(_identity(status))
                 if entry.is_dir():
-                    folders.append(inner)
+                    folders.append(entry_name)
                 else:
-                    yield _local_file(inner, status)
+                    yield _local_file(entry_name, status)
 
     def stat(self, name: str) -> StoredFile:
         return _stored_file(name, (self.folder / name).stat())
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """As `Storage.read`; of a file that grows meanwhile, what it held when it was opened."""
+        """`Storage.read`. Of a file that grows meanwhile, only the bytes from when it was opened."""
         path = self.folder / name
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe's other end is not waited for
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # do not wait for a pipe's other end
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.ENODEV, "neither a file nor a link to one", str(path))
             if start:
                 os.lseek(descriptor, start, os.SEEK_SET)
-            rest = status.st_size - start
-            left = rest if length is None else min(rest, length)
+            available = status.st_size - start
+            remaining = available if length is None else min(available, length)
             pieces = []
-            while left > 0 and (piece := os.read(descriptor, left)):
+            while remaining > 0 and (piece := os.read(descriptor, remaining)):
                 pieces.append(piece)
-                left -= len(piece)
+                remaining -= len(piece)
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
         finally:
             os.close(descriptor)
@@ -226,14 +227,15 @@ class LocalStorage:
 
 @dataclass(frozen=True)
 class FsspecStorage:
-    """The files below a URL that fsspec knows. A write is as atomic as the file system's uploads: object stores
-    replace an object whole."""
+    """The files below a URL that fsspec supports.
+
+    A write is as atomic as the file system's uploads; object stores replace objects as a whole."""
 
     url: str
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        from fsspec.core import url_to_fs  # imported here, since most runs do without
+        from fsspec.core import url_to_fs  # imported here, since most runs do not need it
 
         filesystem, root = url_to_fs(self.url)
         return filesystem, root
@@ -261,15 +263,15 @@ class FsspecStorage:
             except OSError as error:
                 yield UnlistedFile(folder, "unreadable folder", str(error.strerror))
                 continue
-            own_names = [info["name"].rstrip("/").rpartition("/")[2] for info in infos]
-            reason = pass_over(own_names)
+            entry_names = [info["name"].rstrip("/").rpartition("/")[2] for info in infos]
+            reason = pass_over(entry_names)
             if reason is not None:
                 yield UnlistedFile(folder, reason, PASSED_OVER)
                 continue
-            for own, info in sorted(zip(own_names, infos, strict=True), key=lambda pair: pair[0]):
-                if own.startswith("."):
+            for entry_name, info in sorted(zip(entry_names, infos, strict=True), key=lambda pair: pair[0]):
+                if entry_name.startswith("."):
                     continue
-                name = f"{folder}/{own}" if folder else own
+                name = f"{folder}/{entry_name}" if folder else entry_name
                 if info["type"] == "directory":
                     folders.append(name)
                 elif info["type"] == "file" or self._filesystem.isfile(self._path(name)):  # a link to a file
@@ -314,7 +316,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def is_utf8_name(name: str) -> bool:
-    """Whether a file's name can be written down and asked for again."""
+    """Whether a file's name can be stored as UTF-8 and used to open the file again."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -335,7 +337,7 @@ def _kind(mode: int) -> str:
 
 
 def _stored_file(name: str, status: os.stat_result) -> StoredFile:
-    """Also the time of status change is in the stamp: a program can set the time of modification."""
+    """The stamp includes the status change time too, since programs can set the modification time."""
     modified_ns, changed_ns = status.st_mtime_ns, status.st_ctime_ns
     stamp = (status.st_size, modified_ns, changed_ns)
     return StoredFile(name, status.st_size, stamp, max(modified_ns, changed_ns) / 1e9)

@@ -155,4 +155,4 @@ def test_output_that_cannot_be_written_is_told() -> None:
     code, complaint = ended_writing_to(full, "--help")
     os.close(full)
     assert code == 7
-    assert complaint == "cannot write to standard output: No space left on device. Send it to another place.\n"
+    assert complaint == "cannot write to standard output: No space left on device. Redirect it elsewhere.\n"
