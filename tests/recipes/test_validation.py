@@ -46,7 +46,10 @@ FAULTS: dict[str, tuple[Callable[[Workplace, RunDirectory], None], str]] = {
         put_a_file_in_place_of_the_folder,
         "cannot write output/file/validation: File exists. Move away",
     ),
-    "folders": (put_folders_in_place_of_the_images, "one_32x32_0.png: Is a directory. Move away what lies there"),
+    "folders": (
+        put_folders_in_place_of_the_images,
+        "one_32x32_0.png: Is a directory. Move away the file or folder there",
+    ),
     "memory": (ask_for_more_than_memory, "A lower --validation_resolution takes less memory."),
 }
 

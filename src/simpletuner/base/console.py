@@ -137,7 +137,7 @@ def hold_standard_descriptors() -> None:
             os.fstat(number)
         except OSError:
             opened = os.open(os.devnull, os.O_RDWR)
-            os.dup2(opened, number)  # usually equal already; `dup2` makes child processes inherit it
+            os.dup2(opened, number)  # equal already, as the lowest free number; `dup2` makes it inheritable
             if opened != number:
                 os.close(opened)
 

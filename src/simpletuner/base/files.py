@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, hashes, and a lock that names its holder."""
+"""Atomic writes, hashes, messages about file errors, and a lock file that names its holder."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ from simpletuner.base.parts import locked_part
 KIND_OF_FILE = frozenset({errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO, errno.ENODEV})
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 DISK = NO_SPACE | {errno.EROFS, errno.EIO, errno.ESTALE}
-"""The disk is at fault, whatever is done there: always a `DiskError`."""
+"""Errors of the disk itself, for any access: always a `DiskError`."""
 PERMISSION = frozenset({errno.EACCES, errno.EPERM})
 FILE_FAULTS = (
     DISK
@@ -28,47 +28,46 @@ FILE_FAULTS = (
     | {errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ETXTBSY, errno.EBUSY}
     | {errno.EXDEV, errno.EMLINK, errno.EINVAL}
 )
-"""What the user's file system answers, rather than a bug of ours."""
+"""Errors that are due to the user's files or file system, not to a bug of ours."""
 
 
 def file_problem(error: OSError, path: Path | None = None, *, doing: str = "access") -> Problem | None:
-    """What a failed access to a file says: found and remedy. None if it is no answer of a file system.
+    """The problem and remedy of a failed file access; None if `error` is not in `FILE_FAULTS`.
 
-    `path` is named where the error itself names no file; `doing` is the verb: write, read, list.
+    The message names the file of the error, or `path` if the error has none; `doing` is the verb: write, read, list.
     """
     if error.errno not in FILE_FAULTS:
         return None
-    # A rename is about its target.
-    named = error.filename2 or error.filename
-    place = os.fsdecode(named) if isinstance(named, str | bytes | os.PathLike) else "a file"
-    if path is not None and (named is None or _is_temporary(Path(place), path)):
-        place = str(path)
+    # For a rename, name the target.
+    error_file = error.filename2 or error.filename
+    file_text = os.fsdecode(error_file) if isinstance(error_file, str | bytes | os.PathLike) else "a file"
+    if path is not None and (error_file is None or _is_temporary(Path(file_text), path)):
+        file_text = str(path)
     if error.errno in NO_SPACE:
         remedy = (
-            "Free some space or point the option to another disk, then run the same command again: what is finished "
-            "is kept."
+            "Free some space or set the option to another disk, then run the same command again: finished work is kept."
         )
     elif error.errno in PERMISSION:
         remedy = f"Give the user that runs this command the right to {doing} it, or name another path."
     elif error.errno in KIND_OF_FILE:
-        remedy = "Move away what lies there, or name another path."
+        remedy = "Move away the file or folder there, or name another path."
     else:
         remedy = "Correct the path or make it accessible, then run the same command again."
-    return Problem(f"cannot {doing} {place}: {os.strerror(error.errno)}", remedy=remedy)
+    return Problem(f"cannot {doing} {file_text}: {os.strerror(error.errno)}", remedy=remedy)
 
 
 def _is_temporary(name: Path, path: Path) -> bool:
-    """Whether `name` is a hidden one beside `path` under which that is built before it is renamed."""
+    """Whether `name` is the hidden temporary file beside `path` that is renamed to `path` when complete."""
     return name.parent == path.parent and name.name.startswith(".") and path.name in name.name
 
 
 @contextlib.contextmanager
 def file_errors_reported(path: Path, stage: type[UserError] = DiskError, *, doing: str = "write") -> Iterator[None]:
-    """Turn what the file system answers below this block into the `UserError` of a stage, about `path`.
+    """Turn file errors inside this context into a `UserError` about `path`, of the class `stage`.
 
     Raises:
         DiskError: no space, no quota, a read-only or failing disk.
-        UserError: of the class `stage`: not permitted, no such file, a folder where a file belongs.
+        UserError: of the class `stage`: not permitted, no such file, a folder instead of a file.
     """
     try:
         yield
@@ -83,7 +82,7 @@ def with_home(text: str) -> str:
     """`text` with a leading `~` or `~user` replaced by the home folder; a `~` that names no user stays.
 
     Raises:
-        ConfigError: `text` begins with `~/`, and nothing says where this user's home is.
+        ConfigError: `text` begins with `~/`, and this user's home folder is unknown.
     """
     path = os.path.expanduser(text)
     if path == "~" or path.startswith("~/"):
@@ -101,12 +100,12 @@ def sync_directory(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes | memoryview, *, sync: bool = True) -> None:
-    """Write `data` so that `path` holds either its old content or all of the new.
+    """Write `data` so that `path` has either its old content or all of the new.
 
-    `sync=False` leaves the flush to the system: right for caches, which are verified when read.
+    `sync=False` does not wait until the data is on the disk; use it for caches, which are verified when read.
 
     Raises:
-        DiskError: the file cannot be written: no space, no permission, a folder of that name.
+        DiskError: the file cannot be written: no space, no permission, or a folder of that name.
     """
     with file_errors_reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +121,7 @@ def write_atomic(path: Path, data: bytes | memoryview, *, sync: bool = True) -> 
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, or, where the disk has no hard links, a copy. Replaces what was there.
+    """Make `target` a hard link to `source`, or a copy if that is not possible. Replaces an existing `target`.
 
     Raises:
         DiskError: no space for a copy.
@@ -155,10 +154,10 @@ def read_json(path: Path) -> Any:
 
 
 def open_unlinked(path: Path) -> BinaryIO:
-    """The regular file at `path`, open for reading. A symbolic link in its place is not followed.
+    """Open the regular file at `path` for reading. A symbolic link is not followed.
 
     Raises:
-        OSError: a link, a pipe or a folder has that name, or nothing.
+        OSError: the file is missing, or is a link, a pipe or a folder.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -182,31 +181,31 @@ def sha256_json(value: Any) -> str:
 
 
 class DirectoryLock:
-    """Holds `path` for this process; the file names the holder's pid. The system lets go when the process ends."""
+    """A lock on the file `path`, which contains the holder's pid. The system releases it when the process ends."""
 
     TRIES, EVERY_S = 10, 0.02
-    """Whoever looks whether it is held (`is_held`) holds it for an instant: no reason to give up."""
+    """`take` retries, because `is_held` in another process holds the lock for an instant."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = -1
 
     def take(self) -> int:
-        """A handle that holds it until it is closed, in every process that inherits it.
+        """Take the lock and return a handle. All processes that inherit the handle must close it to release the lock.
 
         Raises:
-            CheckpointError: another process holds it.
-            DiskError: the file cannot be made.
+            CheckpointError: another process holds the lock.
+            DiskError: the file cannot be created.
         """
         with file_errors_reported(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        for left in reversed(range(self.TRIES)):
+        for retries in reversed(range(self.TRIES)):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if left:
+                if retries:
                     time.sleep(self.EVERY_S)
                     continue
                 holder = os.read(file, 64).decode(errors="replace").strip() or "unknown"
@@ -218,7 +217,7 @@ class DirectoryLock:
         return file
 
     def name_holder(self, file: int, pid: int | None) -> None:
-        """Write who holds it into the file that `take` opened; None empties it."""
+        """Write the holder's pid into the file that `take` opened; None empties the file."""
         with file_errors_reported(self.path):
             os.ftruncate(file, 0)
             os.pwrite(file, b"" if pid is None else f"{pid}\n".encode(), 0)
@@ -233,7 +232,7 @@ class DirectoryLock:
         os.close(self._file)
 
     def is_held(self) -> bool:
-        """Whether a process holds it now, this one included. Never by its pid: another may have that by now."""
+        """Whether any process, including this one, holds the lock now. Pids are not used: they may have been reused."""
         try:
             file = os.open(self.path, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
@@ -247,7 +246,7 @@ class DirectoryLock:
         return False
 
     def pid(self) -> int | None:
-        """The process that the file names; the holder, where it `is_held`."""
+        """The pid in the file; that of the holder if the lock `is_held`."""
         try:
             text = self.path.read_text(encoding="ascii", errors="replace").strip()
         except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""The images of a folder and the caption files beside them, by name, without reading any of them."""
+"""List images and their caption files and partner files, by name, without reading them."""
 
 import re
 import unicodedata
@@ -13,34 +13,34 @@ PICTURE_SUFFIXES = frozenset(
     | {".jxl", ".jp2", ".j2k", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".tga", ".ppm", ".pgm", ".pnm"}
 )
 CAPTION_SUFFIXES = (".txt", ".caption")
-"""The first that is there is read."""
+"""Suffixes of caption files; the first that exists is read."""
 
 NUMBERED_KEY = re.compile(r"(.+)\.([0-9]{1,9})", re.DOTALL)
-"""The key of one of several references of an image: the image's, a dot and a number."""
+"""Key of one of several references of an image: the image's key, a dot and a number."""
 UNNUMBERED = -1
-"""The number of a partner whose key is the image's."""
+"""Number of a partner with the same key as the image."""
 
 OWN_FOLDER = ".simpletuner"
-"""Hidden, in a folder of images: what was deleted there, and the captions before the last change."""
+"""Hidden folder in a folder of images, for deleted images and the captions before the last change."""
 UNDO_FILE = "captions.json"
 TRASH_FOLDER = "trash"
-"""In it a numbered folder for each deletion."""
+"""Folder in `OWN_FOLDER` with one numbered folder per deletion."""
 
 
 def caption_key(name: str) -> str:
-    """What a picture and its caption have in common: the name without suffix. Systems that compose accents
-    differently mean the same name."""
+    """The key that an image shares with its caption: the name without suffix, in Unicode's form NFC.
+
+    NFC makes names equal that systems store with differently composed accents."""
     return unicodedata.normalize("NFC", name[: len(name) - len(_suffix(name))])
 
 
 def find_partners(
     names: Collection[str], files: Iterable[str], *, is_numbered: bool
 ) -> dict[str, list[tuple[int, str]]]:
-    """Which of `files` belong to which of the images `names`: by the `caption_key` of an image that has partners, their
-    numbers and names, sorted.
+    """Find the partners of the images `names` among `files`: sorted (number, name) pairs by `caption_key`.
 
-    The partner of `a/cat.jpg` is `a/cat.png`, whatever its suffix. With `is_numbered`, `a/cat.1.png` and `a/cat.2.png`
-    are partners too, in the order of their numbers, unless there is an image `a/cat.1.jpg`.
+    The partner of `a/cat.jpg` is `a/cat.png`, with any suffix. With `is_numbered`, `a/cat.1.png` and `a/cat.2.png` are
+    partners too, in the order of their numbers, unless there is an image `a/cat.1.jpg`.
     """
     keys = {caption_key(name) for name in names}
     partners: dict[str, list[tuple[int, str]]] = {}
@@ -51,7 +51,7 @@ def find_partners(
             partners.setdefault(key, []).append((UNNUMBERED, name))
         elif is_numbered and numbered is not None and numbered[1] in keys:
             partners.setdefault(numbered[1], []).append((int(numbered[2]), name))
-    return {key: sorted(found) for key, found in partners.items()}
+    return {key: sorted(pairs) for key, pairs in partners.items()}
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class ImageFolder:
     """The images below a folder. Names are paths relative to it, with forward slashes."""
 
     images: dict[str, Stamp]
-    """Sorted by name."""
+    """Stamps of the images by name, sorted by name."""
     captions: dict[str, tuple[StoredFile, ...]]
-    """The caption files by `caption_key`; the first of each is the one that is read."""
+    """Caption files by `caption_key`; the first file of a key is read."""
 
     def caption_of(self, name: str) -> StoredFile | None:
-        """The caption file that is read for an image; None where there is none."""
+        """The caption file that is read for an image; None if it has none."""
         files = self.captions.get(caption_key(name))
         return files[0] if files else None
 
@@ -73,7 +73,7 @@ def list_images(folder: Path) -> ImageFolder:
     """All images and caption files below `folder`. Hidden files and folders are left out.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: it is no folder.
+        FileNotFoundError, NotADirectoryError: `folder` is no folder.
     """
     images: dict[str, Stamp] = {}
     captions: dict[str, tuple[StoredFile, ...]] = {}

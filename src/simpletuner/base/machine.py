@@ -1,4 +1,4 @@
-"""What this machine has and has left: host memory, disk space and GPUs; its address. Without torch."""
+"""Host memory, disk space, GPUs and network address of this machine. Does not import torch."""
 
 import csv
 import os
@@ -17,7 +17,7 @@ OWN_CGROUP = Path("/proc/self/cgroup")
 GPU_QUERY_TIMEOUT_S = 2.0
 TORCH_QUERY_TIMEOUT_S = 120.0
 GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
-"""There where a driver of NVIDIA or AMD is."""
+"""Device files of the NVIDIA and AMD drivers."""
 _COUNT_BY_TORCH = "import torch; print(torch.cuda.device_count())"
 
 _GPU_FIELDS = "index,name,driver_version,memory.total,memory.used,utilization.gpu"
@@ -27,49 +27,49 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class HostMemory:
-    """RAM for this process, within the limits of its control groups (version 2)."""
+    """RAM of this process, within the limits of its control groups (version 2)."""
 
     total_bytes: int
     available_bytes: int
-    """What the system can hand out, after dropping cached file pages."""
+    """Bytes that the system can allocate, including cached file pages that it can drop."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One NVIDIA GPU as its driver sees it. None is what the driver does not say."""
+    """One NVIDIA GPU as its driver reports it. Values that the driver does not report are None."""
 
     index: int
     name: str
     driver: str
-    """Version of the driver."""
+    """Driver version."""
     total_bytes: int | None
     used_bytes: int | None
-    """By all processes of the machine."""
+    """Bytes used by all processes of the machine."""
     utilization_percent: int | None
-    """Share of the last moments in which a kernel ran."""
+    """Percentage of the last sampling period in which a kernel ran."""
 
 
 def host_memory() -> HostMemory | None:
-    """RAM in all and available; None on a system without /proc/meminfo."""
+    """Total and available RAM; None on a system without /proc/meminfo."""
     if not MEMINFO.exists():
         return None
     lines = dict(line.split(":") for line in MEMINFO.read_text(encoding="ascii").splitlines())
     total, available = (int(lines[key].removesuffix("kB")) * 1024 for key in ("MemTotal", "MemAvailable"))
-    for limit, left in _group_limits():
-        total, available = min(total, limit), min(available, left)
+    for limit, free in _group_limits():
+        total, available = min(total, limit), min(available, free)
     return HostMemory(total, max(available, 0))
 
 
 def disk_room(path: Path) -> int:
-    """Bytes that can still be written at `path`, or at the nearest folder above it that exists."""
+    """Free bytes on the disk of `path`, or of its nearest parent that exists."""
     return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if os.path.isdir(folder))).free
 
 
 def own_address(elsewhere: str) -> str:
-    """This machine's address on the way to another one. Nothing is sent: the system only says which way it would go.
+    """The address of this machine on its route to the address `elsewhere`. Sends nothing; only asks for the route.
 
     Raises:
-        OSError: no way leads there.
+        OSError: there is no route.
     """
     with socket.socket(socket.AF_INET6 if ":" in elsewhere else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((elsewhere, 9))
@@ -77,7 +77,7 @@ def own_address(elsewhere: str) -> str:
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """The NVIDIA GPUs of this machine, from `nvidia-smi`; none where it is missing, fails or takes over 2 s."""
+    """The NVIDIA GPUs of this machine, from `nvidia-smi`; empty if it is missing, fails or takes over 2 s."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return ()
@@ -96,13 +96,13 @@ def gpus() -> tuple[Gpu, ...]:
 
 
 def visible_gpus(environ: Mapping[str, str]) -> int:
-    """GPUs that a process with this environment computes on, without taking memory of one.
+    """Number of GPUs that a process with this environment can use. Takes no GPU memory.
 
-    Where `nvidia-smi` is missing or too slow, though there is a driver, torch is asked, in another process.
+    If there is a driver but `nvidia-smi` is missing or too slow, another process counts them with torch.
     """
     count = len(gpus())
     if count:
-        return _left_visible(environ.get("CUDA_VISIBLE_DEVICES"), count)
+        return _visible_count(environ.get("CUDA_VISIBLE_DEVICES"), count)
     if not any(driver.exists() for driver in GPU_DRIVERS):
         return 0
     try:
@@ -119,21 +119,21 @@ def visible_gpus(environ: Mapping[str, str]) -> int:
     return int(printed) if printed.isdigit() else 0
 
 
-def _left_visible(listed: str | None, count: int) -> int:
-    """How many of `count` GPUs CUDA_VISIBLE_DEVICES leaves: those before the first name that is none of them."""
+def _visible_count(listed: str | None, count: int) -> int:
+    """How many of `count` GPUs are visible with CUDA_VISIBLE_DEVICES: those listed before the first invalid name."""
     if listed is None:
         return count
-    names: list[str] = []
+    counted_names: list[str] = []
     for name in map(str.strip, listed.split(",")):
         is_known = int(name) < count if name.isascii() and name.isdecimal() else name.startswith(("GPU-", "MIG-"))
-        if not is_known or name in names:
+        if not is_known or name in counted_names:
             break
-        names.append(name)
-    return len(names)
+        counted_names.append(name)
+    return len(counted_names)
 
 
 def _gpu(row: list[str]) -> Gpu:
-    # A GPU that shares the host's memory, or a part of a divided one, says "[N/A]".
+    # A GPU that shares host memory, or a MIG slice, reports "[N/A]".
     total, used, utilization = (int(text) if text.strip().isdecimal() else None for text in row[3:])
     return Gpu(
         index=int(row[0]),
@@ -146,7 +146,7 @@ def _gpu(row: list[str]) -> Gpu:
 
 
 def _group_limits() -> list[tuple[int, int]]:
-    """Limit and bytes left of each group around this process. File pages count as left: the system can drop them."""
+    """Limit and free bytes of each control group of this process. Cached file pages count as free."""
     if not OWN_CGROUP.exists():
         return []
     names = [line.removeprefix("0::/") for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::/")]
@@ -158,6 +158,6 @@ def _group_limits() -> list[tuple[int, int]]:
                 if limit != "max":
                     used = int((group / "memory.current").read_text())
                     stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                    left = int(limit) - used + int(stat["inactive_file"]) + int(stat["active_file"])
-                    limits.append((int(limit), left))
+                    free = int(limit) - used + int(stat["inactive_file"]) + int(stat["active_file"])
+                    limits.append((int(limit), free))
     return limits

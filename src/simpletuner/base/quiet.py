@@ -1,4 +1,4 @@
-"""Libraries that log, while they are imported, what they found on a machine or did not."""
+"""Suppress log messages of libraries about the machine while they are imported."""
 
 import contextlib
 import logging
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_import() -> Iterator[None]:
-    """Inside, only errors are logged: an extension for another machine is no news to who trains on this one."""
-    before = logging.root.manager.disable
+    """Log only errors inside this context: warnings about extensions for other machines are useless here."""
+    previous_level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.disable(previous_level)

@@ -1,8 +1,8 @@
-"""Signals that ask for the end: recorded when they arrive, obeyed at the next safe point.
+"""Record signals that request the end of the process when they arrive, and act on them at the next safe point.
 
-A handler that raises would do so anywhere. Imports of C extensions turn a KeyboardInterrupt into an ImportError, and
-libraries that catch everything swallow it. So the handler here raises nothing; `simpletuner.runs.process` says where
-the safe points are. This module imports little: it is the first that the command loads.
+A handler that raises would raise anywhere: imports of C extensions turn a KeyboardInterrupt into an ImportError, and
+libraries that catch all exceptions swallow it. So this handler does not raise; `simpletuner.runs.process` defines the
+safe points. This module imports little, because the command loads it first.
 """
 
 import os
@@ -13,31 +13,31 @@ from types import FrameType
 from typing import Any, Self
 
 STOPPED = 75
-"""Exit code of a run that was asked to stop and can be resumed."""
+"""Exit code of a run that was stopped and can be resumed."""
 AT_ONCE = (signal.SIGINT, signal.SIGTERM)
-"""The second time one of these ends the process."""
+"""Signals of which the second one ends the process at once."""
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
-"""A closed terminal, and the warning of a cluster that time is up."""
+"""Signals of a closed terminal, and of a cluster whose time limit is near. Repeating them has no effect."""
 ASKED_ELSEWHERE = signal.SIGUSR2
-"""Another machine of the run was asked to stop. What is sent to this one later counts as the first: a cluster signals
-all machines, not all in the same second."""
+"""Signal that another machine of the run was asked to stop. The next signal to this process still counts as the first:
+a cluster signals all machines, but not in the same second."""
 REPEAT_S = 1.0
-"""A signal this soon after the first counts as the same: a terminal and a process group both deliver it."""
+"""Seconds within which a second signal counts as the same: a terminal and a process group both deliver it."""
 
 
 class DeferredSignals:
-    """Inside, INT, TERM, HUP, USR1 and USR2 are recorded in place of what they would do. May be entered more than once.
+    """Record INT, TERM, HUP, USR1 and USR2 inside this context instead of their usual effect. It can be nested.
 
-    HUP stays ignored where it is ignored, as `nohup` asks.
+    HUP stays ignored if it was ignored, as under `nohup`.
     """
 
     def __init__(self) -> None:
         self.is_training = False
-        """Whether the training loop takes the request: nobody else may end the work then."""
+        """Whether the training loop handles the request, so that no other code may end the process."""
         self.is_obeying = True
-        """False in a process whose end another one decides: it holds signals back and does nothing."""
+        """False in a process that another process ends: signals are then ignored."""
         self.tell: Callable[[str], None] = lambda _: None
-        """Prints from a signal handler; nothing before the console is loaded."""
+        """Prints from a signal handler; does nothing until the console is loaded."""
         self.first: int | None = None
         """The signal that arrived first, if any."""
         self._first_at = 0.0
@@ -58,14 +58,14 @@ class DeferredSignals:
             self.forget()
 
     def give_up(self) -> None:
-        """Put the handlers of before back, which get the signal that was recorded meanwhile."""
+        """Restore the previous handlers, and raise the recorded signal for them."""
         first = self.first
         self.forget()
         if first is not None:
             signal.raise_signal(first)
 
     def forget(self) -> None:
-        """Put the handlers of before back."""
+        """Restore the previous handlers, and discard a recorded signal."""
         self._depth = 0
         while self._previous:
             signal.signal(*self._previous.popitem())
@@ -80,10 +80,10 @@ class DeferredSignals:
                 os._exit(STOPPED)
             return
         self.first, self._first_at = number, now
-        when = "after this step" if self.is_training else "as soon as what is being loaded or made allows"
-        self.tell(f"Stopping {when}; once more to leave at once.")
+        when = "after this step" if self.is_training else "as soon as the current loading or computing allows"
+        self.tell(f"Stopping {when}; a second signal exits at once.")
 
 
 deferred_signals = DeferredSignals()
-"""Of this process, as signal handlers are."""
-os.register_at_fork(after_in_child=deferred_signals.forget)  # a library's worker ends when it is told to
+"""The signals of this process; signal handlers are per process."""
+os.register_at_fork(after_in_child=deferred_signals.forget)  # a library's worker process ends at its signal

@@ -1,4 +1,4 @@
-"""Bytes and seconds, read and written the way people do."""
+"""Parse and format bytes and seconds in units for people."""
 
 import re
 
@@ -9,10 +9,10 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "2GB", "500 MiB", "1.5g" or "1024". Units are powers of 1024.
+    """Bytes in a text such as "2GB", "500 MiB", "1.5g" or "1024". Units are powers of 1024.
 
     Raises:
-        ValueError: not a size.
+        ValueError: the text is not a size.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
@@ -21,7 +21,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(count: float) -> str:
-    """`count` bytes for people: "512 B", "15.7 MiB", "60.02 GiB"."""
+    """Format `count` bytes: "512 B", "15.7 MiB", "60.02 GiB"."""
     if count < 1024:
         return f"{count:.0f} B"
     for unit, digits in (("KiB", 1), ("MiB", 1)):
@@ -32,12 +32,12 @@ def format_size(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """`seconds` for people, three digits of them: "0.4 ms", "84 ms", "2.53 s"."""
+    """Format `seconds` with three significant digits: "0.4 ms", "84 ms", "2.53 s"."""
     return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def format_duration(seconds: float) -> str:
-    """`seconds` for people: "0.4 s", "42 s", "3 min 05 s", "2 h 10 min"."""
+    """Format `seconds`: "0.4 s", "42 s", "3 min 05 s", "2 h 10 min"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

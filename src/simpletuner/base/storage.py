@@ -19,7 +19,7 @@ Stamp = tuple[int | str, ...]
 
 NO_FILE = "not a regular file"
 """Reason of an `UnlistedFile` that might block a reader or never end."""
-PASSED_OVER = "passed over with all it holds"
+PASSED_OVER = "skipped, with everything in it"
 """Detail of an `UnlistedFile` that is a folder which was not entered."""
 
 FSSPEC_STAMPS = ("ETag", "etag", "LastModified", "mtime", "created")

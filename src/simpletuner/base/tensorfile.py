@@ -1,7 +1,7 @@
-"""The safetensors format without torch: what a file holds, and files whose bytes follow from their content.
+"""The safetensors format without torch: read headers, and write files with deterministic bytes.
 
-Eight bytes of header length, little-endian; a JSON header, padded with spaces; the tensors, at offsets that count from
-the header's end (https://github.com/safetensors/safetensors#format).
+A file has eight bytes of header length, little-endian; a JSON header, padded with spaces; and the tensors, at offsets
+from the header's end (https://github.com/safetensors/safetensors#format).
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from simpletuner.base.files import file_errors_reported, sha256_file
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: its dtype as safetensors spells it, its shape, and which bytes of `file` it is."""
+    """A tensor in a file: its dtype as safetensors spells it, its shape, and its byte range in `file`."""
 
     file: Path
     dtype: str
@@ -47,46 +47,46 @@ DTYPE_BITS: Mapping[str, int] = {
     "U8": 8,
     "BOOL": 8,
 }
-"""Bits of one number, by the dtype's name in safetensors."""
+"""Bits per element, by the dtype's name in safetensors."""
 
 WEIGHT_FILES = (".safetensors", ".gguf")
-"""How the name of a single file of weights ends."""
+"""Suffixes of single weight files."""
 
 HEADER_LIMIT = 100_000_000
-"""Bytes of a header above which safetensors refuses a file."""
+"""Maximum header size in bytes that safetensors accepts."""
 
 _OTHER_CONTAINERS = {
     b"GGUF": "a GGUF file",
-    b"PK\x03\x04": "a pickle of PyTorch's (.pt, .pth, .ckpt, .bin)",
-    b"\x80\x02": "a pickle of PyTorch's (.pt, .pth, .ckpt, .bin)",
-    b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for",
+    b"PK\x03\x04": "a PyTorch pickle (.pt, .pth, .ckpt, .bin)",
+    b"\x80\x02": "a PyTorch pickle (.pt, .pth, .ckpt, .bin)",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
 }
-"""What a file is that starts with these bytes."""
+"""Descriptions of other file types, by their first bytes."""
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether the value of a model option names a single file of weights, by how it ends."""
+    """Whether the value of a model option names a single weight file, by its suffix."""
     return name.lower().endswith(WEIGHT_FILES)
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """The tensors of `file`, by name. No tensor is read.
+    """The entries of the tensors in `file`, by name. No tensor is read.
 
     Raises:
-        AccessError: it is no safetensors file, or not all of one, or cannot be read.
+        AccessError: the file is no safetensors file, is incomplete, or cannot be read.
     """
     header, data_start = _parsed_header(file)
     header.pop("__metadata__", None)
     entries = {name: _entry(file, name, value, data_start) for name, value in header.items()}
     size = file.stat().st_size
-    whole = max((entry.stop for entry in entries.values()), default=data_start)
-    if whole != size:
-        raise _broken(file, f"{size:,} bytes long, {whole:,} by its own header")
+    expected_size = max((entry.stop for entry in entries.values()), default=data_start)
+    if expected_size != size:
+        raise _broken(file, f"{size:,} bytes long, {expected_size:,} by its own header")
     return entries
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The text fields of a safetensors file's header; those that are no text are left out.
+    """The metadata of a safetensors file's header. Values that are no text are left out.
 
     Raises:
         AccessError: as `read_header`.
@@ -97,40 +97,40 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def read_headers(files: tuple[Path, ...]) -> dict[str, TensorEntry]:
-    """The tensors of all `files`, by name.
+    """The entries of the tensors in all `files`, by name.
 
     Raises:
-        AccessError: as `read_header`, or two files hold a tensor of one name.
+        AccessError: as `read_header`, or two files have a tensor of the same name.
     """
     entries: dict[str, TensorEntry] = {}
     for file in files:
         for name, entry in read_header(file).items():
             if name in entries:
                 raise AccessError.of(
-                    f"{file} and {entries[name].file.name} both hold the tensor {name}",
+                    f"{file} and {entries[name].file.name} both have the tensor {name}",
                     "each tensor in one file",
-                    "Files of two downloads may lie in one folder: get the folder again.",
+                    "The folder may have files of two downloads: download it again.",
                 )
             entries[name] = entry
     return entries
 
 
 def _parsed_header(file: Path) -> tuple[dict[str, object], int]:
-    """The header's JSON object, and the position at which the tensors begin."""
+    """The header's JSON object, and the file offset of the first tensor."""
     with file_errors_reported(file, AccessError, doing="read"):
         size = file.stat().st_size
         with file.open("rb") as stream:
             first = stream.read(32)
             length = int.from_bytes(first[:8], "little")
             has_length = 2 <= length <= min(size - 8, HEADER_LIMIT)
-            # A length such as 640 begins with a pickle's magic bytes; the JSON object behind it tells them apart.
+            # A length such as 640 has the first bytes of a pickle; the "{" after it distinguishes them.
             is_safetensors = has_length and first[8:9] == b"{"
             for magic, container in _OTHER_CONTAINERS.items():
                 if first.startswith(magic) and not is_safetensors:
                     raise AccessError.of(
                         f"{file} is {container}",
                         "a .safetensors file in bf16, fp16 or fp32",
-                        "Take the model's .safetensors file instead.",
+                        "Use the model's .safetensors file instead.",
                     )
             if not has_length:
                 raise _broken(file, f"{size:,} bytes long and begins with no safetensors header")
@@ -146,14 +146,14 @@ def _parsed_header(file: Path) -> tuple[dict[str, object], int]:
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return fields
 
 
 def _entry(file: Path, name: str, value: object, data_start: int) -> TensorEntry:
-    """The header's `value` for the tensor `name`, checked."""
+    """Check the header's `value` for the tensor `name`, and make its entry."""
     fields = value if isinstance(value, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if (
@@ -165,43 +165,44 @@ def _entry(file: Path, name: str, value: object, data_start: int) -> TensorEntry
         and (dtype not in DTYPE_BITS or math.prod(shape) * DTYPE_BITS[dtype] == 8 * (offsets[1] - offsets[0]))
     ):
         return TensorEntry(file, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
-    raise _broken(file, f"damaged: its header says of {name} {str(value)[:120]}")
+    raise _broken(file, f"damaged: its header has for {name} {str(value)[:120]}")
 
 
 def _are_counts(value: object) -> TypeGuard[list[int]]:
-    """Whether `value` is a list of whole numbers from 0."""
+    """Whether `value` is a list of whole numbers in [0, 2**63)."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _broken(file: Path, what: str) -> AccessError:
+def _broken(file: Path, finding: str) -> AccessError:
     return AccessError.of(
-        f"{file} is {what}",
+        f"{file} is {finding}",
         "a whole .safetensors file",
-        "A download may have broken off: get the file again.",
+        "A download may have been interrupted: download the file again.",
     )
 
 
 @dataclass(frozen=True)
 class TensorData:
-    """A tensor that is to be written."""
+    """A tensor to be written."""
 
     dtype: str
-    """As safetensors spells it."""
+    """The dtype as safetensors spells it."""
     shape: tuple[int, ...]
     size: int
     """Bytes."""
     data: Callable[[], bytes | memoryview]
-    """Returns the bytes, in C order; called when they are written, so one tensor at a time is copied."""
+    """Returns the bytes in C order. Called when they are written, so that only one tensor is copied at a time."""
 
     @property
     def width(self) -> int:
-        """Bytes of one number."""
+        """Bytes per element."""
         return self.size // max(1, math.prod(self.shape))
 
 
 def file_order(tensors: Mapping[str, TensorData]) -> list[str]:
-    """The names of `tensors` as they lie in a file: wide dtypes first, so that each tensor lies at a multiple of its
-    width, then by name.
+    """The names of `tensors` in the order of the file: wide dtypes first, then by name.
+
+    So each tensor's offset is a multiple of its width.
     """
     return sorted(tensors, key=lambda name: (-tensors[name].width, name))
 
@@ -209,15 +210,15 @@ def file_order(tensors: Mapping[str, TensorData]) -> list[str]:
 def file_pieces(tensors: Mapping[str, TensorData], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """A safetensors file, piece by piece: the header, then each tensor in `file_order`.
 
-    The order is fixed, so the bytes follow from the content: metadata by key, and tensors.
+    Metadata is sorted by key and the order of tensors is fixed, so equal content gives equal bytes.
     """
     order = file_order(tensors)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    at = 0
+    offset = 0
     for name in order:
         tensor = tensors[name]
-        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (at, at + tensor.size)}
-        at += tensor.size
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (offset, offset + tensor.size)}
+        offset += tensor.size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
@@ -226,8 +227,10 @@ def file_pieces(tensors: Mapping[str, TensorData], metadata: Mapping[str, str]) 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, TensorData], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, tensor by tensor. It is a new file: what was there may be in use, as a mapped file or
-    under another name. Only an empty one is filled, since `locked_part` makes it and holds its lock.
+    """Write a safetensors file, tensor by tensor.
+
+    A file with content at `path` is replaced, not overwritten: it may be memory-mapped or hard-linked. An empty file
+    is filled in place, because `locked_part` has created and locked it.
     """
     if path.exists() and path.stat().st_size:
         path.unlink()
@@ -236,11 +239,12 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorData], metadata: Mappi
 
 
 def write_verified(path: Path, tensors: Mapping[str, TensorData], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file piece by piece, and compare its hash with that of what was written. No more than one
-    tensor is in memory.
+    """Write a safetensors file piece by piece, then read it back and compare the hash.
+
+    At most one tensor is in memory.
 
     Raises:
-        DiskError: it reads back differently.
+        DiskError: the file reads back differently.
     """
     written = hashlib.sha256()
     with path.open("wb") as file:

@@ -178,7 +178,7 @@ def test_a_folder_is_passed_over_for_the_names_in_it(storage: Storage) -> None:
     def pass_over(names: Collection[str]) -> str | None:
         return "a marked folder" if "marked" in names else None
 
-    passed = "passed over with all it holds"
+    passed = "skipped, with everything in it"
     listed = sorted(storage.list(pass_over=pass_over), key=lambda file: file.name)
     assert [file.name for file in listed] == ["a.png", "other/d.png", "sub"]
     assert listed[-1] == UnlistedFile("sub", "a marked folder", passed)

@@ -121,7 +121,7 @@ def test_text_fields_of_a_header_are_read_and_others_left_out(tmp_path: Path) ->
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     files = tuple(with_header(tmp_path / name, {"x": TENSOR}, bytes(4)) for name in ("a", "b"))
-    with pytest.raises(AccessError, match="b and a both hold the tensor x"):
+    with pytest.raises(AccessError, match="b and a both have the tensor x"):
         read_headers(files)
 
 

@@ -118,8 +118,8 @@ def test_a_file_in_a_format_that_cannot_be_read_is_refused_when_the_model_is_loc
 @pytest.mark.parametrize(
     ("name", "start", "found"),
     [
-        ("flux2.ckpt", b"PK\3\4", "a pickle of PyTorch's"),
-        ("flux2.pt", b"\x80\2", "a pickle of PyTorch's"),
+        ("flux2.ckpt", b"PK\3\4", "a PyTorch pickle"),
+        ("flux2.pt", b"\x80\2", "a PyTorch pickle"),
         ("flux2.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
     ],
 )
