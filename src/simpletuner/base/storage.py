@@ -306,9 +306,9 @@ class FsspecStorage:
         return f"{self.url.rstrip('/')}/{name}" if name else self.url
 
 
-def _no_folder(shown: str, exists: bool) -> OSError:
+def _no_folder(folder_text: str, exists: bool) -> OSError:
     code = errno.ENOTDIR if exists else errno.ENOENT
-    return OSError(code, os.strerror(code), shown)
+    return OSError(code, os.strerror(code), folder_text)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -145,14 +145,14 @@ def install(
     symbols.use_duck_shape = False  # otherwise sizes that are equal by chance cause a recompilation
     inductor.fallback_random = True  # dropout draws the same numbers as without compilation
 
-    began = 0.0
+    started_at = 0.0
 
     def start(_: object) -> None:
-        nonlocal began
-        began = time.monotonic()
+        nonlocal started_at
+        started_at = time.monotonic()
 
     def end(arguments: CallbackArgs) -> None:
-        compiled.seconds += time.monotonic() - began
+        compiled.seconds += time.monotonic() - started_at
         compiled.count += arguments.callback_trigger is CallbackTrigger.DYNAMO
 
     callback_handler.register_start_callback(start)

@@ -393,11 +393,11 @@ class Streaming:
 
     @contextlib.contextmanager
     def _in_backward(self) -> Iterator[None]:
-        before, self._is_backward = self._is_backward, True
+        was_backward, self._is_backward = self._is_backward, True
         try:
             yield
         finally:
-            self._is_backward = before
+            self._is_backward = was_backward
 
     def _load(self, group: _Group) -> None:
         """Make sure that `group` is in its slot for all work that is launched from now on."""

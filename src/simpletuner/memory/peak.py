@@ -36,12 +36,12 @@ class PeakMemory:
         """`allocated` in GiB to three places."""
         return None if self.allocated is None else round(self.allocated / GIB, 3)
 
-    def combined(self, other: "PeakMemory") -> "PeakMemory":
+    def combined(self, second: "PeakMemory") -> "PeakMemory":
         """The peak over two spans of time."""
         return PeakMemory(
-            max(self.resident, other.resident),
-            _larger(self.reserved, other.reserved),
-            _larger(self.allocated, other.allocated),
+            max(self.resident, second.resident),
+            _larger(self.reserved, second.reserved),
+            _larger(self.allocated, second.allocated),
         )
 
 

@@ -255,10 +255,10 @@ def smallest_change(plan: MemoryPlan, ladder: Sequence[Change], replan: Replan) 
     return None
 
 
-def with_less(plan: MemoryPlan, phase: PlannedPhase, place: MemoryTier, there: int) -> MemoryPlan:
-    """`plan` reduced to `phase`, on a machine with `there` bytes in the tier `place`: for a failed allocation."""
+def with_less(plan: MemoryPlan, phase: PlannedPhase, tier: MemoryTier, available: int) -> MemoryPlan:
+    """`plan` reduced to `phase`, on a machine with `available` bytes in `tier`: for a failed allocation."""
     only = tuple(each for each in plan.phases if each.phase == phase)
-    limits = {"accelerator": plan.machine.accelerator, "ram": plan.machine.ram, place: there}
+    limits = {"accelerator": plan.machine.accelerator, "ram": plan.machine.ram, tier: available}
     return replace(plan, phases=only, machine=Machine(limits["accelerator"], limits["ram"] or 0, None))
 
 

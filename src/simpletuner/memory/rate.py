@@ -16,15 +16,15 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     matrix = torch.randn(side, side, device=device, dtype=torch.float32).to(dtype)
 
     def seconds(times: int) -> float:
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         for _ in range(times):
             matrix @ matrix
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+        return time.perf_counter() - started_at
 
     seconds(1)  # warm-up
     times = 1
-    while (took := seconds(times)) < LONG_ENOUGH_S:
+    while (elapsed := seconds(times)) < LONG_ENOUGH_S:
         times *= 2
-    return 2 * side**3 * times / took
+    return 2 * side**3 * times / elapsed

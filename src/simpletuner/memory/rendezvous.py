@@ -54,48 +54,57 @@ def join(environ: Mapping[str, str], timeout_s: float) -> World:
         ConfigError: the environment is incomplete or contradicts itself, or the network's interface is unknown.
         RanksError: the other ranks did not join within `timeout_s`.
     """
-    place = place_of(environ)
-    if place is None:
+    rank_place = place_of(environ)
+    if rank_place is None:
         return World.single()
-    address = LOOPBACK_ADDRESS if place.machines == 1 else environ["MASTER_ADDR"]
+    address = LOOPBACK_ADDRESS if rank_place.machines == 1 else environ["MASTER_ADDR"]
     hold_to_interface(address)
     device = choose_device()
     if device.type == "cuda":
-        _check_gpu(place)
-        device = torch.device("cuda", place.local_rank)
+        _check_gpu(rank_place)
+        device = torch.device("cuda", rank_place.local_rank)
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_s)
     with explained("waiting for all to start"):
-        store = _store(place, environ, address, timeout)
+        store = _store(rank_place, environ, address, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore("group", store),
-            rank=place.rank,
-            world_size=place.size,
+            rank=rank_place.rank,
+            world_size=rank_place.size,
             timeout=timeout,
         )
         # A separate connection: signs of life must not queue behind a collective that blocks in the store.
         if not isinstance(store, FileStore):
             store = store.clone()  # type: ignore[attr-defined]  # torch's own stubs
         sign_store: KeyStore = PrefixStore("signs", store)
-    if place.machines > 1:
+    if rank_place.machines > 1:
         sign_store = PatientStore(sign_store, timeout_s)
-    errors = place.errors or ErrorKeys(place.rank, place.size, sign_store, address)
-    signs = Signs(sign_store, place.rank, range(place.size), timeout_s, errors)
+    errors = rank_place.errors or ErrorKeys(rank_place.rank, rank_place.size, sign_store, address)
+    signs = Signs(sign_store, rank_place.rank, range(rank_place.size), timeout_s, errors)
     signs.start()
     atexit.register(leave)
-    world = World(place.rank, place.size, device, signs, place.machine, place.machines)
-    return world if place.machines == 1 else replace(world, of_machine=_of_machine(world, place, timeout))
+    world = World(rank_place.rank, rank_place.size, device, signs, rank_place.machine, rank_place.machines)
+    return world if rank_place.machines == 1 else replace(world, of_machine=_of_machine(world, rank_place, timeout))
 
 
-def _of_machine(world: World, place: RankPlace, timeout: datetime.timedelta) -> World:
+def _of_machine(world: World, rank_place: RankPlace, timeout: datetime.timedelta) -> World:
     """The world of this machine's ranks."""
     with explained("waiting for all to start"):
-        machines = [range(first, first + place.local_size) for first in range(0, place.size, place.local_size)]
+        machines = [
+            range(first, first + rank_place.local_size) for first in range(0, rank_place.size, rank_place.local_size)
+        ]
         groups = [dist.new_group([*ranks], timeout) for ranks in machines]  # every rank must create all groups
     assert world.signs is not None
-    signs = replace(world.signs, ranks=machines[place.machine], key_prefix=f"wait of machine {place.machine}")
-    return World(place.local_rank, place.local_size, world.device, signs, place.machine, group=groups[place.machine])
+    signs = replace(world.signs, ranks=machines[rank_place.machine], key_prefix=f"wait of machine {rank_place.machine}")
+    return World(
+        rank_place.local_rank,
+        rank_place.local_size,
+        world.device,
+        signs,
+        rank_place.machine,
+        group=groups[rank_place.machine],
+    )
 
 
 def leave() -> None:
@@ -148,28 +157,28 @@ def _interface_to(address: str) -> str | None:
     return None
 
 
-def _check_gpu(place: RankPlace) -> None:
+def _check_gpu(rank_place: RankPlace) -> None:
     count = torch.cuda.device_count()
-    if place.local_rank >= count:
+    if rank_place.local_rank >= count:
         raise ConfigError.of(
-            f"{place.local_size} processes on {count} visible GPUs",
+            f"{rank_place.local_size} processes on {count} visible GPUs",
             "at most one on each",
             f"Start {count}, or make more visible with CUDA_VISIBLE_DEVICES.",
         )
 
 
-def _store(place: RankPlace, environ: Mapping[str, str], address: str, timeout: datetime.timedelta) -> Store:
+def _store(rank_place: RankPlace, environ: Mapping[str, str], address: str, timeout: datetime.timedelta) -> Store:
     """The store in which the ranks rendezvous."""
-    if place.folder is not None and place.machines == 1:
-        return FileStore(str(place.folder / "store"), place.size)
+    if rank_place.folder is not None and rank_place.machines == 1:
+        return FileStore(str(rank_place.folder / "store"), rank_place.size)
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store: Store = next(iter(rendezvous("env://", place.rank, place.size, timeout=timeout)))[0]
-        return PrefixStore(start_name(store, place, timeout), store)
+        store: Store = next(iter(rendezvous("env://", rank_place.rank, rank_place.size, timeout=timeout)))[0]
+        return PrefixStore(start_name(store, rank_place, timeout), store)
     port = int(environ["MASTER_PORT"])
-    if place.rank > 0:
-        return TCPStore(address, port, place.size, is_master=False, timeout=timeout)
+    if rank_place.rank > 0:
+        return TCPStore(address, port, rank_place.size, is_master=False, timeout=timeout)
     # By default a store of torch listens on every interface.
-    descriptor = environ.get(RANKS_LISTENER) if place.folder else None
+    descriptor = environ.get(RANKS_LISTENER) if rank_place.folder else None
     try:
         listener = int(descriptor) if descriptor else socket.create_server((address, port)).detach()
     except OSError as error:
@@ -177,25 +186,25 @@ def _store(place: RankPlace, environ: Mapping[str, str], address: str, timeout: 
             f"MASTER_ADDR={address}, MASTER_PORT={port}: {error.strerror}",
             "an address of this machine and a free port",
         ) from None
-    return TCPStore(address, port, place.size, is_master=True, timeout=timeout, master_listen_fd=listener)
+    return TCPStore(address, port, rank_place.size, is_master=True, timeout=timeout, master_listen_fd=listener)
 
 
-def start_name(store: Store, place: RankPlace, timeout: datetime.timedelta) -> str:
+def start_name(store: Store, rank_place: RankPlace, timeout: datetime.timedelta) -> str:
     """A key prefix that all ranks of this start share, and no earlier start has.
 
     torchrun's store outlives a restart, and has keys of ranks that are gone. Rank 0 creates the name, and confirms it
     with the list of the random numbers that the other ranks have answered.
     """
     number = secrets.token_hex(8)
-    if place.rank == 0:
+    if rank_place.rank == 0:
         store.set("start", number)
-        answers = [store.get(f"{number}/{rank}").decode() for rank in range(1, place.size)]
+        answers = [store.get(f"{number}/{rank}").decode() for rank in range(1, rank_place.size)]
         store.set(f"{number}/all", " ".join(answers))
         return number
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
         name = store.get("start").decode()  # may be an earlier start's until rank 0 has set its own
-        store.set(f"{name}/{place.rank}", number)
+        store.set(f"{name}/{rank_place.rank}", number)
         if store.check([f"{name}/all"]) and number in store.get(f"{name}/all").decode().split():
             return name
         time.sleep(LOOK_FOR_RANKS_EVERY_S)

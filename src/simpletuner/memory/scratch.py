@@ -33,12 +33,12 @@ class Scratch:
         self._offsets: dict[int, int] = {}
         self._file: IO[bytes] | None = None
         in_memory = in_file = 0
-        for place, shape in enumerate(shapes):
+        for index, shape in enumerate(shapes):
             size = torch.Size(shape).numel() * dtype.itemsize
             if in_memory + size <= memory_bytes:
                 in_memory += size
             else:
-                self._offsets[place] = in_file
+                self._offsets[index] = in_file
                 in_file += size
         self.file_bytes = in_file
         """Size of the file; 0 without one."""
@@ -60,30 +60,30 @@ class Scratch:
         if self._file is not None:
             self._file.close()
 
-    def put(self, place: int, tensor: Tensor) -> None:
-        """Store `tensor` at the index `place`, replacing its former tensor. In memory it is not copied.
+    def put(self, index: int, tensor: Tensor) -> None:
+        """Store `tensor` at `index`, replacing the former one. In memory it is not copied.
 
         Raises:
-            ValueError: shape or dtype differ from those of the place.
+            ValueError: shape or dtype differ from those of `shapes`.
             DiskError: the disk could not write to the reserved space.
         """
-        if tuple(tensor.shape) != tuple(self._shapes[place]) or tensor.dtype != self._dtype:
-            raise ValueError(f"{tensor.dtype} {list(tensor.shape)} for {self._dtype} {list(self._shapes[place])}")
-        if self._file is None or place not in self._offsets:
-            self._tensors[place] = tensor
+        if tuple(tensor.shape) != tuple(self._shapes[index]) or tensor.dtype != self._dtype:
+            raise ValueError(f"{tensor.dtype} {list(tensor.shape)} for {self._dtype} {list(self._shapes[index])}")
+        if self._file is None or index not in self._offsets:
+            self._tensors[index] = tensor
             return
-        remaining, offset = _bytes_of(tensor.contiguous()), self._offsets[place]
+        remaining, offset = _bytes_of(tensor.contiguous()), self._offsets[index]
         with file_errors_reported(self._folder):
             while remaining:
                 written = os.pwrite(self._file.fileno(), remaining, offset)
                 remaining, offset = remaining[written:], offset + written
 
-    def get(self, place: int) -> Tensor:
-        """The tensor at the index `place`."""
-        if self._file is None or place not in self._offsets:
-            return self._tensors[place]
-        tensor = torch.empty(self._shapes[place], dtype=self._dtype)
-        remaining, offset = _bytes_of(tensor), self._offsets[place]
+    def get(self, index: int) -> Tensor:
+        """The tensor at `index`."""
+        if self._file is None or index not in self._offsets:
+            return self._tensors[index]
+        tensor = torch.empty(self._shapes[index], dtype=self._dtype)
+        remaining, offset = _bytes_of(tensor), self._offsets[index]
         while remaining:
             read = os.preadv(self._file.fileno(), [remaining], offset)
             remaining, offset = remaining[read:], offset + read

@@ -23,13 +23,13 @@ from torch.utils._pytree import tree_leaves
 class Ledger(TorchDispatchMode):
     """Count the bytes of all tensors created while this mode is active, until they are freed. Storages count once."""
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        """Tensors in `known` do not count."""
+    def __init__(self, uncounted: Iterable[Tensor] = ()) -> None:
+        """Tensors in `uncounted`, and views of them, do not count."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._counted: set[int] = set()
-        for tensor in known:
+        for tensor in uncounted:
             self._note(tensor, counts=False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -103,19 +103,20 @@ class World:
         if self.errors is not None:
             self.errors.check()
 
-    def barrier(self, what: str) -> None:
-        """Wait until every rank has called this. `what` names the work for messages; it may take any time while every
-        rank gives signs of life.
+    def barrier(self, work: str) -> None:
+        """Wait until every rank has called this. `work` describes for messages what ranks do before the call.
+
+        The work may take any time as long as every rank gives signs of life.
 
         Raises:
             RanksError: a rank has given no sign of life for the timeout. The message names it.
         """
         if self.signs is not None:
-            self.signs.await_all(what)
+            self.signs.await_all(work)
 
     def from_main(
         self,
-        what: str,
+        work: str,
         make: Callable[[], T],
         *,
         record: Callable[[T], Any] = _unchanged,
@@ -124,23 +125,23 @@ class World:
         """Call `make` on rank 0 only and return its value on every rank.
 
         It serves downloads, scans, and results that depend on files that ranks write. The other ranks wait as at
-        `barrier(what)`. Rank 0 sends `record(value)`, a JSON value, and they return `restore` of it.
+        `barrier(work)`. Rank 0 sends `record(value)`, a JSON value, and they return `restore` of it.
 
         Raises:
             RanksError: as `barrier`.
         """
         if not self.is_main:
-            self.barrier(what)
+            self.barrier(work)
             return restore(self.broadcast_json(None))
         value = make()
         if not self.is_alone:
-            self.barrier(what)
+            self.barrier(work)
             self.broadcast_json(record(value))
         return value
 
     def from_each_machine(
         self,
-        what: str,
+        work: str,
         make: Callable[[], T],
         *,
         record: Callable[[T], Any] = _unchanged,
@@ -155,12 +156,12 @@ class World:
         """
         machine_world = self.of_machine
         if machine_world is None:
-            return self.from_main(what, make, record=record, restore=restore)
-        values = [machine_world.from_main(what, make, record=record, restore=restore)] if self.machine == 0 else []
-        self.barrier(what)
+            return self.from_main(work, make, record=record, restore=restore)
+        values = [machine_world.from_main(work, make, record=record, restore=restore)] if self.machine == 0 else []
+        self.barrier(work)
         if self.machine > 0:
-            values.append(machine_world.from_main(what, make, record=record, restore=restore))
-        self.barrier(what)
+            values.append(machine_world.from_main(work, make, record=record, restore=restore))
+        self.barrier(work)
         return values[0]
 
     @torch.no_grad()
@@ -415,7 +416,7 @@ class Signs:
     def _beat(self, count: int) -> None:
         self.store.set(f"alive/{self.rank}", str(count))
 
-    def await_all(self, what: str) -> None:
+    def await_all(self, work: str) -> None:
         """Wait until all ranks have called this as often as this rank.
 
         Raises:
@@ -424,7 +425,7 @@ class Signs:
             Stopped: a signal asked rank 0 to stop, before the training.
         """
         self._waits += 1
-        self.store.set(f"{self.key_prefix}/{self._waits}/{self.rank}", what)
+        self.store.set(f"{self.key_prefix}/{self._waits}/{self.rank}", work)
         last_signs: dict[int, tuple[bytes, float]] = {}
         missing = {*self.ranks} - {self.rank}
         while missing:
@@ -443,7 +444,7 @@ class Signs:
             if silent:
                 raise RanksError.of(
                     f"{named(silent)} gave no sign of life for {self.timeout_s:.0f} s, while this process waited for "
-                    f"{what}"
+                    f"{work}"
                 )
             if missing:
                 time.sleep(LOOK_FOR_RANKS_EVERY_S)
