@@ -204,7 +204,7 @@ def answer_to(question: str) -> str | None:
 
 
 def input_lines() -> Iterator[str]:
-    """Each line of standard input, until it ends."""
+    """Yield each line of standard input until it ends."""
     if sys.stdin is not None:
         yield from sys.stdin
 

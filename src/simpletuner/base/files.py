@@ -91,7 +91,7 @@ def with_home(text: str) -> str:
 
 
 def sync_directory(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
+    """Sync `folder` to disk, so that renames inside it survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -27,7 +27,7 @@ FSSPEC_STAMPS = ("ETag", "etag", "LastModified", "mtime", "created")
 
 
 class StoredFile(NamedTuple):
-    """A file of a storage."""
+    """A file in a storage, as `list` and `stat` return it."""
 
     name: str
     """Path relative to the storage, with forward slashes."""

@@ -108,7 +108,7 @@ def send_folder(world: World, folder: Path, into: Path) -> None:
         RanksError: a rank is gone or timed out.
     """
     firsts = [rank for rank, is_first in enumerate(world.gather_json(world.on_machine.is_main)) if is_first]
-    assert world.signs is not None  # of several ranks
+    assert world.signs is not None  # there are several ranks
     with explained("sending files to other machines"):
         timeout = datetime.timedelta(seconds=world.signs.timeout_s)
         group = dist.new_group(firsts, timeout=timeout, backend="gloo")

@@ -303,7 +303,7 @@ class Streaming:
         self.peak_resident = 0
         """Maximum number of groups on the device at once, so far."""
         self.copies = 0
-        """Groups copied to the device."""
+        """Number of copies of groups to the device."""
         self.prefetched_copies = 0
         """The prefetched ones of `copies`."""
         self.copied_bytes = 0
@@ -361,7 +361,7 @@ class Streaming:
 
         Other tensors go to the enclosing hooks, those of activation checkpointing, which torch would skip.
         """
-        outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)  # None without any
+        outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)  # None if no hooks are active
 
         def pack(tensor: Tensor) -> object:
             group = self._group_of(tensor)

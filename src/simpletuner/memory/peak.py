@@ -28,12 +28,12 @@ class PeakMemory:
 
     @property
     def used_gib(self) -> float:
-        """`reserved`, or without an accelerator `resident`, in GiB to three places."""
+        """`reserved`, or without an accelerator `resident`, in GiB, rounded to three decimals."""
         return round((self.resident if self.reserved is None else self.reserved) / GIB, 3)
 
     @property
     def allocated_gib(self) -> float | None:
-        """`allocated` in GiB to three places."""
+        """`allocated` in GiB, rounded to three decimals."""
         return None if self.allocated is None else round(self.allocated / GIB, 3)
 
     def combined(self, second: "PeakMemory") -> "PeakMemory":

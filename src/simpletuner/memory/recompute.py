@@ -55,7 +55,7 @@ class _SavedInput:
 
 @dataclass
 class _BlockInputs:
-    """The inputs of one pass through one block."""
+    """Saved inputs of one pass through one block."""
 
     inputs: list[_SavedInput] = field(default_factory=list)
     previous: "weakref.ref[_BlockInputs] | None" = None

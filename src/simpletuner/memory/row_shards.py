@@ -95,7 +95,7 @@ class RowShards(Shards):
         fp16's GradScaler only checks this rank's gradients, but must skip a step on all ranks or on none.
         """
         gradients = [rows.grad for rows in self.parameters.values() if rows.grad is not None and rows.numel()]
-        flag = 0 * torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)  # 0, or NaN
+        flag = 0 * torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)  # 0 or NaN
         self.world.sum_([flag])
         if gradients:
             gradients[0].view(-1)[:1].add_(flag)

@@ -211,7 +211,7 @@ class _AllRanks:
     """
 
     def __init__(self, world: World) -> None:
-        assert world.signs is not None  # of several ranks
+        assert world.signs is not None  # there are several ranks
         self._world = world
         timeout = datetime.timedelta(seconds=world.signs.timeout_s)
         self._group: torch.distributed.ProcessGroup = torch.distributed.new_group(timeout=timeout)
