@@ -147,7 +147,7 @@ class _Placeholder(Tensor):
     """
 
     @staticmethod
-    def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "_Away":
+    def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "_Placeholder":
         placeholder: _Placeholder = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         return placeholder
 

@@ -131,5 +131,5 @@ def test_another_container_is_named(name: str, start: bytes, found: str, tiny_fo
         pretrained_model_name_or_path=str(tiny_folder),
         pretrained_transformer_model_name_or_path=str(file),
     )
-    with pytest.raises(AccessError, match=rf"{name} is {found}.*Take the model's \.safetensors file"):
+    with pytest.raises(AccessError, match=rf"{name} is {found}.*Use the model's \.safetensors file"):
         locate(options, report=print)
