@@ -399,7 +399,7 @@ def nothing_copied(streaming: offload.Streaming) -> Iterator[None]:
     """Inside, slots keep the weights that they have."""
 
     def mark(group: Any) -> None:
-        group.slot.holds = group
+        group.slot.group = group
 
     fill = streaming._fill
     streaming._fill = mark  # type: ignore[method-assign]
@@ -408,7 +408,7 @@ def nothing_copied(streaming: offload.Streaming) -> Iterator[None]:
     finally:
         streaming._fill = fill  # type: ignore[method-assign]
         for slot in streaming._slots:
-            slot.holds = None
+            slot.group = None
 
 
 def profiled(step: Callable[[], None], device: torch.device, out: Path, case: str) -> None:

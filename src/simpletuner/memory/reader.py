@@ -56,7 +56,7 @@ class FileReader:
     def content(self, file: Path, size: int) -> Tensor:
         """Wait for the `size` bytes of `file` and return them, as a view of a buffer.
 
-        With n buffers, the n-th file begun after this one overwrites them. To make it wait for a copy, call `copy_ends`.
+        With n buffers, the n-th file begun after this one overwrites them. `copy_ends` makes it wait for a copy.
 
         Raises:
             DiskError: the file is missing, cannot be read, or has another size.
