@@ -1,1 +1,1 @@
-"""From a folder of pictures and captions to batches: what is trained, which pixels of it, in which order."""
+"""From a folder of images and captions to batches: which images are trained, which of their pixels, in which order."""

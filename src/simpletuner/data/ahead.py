@@ -1,4 +1,4 @@
-"""Work in threads, a bounded distance ahead of whoever takes the results."""
+"""Prefetching map: threads compute a bounded number of results before the caller asks for them."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -10,11 +10,10 @@ R = TypeVar("R")
 
 
 def map_ahead(work: Callable[[T], R], items: Iterable[T], *, workers: int, ahead: int) -> Generator[R]:
-    """`work(item)` for each item, in the items' order, with at most `ahead` results started and not yet
-    taken.
+    """Yield `work(item)` for each item, in the items' order, with at most `ahead` results started and not yet yielded.
 
-    What `work` raises is raised where its result would have come; the rest is then cancelled, as it is when
-    the caller stops early.
+    An exception in `work` is raised in place of its result. The pending work is then canceled, as it is when the caller
+    stops early.
     """
     pending: deque[Future[R]] = deque()
     with ThreadPoolExecutor(workers) as pool:

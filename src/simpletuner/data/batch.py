@@ -1,4 +1,4 @@
-"""Batches: everything that a step needs to know of its samples, and the random draws made for them."""
+"""Batches: the tensors that a step needs of its samples, and the random draws made for them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,41 +19,41 @@ from simpletuner.flow.rollout import RolloutStarts
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: samples of one bucket that go through the model together. It is built on the CPU, in fp32."""
+    """A micro-batch: samples of one bucket for one forward pass. It is built on the CPU, in fp32."""
 
     latents: Float[Tensor, "b 128 h w"]
     condition: Condition
     sigma: Float[Tensor, " b"]
     noise: Float[Tensor, "b 128 h w"]
     names: tuple[str, ...]
-    """`set/name` of each sample, for messages."""
+    """`dataset/name` of each sample, for messages."""
     weights: Float[Tensor, " b"]
-    """Factor of each sample's loss, outside of its average."""
+    """Factor applied to each sample's averaged loss."""
     slots: range
-    """Places of the samples in the global batch; with the step they key the draws made inside the model."""
+    """Positions of the samples in the global batch. With the step, they are the key of draws made inside the model."""
     rollout: RolloutStarts | None = None
-    """Where the samples are rolled out from; None where none is."""
+    """Start points of the samples' rollouts; None if no sample is rolled out."""
     rolls_elsewhere: bool = False
-    """Whether any of the batches that the ranks train at the same time is rolled out, where there are several ranks."""
+    """With several ranks: whether any rank's batch at the same position of the step is rolled out."""
     choices: tuple[Choice, ...] = ()
-    """What TREAD's routes keep of the image tokens in the pass with gradients."""
+    """The image tokens that TREAD's routes keep in the forward pass with gradients."""
     masks: Float[Tensor, "b h w"] | None = None
-    """Weight of each place of the latents in its sample's loss; None weighs all alike."""
+    """Loss weight of each latent position; None weighs all positions equally."""
     outside: Float[Tensor, "b h w"] | None = None
-    """Weight, at each place, of the distance to the base model's own prediction: 1 − mask, before the floor. None where
-    there is none.
+    """Weight, at each latent position, of the distance to the base model's prediction: 1 − mask, before the floor. None
+    if that distance is not part of the loss.
     """
     is_regularization: bool = False
-    """Whether the target is the base model's own prediction."""
+    """Whether the target is the base model's prediction."""
     distills_elsewhere: bool = False
-    """Whether that is so of any of the batches that the ranks train at the same time, where there are several ranks."""
+    """With several ranks: whether any rank's batch at the same position of the step has that target."""
     preserved: TextContext | None = None
-    """Contexts whose predictions are held at the base model's; None where no sample of the batch takes part."""
+    """Contexts for which the loss holds the predictions at the base model's; None if no sample of the batch has one."""
     preserved_weights: Float[Tensor, " b"] | None = None
-    """Weight of that loss for each sample: 0 where it takes no part."""
+    """Weight of that loss for each sample: 0 for a sample without such a context."""
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same batch with `change` applied to each tensor."""
+        """Copy of the batch with `change` applied to each tensor."""
         return replace(
             self,
             latents=change(self.latents),
@@ -70,30 +70,30 @@ class Batch:
         )
 
     def pin_memory(self) -> "Batch":
-        """The same batch in pinned memory, from which an accelerator copies without blocking."""
+        """Copy of the batch in pinned memory, from which an accelerator copies without blocking."""
         return self.mapped(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
-        """The same batch on `device`. Padding rows of the contexts are copied once and expanded there."""
+        """Copy of the batch on `device`. Padding rows of the contexts are copied once and expanded on the device."""
         return self.mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The micro-batches that share one optimizer step, and the epoch of the first."""
+    """The micro-batches of one optimizer step, and the epoch of the first."""
 
     step: int
     epoch: int
     batches: tuple[Batch, ...]
-    """Those of this process."""
+    """Micro-batches of this process."""
     size: int
-    """Samples, over all processes."""
+    """Number of samples over all processes."""
     all_names: tuple[str, ...] | None = None
-    """`set/name` of each of these, by its slot; None where this process has all of them."""
+    """`dataset/name` of each sample of all processes, by slot; None if this process has all samples."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """`set/name` of each sample, by its slot."""
+        """`dataset/name` of each sample, by slot."""
         if self.all_names is not None:
             return self.all_names
         return tuple(name for batch in self.batches for name in batch.names)
@@ -103,12 +103,12 @@ class GlobalBatch:
 
 
 def caption_of(sample: Sample, seed: int, step: int, slot: int) -> str:
-    """The prompt of this visit, drawn among the sample's captions by (seed, "caption", step, slot)."""
+    """The prompt of a sample in a step: one of its captions, drawn by (seed, "caption", step, slot)."""
     return sample.captions[draw_seed(seed, "caption", step, slot) % len(sample.captions)]
 
 
 def read_latents(store: Store, crops: Sequence[Crop], encoder: str) -> Float[Tensor, "b 128 h w"]:
-    """The cached latents of crops of one set and one size.
+    """Read the cached latents of `crops`, which belong to one dataset and have one size.
 
     Raises:
         DataError: a cache file is missing or damaged.
@@ -117,7 +117,7 @@ def read_latents(store: Store, crops: Sequence[Crop], encoder: str) -> Float[Ten
 
 
 def read_contexts(store: Store, prompts: Sequence[str], codec: ContextCodec) -> TextContext:
-    """The cached contexts of `prompts`, "" where the caption is dropped.
+    """Read the cached contexts of `prompts`; "" is the prompt of a dropped caption.
 
     Raises:
         DataError: a cache file is missing or damaged.

@@ -1,4 +1,4 @@
-"""Captions of a folder, changed together: what would change, the change, and the way back."""
+"""Batch edits of a folder's captions: plan the changes, apply them, undo them."""
 
 import json
 import re
@@ -17,16 +17,16 @@ from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Rejection
 
 LARGEST_CAPTION_FILE = 1024 * 1024
-"""Bytes; `data.captions` reads no larger one."""
+"""In bytes; `data.captions` reads no larger file."""
 CHANGED_SINCE = "changed since"
-"""Reason of a file that somebody else changed between looking and writing."""
+"""Reason for a file that another process changed between planning and writing."""
 CLINGING = tuple(",.;:!?)")
-"""An appended text that begins with one of these follows without a space."""
+"""No space is inserted before an appended text that begins with one of these."""
 
 
 @dataclass(frozen=True)
 class TextEdit:
-    """What is done to each caption, in this order."""
+    """An edit of each caption: find and replace, then prepend, then append."""
 
     find: str = ""
     replace: str = ""
@@ -34,7 +34,7 @@ class TextEdit:
     prepend: str = ""
     append: str = ""
     is_whole: bool = False
-    """A file is one caption; otherwise each line that says something is one."""
+    """Whether a file is one caption; otherwise each line with visible text is one."""
 
     def __post_init__(self) -> None:
         if self.find and self.is_regex:
@@ -42,9 +42,9 @@ class TextEdit:
                 self._pattern.sub(self.replace, "")
             except (re.error, IndexError) as error:
                 raise ConfigError.of(
-                    f"--find = {self.find!r}, --replace = {self.replace!r}: no regular expression and its replacement "
-                    f"({error})",
-                    remedy=r"Leave out --regex to find the text as it is, or write \ in front of signs with a meaning.",
+                    f"--find = {self.find!r}, --replace = {self.replace!r}: not a regular expression and its "
+                    f"replacement ({error})",
+                    remedy=r"Leave out --regex to find the text literally, or put \ before special characters.",
                 ) from None
 
     @cached_property
@@ -53,11 +53,11 @@ class TextEdit:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it changes nothing."""
+        """Whether the edit changes nothing."""
         return not (self.find or self.prepend or self.append)
 
     def applied(self, text: str) -> str:
-        """`text` after the edit. An empty text becomes what is prepended and appended."""
+        """`text` after the edit. An empty text becomes the prepended and the appended text."""
         if self.find:
             text = self._pattern.sub(self.replace if self.is_regex else lambda _: self.replace, text)
         if not (self.prepend or self.append):
@@ -85,49 +85,49 @@ class TextEdit:
 
 @dataclass(frozen=True)
 class CaptionChange:
-    """One caption file and what becomes of it."""
+    """One caption file, its present bytes and its new bytes."""
 
     file: str
     images: tuple[str, ...]
     before: bytes | None
-    """None where there is no file yet."""
+    """None if the file does not exist yet."""
     after: bytes
 
     @property
     def text_before(self) -> str:
-        """For people."""
+        """`before` as text for display."""
         return (self.before or b"").decode(errors="replace")
 
 
 @dataclass(frozen=True)
 class CaptionPlan:
-    """The changes that an edit makes, not made yet."""
+    """The changes that an edit will make."""
 
     folder: Path
     images: int
-    """That were asked for."""
+    """Number of images whose captions are to be edited."""
     changes: tuple[CaptionChange, ...]
     left_out: tuple[Rejection, ...]
     """Captions that cannot be changed."""
 
     @property
     def emptied(self) -> int:
-        """How many captions say nothing afterwards."""
+        """Number of captions without visible text after the edit."""
         return sum(not is_visible(change.after.decode()) for change in self.changes)
 
     @property
     def revision(self) -> str:
-        """Changes with every byte that would be replaced or written."""
+        """Hash of the file names and of all bytes that would be replaced or written."""
         return sha256_json([(c.file, c.before and sha256_bytes(c.before), sha256_bytes(c.after)) for c in self.changes])
 
 
 def without_caption(folder: Path, listed: ImageFolder) -> list[str]:
-    """The images that have no caption file, or one that says nothing."""
-    return [name for name in listed.images if not _says_something(folder, listed, name)]
+    """The images that have no caption file, or one without visible text."""
+    return [name for name in listed.images if not _has_visible_text(folder, listed, name)]
 
 
 def plan_caption_edit(folder: Path, edit: TextEdit, names: Collection[str] | None = None) -> CaptionPlan:
-    """What `edit` changes in the captions of the images `names`, by default of all.
+    """Plan `edit` for the captions of the images `names`, by default of all images.
 
     Raises:
         DataError: no such folder or image.
@@ -141,8 +141,8 @@ def plan_caption_edit(folder: Path, edit: TextEdit, names: Collection[str] | Non
     changes: list[CaptionChange] = []
     left_out: list[Rejection] = []
     for images in by_key.values():
-        there = listed.caption_of(images[0])
-        file = str(Path(images[0]).with_suffix(CAPTION_SUFFIXES[0])) if there is None else there.name
+        caption_file = listed.caption_of(images[0])
+        file = str(Path(images[0]).with_suffix(CAPTION_SUFFIXES[0])) if caption_file is None else caption_file.name
         try:
             before = _read(folder, file)
             after = edit.applied(_text(before or b"", file)).encode(errors="surrogatepass")
@@ -157,17 +157,17 @@ def plan_caption_edit(folder: Path, edit: TextEdit, names: Collection[str] | Non
 
 
 def apply_caption_plan(plan: CaptionPlan) -> list[Rejection]:
-    """Make the changes, each file whole or as it was; gives those that somebody else changed meanwhile and that stay.
+    """Apply the changes, each file atomically. Returns the files that were changed after planning, which are skipped.
 
-    What was there is kept first, for `undo_captions`.
+    The present texts are saved first, for `undo_captions`.
 
     Raises:
         DataError: our hidden folder is a link.
         DiskError: no space, or not permitted.
     """
-    with own_folder(plan.folder) as own:
-        kept = {c.file: {"before": _storable(c.before), "after": _storable(c.after)} for c in plan.changes}
-        write_atomic(own / UNDO_FILE, json.dumps(kept).encode())
+    with own_folder(plan.folder) as hidden:
+        saved_texts = {c.file: {"before": _storable(c.before), "after": _storable(c.after)} for c in plan.changes}
+        write_atomic(hidden / UNDO_FILE, json.dumps(saved_texts).encode())
         return [
             Rejection(change.file, CHANGED_SINCE, "it stays as it is")
             for change in plan.changes
@@ -176,42 +176,43 @@ def apply_caption_plan(plan: CaptionPlan) -> list[Rejection]:
 
 
 def undo_captions(folder: Path) -> tuple[int, list[Rejection]]:
-    """Take the last change of a folder's captions back: how many files, and those that were changed since and stay.
+    """Undo the last edit of a folder's captions. Returns the number of restored files, and the files that were changed
+    since the edit, which are skipped.
 
     Raises:
-        DataError: there is nothing to take back.
+        DataError: there is no edit to undo.
         DiskError: no space, or not permitted.
     """
     undone, changed_since = 0, []
-    with own_folder(folder) as own:
+    with own_folder(folder) as hidden:
         try:
-            kept = json.loads((own / UNDO_FILE).read_bytes())
+            saved_texts = json.loads((hidden / UNDO_FILE).read_bytes())
         except FileNotFoundError:
             raise DataError.of(f"{folder}: no change of captions to undo") from None
-        for file, texts in kept.items():
+        for file, texts in saved_texts.items():
             before, after = _stored(texts["before"]), _stored(texts["after"])
             if after is None or not _replaced(folder, file, after, before):
                 changed_since.append(Rejection(file, CHANGED_SINCE, "it stays as it is"))
             else:
                 undone += 1
-        (own / UNDO_FILE).unlink()
+        (hidden / UNDO_FILE).unlink()
     return undone, changed_since
 
 
 def _replaced(folder: Path, file: str, before: bytes | None, after: bytes | None) -> bool:
-    """Replace a file that holds `before`. False where it holds something else."""
+    """Replace the content `before` of a file by `after`. Returns False if the file holds neither."""
     path = folder / file
     with file_errors_reported(path), editing(path):
         try:
-            there = _read(folder, file)
+            content = _read(folder, file)
         except Rejected:
             return False
-        if there not in (before, after):
+        if content not in (before, after):
             return False
         if after is None:
             path.unlink(missing_ok=True)
-        elif there != after:
-            # What was there is on the disk already, in the file for `undo_captions`.
+        elif content != after:
+            # No sync: the file for `undo_captions` already holds the old content, on the disk.
             write_atomic(path, after, sync=False)
     return True
 
@@ -231,7 +232,7 @@ def _read(folder: Path, file: str) -> bytes | None:
 
 
 def _text(data: bytes, file: str) -> str:
-    # Brings pydantic by way of the dataset list, which the rest here does without.
+    # Imported late: it imports pydantic by way of the dataset list, which this module does not need otherwise.
     from simpletuner.data.captions import caption_text
 
     try:
@@ -240,19 +241,19 @@ def _text(data: bytes, file: str) -> str:
         return caption_text(data, file)
 
 
-def _says_something(folder: Path, listed: ImageFolder, name: str) -> bool:
-    there = listed.caption_of(name)
-    if there is None or there.size == 0:
+def _has_visible_text(folder: Path, listed: ImageFolder, name: str) -> bool:
+    caption_file = listed.caption_of(name)
+    if caption_file is None or caption_file.size == 0:
         return False
     try:
-        data = (folder / there.name).read_bytes()
+        data = (folder / caption_file.name).read_bytes()
     except OSError:
         return False
     return is_visible(data.decode("utf-8-sig", errors="replace"))
 
 
 def _storable(data: bytes | None) -> str | None:
-    """Bytes as JSON holds them, whatever they are."""
+    """Any bytes as a text that JSON can hold."""
     return None if data is None else data.decode(errors="surrogateescape")
 
 

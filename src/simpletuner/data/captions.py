@@ -1,4 +1,4 @@
-"""The prompts of a picture, by the set's `caption_strategy`."""
+"""The prompts of an image, by its dataset's `caption_strategy`."""
 
 import codecs
 import random
@@ -23,16 +23,16 @@ NO_CAPTION, EMPTY_CAPTION, LONG_CAPTION, NOT_TEXT = (
 FILTERED_CAPTION = "nothing left by caption_filter_list"
 
 LACKS_CAPTION = frozenset({NO_CAPTION, EMPTY_CAPTION})
-"""Reasons that `instance_prompt` would mend."""
+"""Rejection reasons that an `instance_prompt` would remedy."""
 
 LINES_BYTES = 1024 * 1024
-"""Largest file of captions, one a line: ten thousand of a hundred characters."""
+"""Size limit of a file with one caption per line: ten thousand captions of a hundred characters."""
 
 UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
 SEPARATORS = re.compile(r"[ \t]*[,;.](?:[ \t]*[,;]|[ \t]+\.)+")
-"""Those around a text that was taken out; an ellipsis is none."""
+"""Runs of separators around a removed text; an ellipsis does not match."""
 
 
 def captions_of(
@@ -44,20 +44,19 @@ def captions_of(
     seed: int = 0,
     caption_filter: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """All candidate prompts of the picture `name`, exactly as they will be encoded; one is drawn at each
-    visit. `text_files` are the caption files in `images`, by `caption_key`.
+    """All candidate prompts of the image `name`, exactly as they will be encoded. One is drawn each time the image is
+    used. `text_files` are the caption files in `images`, by `caption_key`.
 
-    `textfile`: the lines of the .txt, else the .caption, beside the picture (`a.jpg` and `a.png` share `a.txt`), or
-    the whole text with `disable_multiline_split`. `filename`: the name without suffix, underscores read as spaces.
-    `instanceprompt`: `instance_prompt`. The texts of `caption_filter` are taken out of each candidate, then
-    `caption_shuffle` makes several of it, drawn from `seed`. `prepend_instance_prompt` puts that prompt and a space
-    before each; `only_instance_prompt` replaces them. A caption that is missing or empty (no visible character) is
-    `instance_prompt` where the set has one.
+    `textfile`: the lines of the .txt file beside the image (`a.jpg` and `a.png` share `a.txt`), else of the .caption
+    file; with `disable_multiline_split` the whole text. `filename`: the name without suffix, underscores read as
+    spaces. `instanceprompt`: `instance_prompt`. The texts of `caption_filter` are removed from each candidate, then
+    `caption_shuffle` makes several variants of it, drawn from `seed`. `prepend_instance_prompt` puts that prompt and a
+    space before each; `only_instance_prompt` replaces them. If a caption is missing or empty (no visible character),
+    `instance_prompt` is used if the dataset has one.
 
     Raises:
-        Rejected: no caption, an empty one, one of which the filter leaves nothing, one of more than `CAPTION_BYTES`, or
-            one that is not text.
-        DataError: the set needs an `instance_prompt` and has none.
+        Rejected: the caption is missing, empty, empty after the filter, longer than `CAPTION_BYTES`, or not text.
+        DataError: the dataset needs an `instance_prompt` and has none.
     """
     prompt = image_set.instance_prompt
     if image_set.only_instance_prompt or image_set.caption_strategy == "instanceprompt":
@@ -72,41 +71,44 @@ def captions_of(
         if prompt is None or rejected.reason not in LACKS_CAPTION | {FILTERED_CAPTION}:
             raise
         return (prompt,)
-    how = image_set.caption_shuffle
-    if how is not None and how.enable and image_set.dataset_type == "image":
-        candidates = tuple(variant for each in candidates for variant in shuffled_caption(each, how, seed))
+    shuffle = image_set.caption_shuffle
+    if shuffle is not None and shuffle.enable and image_set.dataset_type == "image":
+        candidates = tuple(variant for each in candidates for variant in shuffled_caption(each, shuffle, seed))
     if image_set.prepend_instance_prompt:
         return tuple(f"{_required_prompt(image_set)} {candidate}" for candidate in candidates)
     return candidates
 
 
-def shuffled_caption(caption: str, how: CaptionShuffle, seed: int) -> list[str]:
-    """The variants of `caption`, which may be alike. One with less than two parts to shuffle stays alone as it is."""
-    parts = [part.strip() for part in caption.split(how.split_on) if part.strip()]
-    fixed, loose = parts[: how.position_start], parts[how.position_start :]
-    if len(loose) < 2:
+def shuffled_caption(caption: str, shuffle: CaptionShuffle, seed: int) -> list[str]:
+    """The shuffled variants of `caption`, possibly with duplicates. If fewer than two parts can be shuffled, only the
+    caption itself."""
+    parts = [part.strip() for part in caption.split(shuffle.split_on) if part.strip()]
+    fixed, movable = parts[: shuffle.position_start], parts[shuffle.position_start :]
+    if len(movable) < 2:
         return [caption]
-    between = how.split_on if how.split_on[-1].isspace() else f"{how.split_on} "
-    variants = [caption] if how.include_original else []
-    for number in range(how.count):
-        draw = random.Random(draw_seed(seed if how.seed is None else how.seed, "caption_shuffle", caption, number))
-        # `sorted` asks for one number a part, in turn; Python keeps that sequence between versions.
-        variants.append(between.join([*fixed, *sorted(loose, key=lambda _: draw.random())]))
+    between = shuffle.split_on if shuffle.split_on[-1].isspace() else f"{shuffle.split_on} "
+    variants = [caption] if shuffle.include_original else []
+    for number in range(shuffle.count):
+        draw = random.Random(
+            draw_seed(seed if shuffle.seed is None else shuffle.seed, "caption_shuffle", caption, number)
+        )
+        # `sorted` calls the key once per part, in order; Python guarantees that `random()` repeats between versions.
+        variants.append(between.join([*fixed, *sorted(movable, key=lambda _: draw.random())]))
     return variants
 
 
 def without_texts(caption: str, texts: Sequence[str]) -> str:
-    """`caption` without any of `texts`, also where they stand inside a word, and without the separators and spaces that
-    were around them. One that holds none of them stays as it is.
+    """Remove `texts` from `caption`, also inside words, with the separators and spaces around them. A caption without
+    any of them is returned unchanged.
     """
-    left = caption
+    cleaned = caption
     for text in texts:
-        left = left.replace(text, "")
-    if left == caption:
+        cleaned = cleaned.replace(text, "")
+    if cleaned == caption:
         return caption
-    left = SEPARATORS.sub(lambda run: "." if "." in run.group() else run.group().lstrip()[0], left)
-    left = re.sub(r"[ \t]+(?=[,;.])", "", left)
-    return re.sub(r"[ \t]{2,}", " ", left).strip(" \t\r\n,;").removeprefix(".").lstrip()
+    cleaned = SEPARATORS.sub(lambda run: "." if "." in run.group() else run.group().lstrip()[0], cleaned)
+    cleaned = re.sub(r"[ \t]+(?=[,;.])", "", cleaned)
+    return re.sub(r"[ \t]{2,}", " ", cleaned).strip(" \t\r\n,;").removeprefix(".").lstrip()
 
 
 def _filtered(candidates: tuple[str, ...], texts: Sequence[str]) -> tuple[str, ...]:
@@ -128,14 +130,14 @@ def _required_prompt(image_set: ImageSet) -> str:
 def _from_file(name: str, image_set: ImageSet, images: Storage, text_files: dict[str, str]) -> tuple[str, ...]:
     text_file = text_files.get(caption_key(name))
     if text_file is None:
-        wanted = " or ".join(PurePosixPath(name).with_suffix(suffix).name for suffix in CAPTION_SUFFIXES)
-        raise Rejected(NO_CAPTION, f"expected {wanted} beside it, for caption_strategy textfile")
-    most = CAPTION_BYTES if image_set.disable_multiline_split else LINES_BYTES
+        expected_names = " or ".join(PurePosixPath(name).with_suffix(suffix).name for suffix in CAPTION_SUFFIXES)
+        raise Rejected(NO_CAPTION, f"expected {expected_names} beside it, for caption_strategy textfile")
+    max_bytes = CAPTION_BYTES if image_set.disable_multiline_split else LINES_BYTES
     try:
-        data = images.read(text_file, 0, most + 1)
+        data = images.read(text_file, 0, max_bytes + 1)
     except OSError as error:
         raise Rejected("caption cannot be read", f"{text_file}: {error.strerror}") from error
-    if len(data) > most:
+    if len(data) > max_bytes:
         raise Rejected(LONG_CAPTION, f"{text_file} is larger than {most // 1024} KiB")
     text = caption_text(data, text_file)
     if image_set.disable_multiline_split:
@@ -144,7 +146,7 @@ def _from_file(name: str, image_set: ImageSet, images: Storage, text_files: dict
 
 
 def _visible(candidates: list[str], source: str) -> tuple[str, ...]:
-    """Those of `candidates` that say something."""
+    """The `candidates` with visible text."""
     captions = tuple(filter(is_visible, candidates))
     if not captions:
         raise Rejected(EMPTY_CAPTION, f"{source} holds no visible text")
@@ -156,13 +158,12 @@ def _visible(candidates: list[str], source: str) -> tuple[str, ...]:
 
 
 def caption_text(data: bytes, name: str) -> str:
-    """The text of a caption file: UTF-8 with or without a byte-order mark, or UTF-16 with one (Windows'
-    "Unicode").
+    """Decode a caption file: UTF-8 with or without a byte-order mark, or UTF-16 with one (Windows' "Unicode").
 
-    Anything else is refused rather than guessed: a wrong guess trains on garbled prompts without a word.
+    Other encodings are rejected rather than guessed: with a wrong guess, garbled prompts would be trained silently.
 
     Raises:
-        Rejected: not such text, with the byte and its position.
+        Rejected: the bytes are not such text; the message has the byte and its position.
     """
     if data.startswith(UTF32_MARKS):
         raise Rejected(NOT_TEXT, f"{name}: UTF-32; save it as UTF-8")
@@ -171,8 +172,8 @@ def caption_text(data: bytes, name: str) -> str:
         text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         position = error.start + (len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0)
-        found = f"byte 0x{data[position]:02x} at position {position}"
-        raise Rejected(NOT_TEXT, f"{name}: {found}; save it as UTF-8") from error
+        invalid_byte = f"byte 0x{data[position]:02x} at position {position}"
+        raise Rejected(NOT_TEXT, f"{name}: {invalid_byte}; save it as UTF-8") from error
     if "\0" in text:
-        raise Rejected(NOT_TEXT, f"{name}: NUL, as UTF-16 or UTF-32 without a byte-order mark has; save it as UTF-8")
+        raise Rejected(NOT_TEXT, f"{name}: a NUL, as in UTF-16 or UTF-32 without a byte-order mark; save it as UTF-8")
     return text

@@ -1,4 +1,4 @@
-"""Which files a storage holds, sorted into pictures, captions and the rest."""
+"""List a storage's files and sort them into images, captions and rejected files."""
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,26 +12,26 @@ from simpletuner.data.storages import ours
 
 @dataclass(frozen=True)
 class FoundFiles:
-    """The files of an image set, by name."""
+    """The files of a dataset, by name."""
 
     pictures: dict[str, Stamp]
     """Sorted by name."""
     captions: dict[str, str]
-    """Text files by `caption_key`."""
+    """Caption files by `caption_key`."""
     unused_captions: tuple[str, ...]
-    """`.caption` files beside a `.txt` of the same name."""
+    """`.caption` files that are not read because there is a `.txt` file of the same name."""
     rejections: tuple[Rejection, ...]
 
 
 def discover(images: Storage) -> FoundFiles:
-    """All files of a storage, subfolders included.
+    """List all files of a storage, subfolders included.
 
-    Hidden files and folders (a leading dot: `.DS_Store`, `._x.jpg`, `.git`) are passed over in silence, and
-    `.txt` and `.caption` files are captions; every other file that is not a picture is rejected by name, as is what
-    the storage cannot list, and a folder that is a run or a cache of ours.
+    Hidden files and folders (a leading dot: `.DS_Store`, `._x.jpg`, `.git`) are skipped silently. `.txt` and
+    `.caption` files are captions. Every other file that is not an image is rejected, as are entries that the storage
+    cannot list, and subfolders that are a run directory or a cache of ours.
 
     Raises:
-        DataError: no such folder, one that cannot be read, or one that is itself a run or a cache.
+        DataError: the folder does not exist, cannot be read, or is itself a run directory or a cache.
     """
     try:
         files = images.list(pass_over=ours)
@@ -39,8 +39,8 @@ def discover(images: Storage) -> FoundFiles:
         reason = "not a folder" if isinstance(error, NotADirectoryError) else "no such folder"
         raise DataError.of(
             f"instance_data_dir = {images.shown()!r}: {reason}",
-            "a folder of pictures",
-            f"Relative paths are against {Path.cwd()}: correct the path or make it.",
+            "a folder of images",
+            f"Relative paths start at {Path.cwd()}: correct the path or make the folder.",
         ) from error
     pictures: dict[str, Stamp] = {}
     captions: dict[str, str] = {}
@@ -56,19 +56,19 @@ def discover(images: Storage) -> FoundFiles:
         if suffix in PICTURE_SUFFIXES:
             pictures[file.name] = file.stamp
         elif suffix in CAPTION_SUFFIXES:
-            found = captions if suffix == CAPTION_SUFFIXES[0] else second_captions
-            found.setdefault(caption_key(file.name), file.name)
+            captions_of_suffix = captions if suffix == CAPTION_SUFFIXES[0] else second_captions
+            captions_of_suffix.setdefault(caption_key(file.name), file.name)
         else:
-            rejections.append(Rejection(file.name, "not an image", f"{suffix or 'no suffix'} is not a picture's"))
+            rejections.append(Rejection(file.name, "not an image", f"{suffix or 'no suffix'} is not an image's"))
     unused = tuple(second_captions[key] for key in sorted(second_captions.keys() & captions.keys()))
     return FoundFiles(dict(sorted(pictures.items())), second_captions | captions, unused, tuple(rejections))
 
 
 def _not_a_dataset(images: Storage, folder: UnlistedFile) -> DataError:
-    """The set's own folder cannot be listed, or is one of ours."""
-    found = f"instance_data_dir = {images.shown()!r}: "
+    """The dataset's folder itself cannot be listed, or is a run directory or a cache of ours."""
+    finding = f"instance_data_dir = {images.shown()!r}: "
     if folder.detail != PASSED_OVER:
-        remedy = "Give the user that runs this command the right to list it, or name another folder."
-        return DataError.of(f"{found}{folder.reason} ({folder.detail})", remedy=remedy)
-    remedy = "Name the folder in it that holds the pictures, or move them to a folder of their own."
-    return DataError.of(f"{found}this is {folder.reason} of this program", "a folder of pictures", remedy)
+        remedy = "Give the user who runs this command permission to list it, or name another folder."
+        return DataError.of(f"{finding}{folder.reason} ({folder.detail})", remedy=remedy)
+    remedy = "Name the subfolder that holds the images, or move them to a separate folder."
+    return DataError.of(f"{finding}this is {folder.reason} of this program", "a folder of images", remedy)

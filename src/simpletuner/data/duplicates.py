@@ -1,4 +1,4 @@
-"""Images of a folder that are the same, or nearly."""
+"""Find exact and near duplicates among a folder's images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Rejection
 
 GRID = 9
-"""An image is shrunk to 9x9 gray values: 8x9 differences to the right and 9x8 downwards."""
+"""Side of the grid of gray values to which an image is shrunk: 8x9 differences to the right and 9x8 downwards."""
 NEAR_BITS = 10
-"""Of those 144 differences, how many may point the other way in images that count as nearly the same."""
+"""Near duplicates differ in the sign of at most this many of the 144 differences."""
 NEAR_COLOR = 24
-"""And how far their mean colors may lie apart, of 255 in each channel: gradients without detail have few signs."""
+"""Near duplicates' mean colors differ by at most this much of 255 in each channel: smooth gradients have few signs."""
 FLAT_SPAN = 8
-"""An image whose gray values span less is plain: its differences are noise, and it is near to nothing."""
+"""An image whose gray values span less is flat: its differences are noise, so it is no near duplicate of any image."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class DuplicateGroup:
     """Images that are alike, by name."""
 
     kind: Literal["exact", "near"]
-    """The same bytes; or similar by a hash of their differences, which may be wrong."""
+    """`exact`: the same bytes. `near`: a similar difference hash, which may be wrong."""
     names: tuple[str, ...]
 
 
@@ -47,8 +47,8 @@ class _Look:
 def find_duplicates(
     folder: Path, *, workers: int, report: Callable[[int, int], None] = lambda _done, _total: None
 ) -> tuple[list[DuplicateGroup], list[Rejection]]:
-    """Groups of images with the same bytes, then groups of images that look nearly the same (of those with the same
-    bytes the first); and the images that cannot be read.
+    """Groups of images with the same bytes, then groups of images that look nearly the same, and the images that cannot
+    be read. Exact duplicates take part in the second search with their first image only.
 
     Raises:
         DataError: no such folder.
@@ -88,7 +88,9 @@ def _look(images: LocalStorage, name: str) -> _Look | Rejected:
 
 
 def _near(looks: dict[str, _Look]) -> list[tuple[str, ...]]:
-    """Groups around the first image of each, by name: no chain of small differences joins what differs."""
+    """Groups of images that are each near the group's first image by name, so that no chain of small differences joins
+    different images.
+    """
     if not looks:
         return []
     names = list(looks)
@@ -100,9 +102,11 @@ def _near(looks: dict[str, _Look]) -> list[tuple[str, ...]]:
         if not is_free[index]:
             continue
         differing = np.bitwise_count(bits[index + 1 :] ^ bits[index]).sum(axis=1)
-        apart = np.abs(colors[index + 1 :] - colors[index]).max(axis=1)
-        found = np.flatnonzero((differing <= NEAR_BITS) & (apart <= NEAR_COLOR) & is_free[index + 1 :]) + index + 1
-        if found.size:
-            is_free[found] = False
-            groups.append((name, *(names[other] for other in found)))
+        color_distance = np.abs(colors[index + 1 :] - colors[index]).max(axis=1)
+        members = (
+            np.flatnonzero((differing <= NEAR_BITS) & (color_distance <= NEAR_COLOR) & is_free[index + 1 :]) + index + 1
+        )
+        if members.size:
+            is_free[members] = False
+            groups.append((name, *(names[other] for other in members)))
     return groups

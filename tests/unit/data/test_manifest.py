@@ -114,7 +114,7 @@ def test_a_set_that_ends_empty_shows_the_counts(folder: Path, scanned: Scanned) 
 
 def test_a_missing_folder_is_an_error(folder: Path, scanned: Scanned) -> None:
     folder.rmdir()
-    with pytest.raises(DataError, match="no such folder: expected a folder of pictures"):
+    with pytest.raises(DataError, match="no such folder: expected a folder of images"):
         scanned()
 
 
@@ -304,7 +304,7 @@ def test_runs_and_caches_of_ours_are_passed_over_by_name(folder: Path, save: Sav
         ("vae", "a cache of latents or text"),
     }
     for ours in (run.root, cache, text):
-        with pytest.raises(DataError, match="of this program: expected a folder of pictures") as caught:
+        with pytest.raises(DataError, match="of this program: expected a folder of images") as caught:
             scanned(instance_data_dir=str(ours))
         assert caught.value.exit_code == 3
     assert scanned(instance_data_dir=str(run.validations)).samples, "a folder that is named is meant"
