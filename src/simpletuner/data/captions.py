@@ -138,7 +138,7 @@ def _from_file(name: str, image_set: ImageSet, images: Storage, text_files: dict
     except OSError as error:
         raise Rejected("caption cannot be read", f"{text_file}: {error.strerror}") from error
     if len(data) > max_bytes:
-        raise Rejected(LONG_CAPTION, f"{text_file} is larger than {most // 1024} KiB")
+        raise Rejected(LONG_CAPTION, f"{text_file} is larger than {max_bytes // 1024} KiB")
     text = caption_text(data, text_file)
     if image_set.disable_multiline_split:
         return _visible([LINE_END.sub("\n", text).strip()], text_file)

@@ -7,7 +7,7 @@ from simpletuner.base.errors import DataError
 from simpletuner.base.imagefiles import CAPTION_SUFFIXES, PICTURE_SUFFIXES, caption_key
 from simpletuner.base.storage import PASSED_OVER, Stamp, Storage, UnlistedFile
 from simpletuner.data.sample import Rejection
-from simpletuner.data.storages import ours
+from simpletuner.data.storages import own_folder_kind
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def discover(images: Storage) -> FoundFiles:
         DataError: the folder does not exist, cannot be read, or is itself a run directory or a cache.
     """
     try:
-        files = images.list(pass_over=ours)
+        files = images.list(pass_over=own_folder_kind)
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = "not a folder" if isinstance(error, NotADirectoryError) else "no such folder"
         raise DataError.of(

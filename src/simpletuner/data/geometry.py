@@ -1,7 +1,7 @@
-"""Which pixels of a picture are trained: a target, one resize that covers it, one crop. Integers and exact
+"""Geometry of a training image: a target size, one resize that covers it, one crop. Computed with integers and exact
 fractions only, so that the same file gives the same crop on every machine.
 
-All sizes are (width, height) in pixels of the upright picture; an aspect is width / height.
+All sizes are (width, height) in pixels of the upright image; an aspect is width / height.
 """
 
 import math
@@ -18,21 +18,20 @@ Size = tuple[int, int]
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 
 ALIGNMENT = 16
-"""Pixels per latent cell and side: 8 in the autoencoder, 2 in its packing."""
+"""Pixels per side of a latent: 8 by the VAE times 2 by its packing."""
 
 DEFAULT_ASPECTS = (1.0, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16)
-"""`crop_aspect` closest and random without `crop_aspect_buckets`: the shapes that cameras and screens
-have."""
+"""Aspects of cameras and screens, for `crop_aspect` closest and random without `crop_aspect_buckets`."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Resize the upright picture to `resize`, then cut `target` out of it with its corner at `crop`."""
+    """How to resize and crop: resize the upright image to `resize`, then crop `target` with its corner at `crop`."""
 
     target: Size
     """Multiples of 16."""
     resize: Size
-    """Covers the target on both sides, in the picture's own aspect to the nearest pixel."""
+    """Covers the target on both sides, in the image's aspect to the nearest pixel."""
     crop: tuple[int, int]
     """Left and top of the target inside `resize`."""
 
@@ -43,55 +42,57 @@ class Geometry:
         return left, top, left + width, top + height
 
 
-def place(size: Size, picture_set: PictureSet, *, seed: int, content: str) -> Geometry:
-    """The geometry of one picture of `size`.
+def image_geometry(size: Size, picture_set: PictureSet, *, seed: int, content: str) -> Geometry:
+    """Geometry of an image of `size`.
 
-    A random aspect or crop is drawn by (seed, "crop", content hash): it stays the same from run to run, so
-    that the cached latent stays valid.
+    A random aspect or crop is drawn by (seed, "crop", content hash), so it is the same in every run and cached latents
+    stay valid.
 
-    `maximum_image_size` and `target_downsample_size` decide how much of a large picture a crop holds. Without
-    them a crop is as much of the picture as the target's shape allows. A picture above the maximum is resized
-    to the target downsample size instead (by default the maximum; where only `target_downsample_size` is
-    given it is both), if that is larger than what the crop must cover, and never beyond the picture's own
-    size; the crop is then a part of it. Without `crop` there is nothing to choose and they change nothing.
+    `maximum_image_size` and `target_downsample_size` decide how much of a large image the crop contains. Without them
+    the crop is the largest part of the image with the target's shape. An image above the maximum is resized to the
+    target downsample size instead, if that is larger than the size that covers the target, and never beyond the image's
+    own size; the crop is then a smaller part of the image. The target downsample size is the maximum by default, and if
+    only `target_downsample_size` is set, it is both. Without `crop` the two options have no effect.
 
     Raises:
-        Rejected: outside `minimum_image_size`, an aspect limit or `max_upscale_threshold`.
+        Rejected: the image violates `minimum_image_size`, an aspect limit or `max_upscale_threshold`.
     """
     _check_size(size, picture_set)
     target = _target(size, picture_set, seed, content)
     cover = _cover(size, target)
     _check_enlargement(size, target, picture_set)
     resize = _downsampled(size, cover, picture_set) or cover
-    room = (resize[0] - target[0], resize[1] - target[1])
-    return Geometry(target, resize, _corner(room, picture_set, seed, content))
+    margin = (resize[0] - target[0], resize[1] - target[1])
+    return Geometry(target, resize, _corner(margin, picture_set, seed, content))
 
 
-LEAST_REFERENCE_PX, MOST_REFERENCE_ASPECT = 64, 8
-"""Shorter side of a reference, and its longer side over the shorter one: what the base models were trained with."""
+MIN_REFERENCE_PX, MAX_REFERENCE_ASPECT = 64, 8
+"""Limits of a reference: its shorter side, and longer / shorter side. The base models were trained within them."""
 
 
-def place_reference(size: Size, conditioning_set: ConditioningSet, *, seed: int, content: str) -> Geometry:
-    """The geometry of a `reference_loose` image of `size`: as `place` with `crop`; otherwise as Black Forest Labs
-    prepare references: an area above `resolution` is scaled down to it (sides rounded down), a smaller one is left
-    as it is, and what does not divide by 16 is cut from all sides alike.
+def reference_geometry(size: Size, conditioning_set: ConditioningSet, *, seed: int, content: str) -> Geometry:
+    """Geometry of a `reference_loose` image of `size`.
+
+    With `crop` it is that of `image_geometry`. Otherwise it follows Black Forest Labs' preparation of references: an
+    area above `resolution` is scaled down to it (sides rounded down), a smaller one keeps its size, and sides are
+    cropped to multiples of 16 at the center.
 
     Raises:
-        Rejected: outside of the set's limits, below 64 pixels or beyond 8:1.
+        Rejected: the image is outside the dataset's limits, has a side below 64 pixels, or is narrower than 8:1.
     """
     if conditioning_set.crop:
-        return place(size, conditioning_set, seed=seed, content=content)
+        return image_geometry(size, conditioning_set, seed=seed, content=content)
     _check_size(size, conditioning_set)
     width, height = size
-    if min(size) < LEAST_REFERENCE_PX:
-        raise Rejected("reference is too small", f"{width}x{height}, the least side is {LEAST_REFERENCE_PX} pixels")
-    if max(size) > MOST_REFERENCE_ASPECT * min(size):
-        raise Rejected("reference is too narrow", f"{width}x{height}, the most is {MOST_REFERENCE_ASPECT}:1")
+    if min(size) < MIN_REFERENCE_PX:
+        raise Rejected("reference is too small", f"{width}x{height}, the minimum side is {MIN_REFERENCE_PX} pixels")
+    if max(size) > MAX_REFERENCE_ASPECT * min(size):
+        raise Rejected("reference is too narrow", f"{width}x{height}, the maximum is {MAX_REFERENCE_ASPECT}:1")
     unit = conditioning_set.resolution_type
-    cap, measured = _area(conditioning_set.resolution, unit), _measured(size, unit)
-    if measured > cap:
+    max_area, area = _area(conditioning_set.resolution, unit), _measured(size, unit)
+    if area > max_area:
         # int(side · √(cap / area)), without the rounding of a float.
-        width, height = (math.isqrt(side * side * cap // measured) for side in size)
+        width, height = (math.isqrt(side * side * max_area // area) for side in size)
     target = (width // ALIGNMENT * ALIGNMENT, height // ALIGNMENT * ALIGNMENT)
     if 0 in target:
         raise Rejected("reference is too narrow", f"{size[0]}x{size[1]} has a side below {ALIGNMENT} at `resolution`")
@@ -99,13 +100,12 @@ def place_reference(size: Size, conditioning_set: ConditioningSet, *, seed: int,
 
 
 def has_aspect_of(size: Size, other: Size) -> bool:
-    """Whether two sizes differ in aspect by no more than a pixel of the smaller one, as sizes do that were rounded."""
+    """Whether the aspects of two sizes differ by at most a pixel of the smaller size, the error of rounded sizes."""
     return abs(size[0] * other[1] - size[1] * other[0]) <= max(*size, *other)
 
 
 def downsample_is_idle(size: Size, geometry: Geometry, picture_set: PictureSet) -> bool:
-    """Whether `maximum_image_size` asks to shrink this picture below what its crop must cover, and so does
-    nothing."""
+    """Whether `maximum_image_size` has no effect on this image because its target would not be covered."""
     limit = _limit(picture_set)
     if limit is None or not _exceeds(size, limit, picture_set.resolution_type):
         return False
@@ -113,22 +113,22 @@ def downsample_is_idle(size: Size, geometry: Geometry, picture_set: PictureSet) 
 
 
 def enlargement(size: Size, target: Size) -> Fraction:
-    """By which factor a side grows so that the picture covers the target; below 1 it shrinks."""
+    """Factor by which an image of `size` is resized to cover `target`; below 1 it shrinks."""
     return max(Fraction(target[0], size[0]), Fraction(target[1], size[1]))
 
 
 def _check_size(size: Size, picture_set: PictureSet) -> None:
     width, height = size
     aspect = Fraction(width, height)
-    found = f"{width}x{height}"
+    dimensions = f"{width}x{height}"
     minimum, unit = picture_set.minimum_image_size, picture_set.resolution_type
     if minimum is not None and _measured(size, unit) < _area(minimum, unit):
-        raise Rejected("below minimum_image_size", f"{found}, the minimum is {describe(minimum, unit)}")
+        raise Rejected("below minimum_image_size", f"{dimensions}, the minimum is {describe(minimum, unit)}")
     lowest, highest = picture_set.minimum_aspect_ratio, picture_set.maximum_aspect_ratio
     if lowest is not None and aspect < Fraction(lowest):
-        raise Rejected("below minimum_aspect_ratio", f"{found} is {float(aspect):.3f}, the minimum is {lowest:g}")
+        raise Rejected("below minimum_aspect_ratio", f"{dimensions} is {float(aspect):.3f}, the minimum is {lowest:g}")
     if highest is not None and aspect > Fraction(highest):
-        raise Rejected("above maximum_aspect_ratio", f"{found} is {float(aspect):.3f}, the maximum is {highest:g}")
+        raise Rejected("above maximum_aspect_ratio", f"{dimensions} is {float(aspect):.3f}, the maximum is {highest:g}")
 
 
 def _check_enlargement(size: Size, target: Size, picture_set: PictureSet) -> None:
@@ -137,7 +137,7 @@ def _check_enlargement(size: Size, target: Size, picture_set: PictureSet) -> Non
         raise Rejected(
             "above max_upscale_threshold",
             f"{size[0]}x{size[1]} would be enlarged ×{factor:.2f} to cover {target[0]}x{target[1]}, "
-            f"the most is ×{1 + (picture_set.max_upscale_threshold or 0):g}",
+            f"the maximum is ×{1 + (picture_set.max_upscale_threshold or 0):g}",
         )
 
 
@@ -154,13 +154,12 @@ def describe(value: float, unit: ResolutionType) -> str:
 
 
 def _area(value: float, unit: ResolutionType) -> int:
-    """The area in pixels that a size option stands for; for `pixel`, that of the square on the shorter
-    side."""
+    """The area in pixels of a size option; for `pixel`, the area of the square on the shorter side."""
     return round(Fraction(value) * 1024**2) if unit == "area" else round(Fraction(value) ** 2)
 
 
 def _measured(size: Size, unit: ResolutionType) -> int:
-    """The picture's area as `_area` counts it."""
+    """The image's area in pixels, for comparison with `_area`."""
     return min(size) ** 2 if unit == "pixel" else size[0] * size[1]
 
 
@@ -182,14 +181,13 @@ def _target(size: Size, picture_set: PictureSet, seed: int, content: str) -> Siz
 
 
 def _ratio(value: float) -> Fraction:
-    """A typed aspect as the ratio that was meant: 0.75 is 3/4, and 1.33 is 133/100 on every machine."""
+    """An aspect from the configuration as an exact ratio: 0.75 is 3/4, and 1.33 is 133/100 on every machine."""
     return Fraction(value).limit_denominator(1000)
 
 
-def _distance(one: Fraction, other: Fraction) -> Fraction:
-    """How far apart two aspects are, as a factor: 1 when equal, and the same for a picture and its
-    transpose."""
-    return max(one / other, other / one)
+def _distance(first: Fraction, second: Fraction) -> Fraction:
+    """Distance of two aspects as a factor: 1 if they are equal, and the same for both aspects transposed."""
+    return max(first / second, second / first)
 
 
 def aligned_square(picture_set: PictureSet) -> Size:
@@ -201,15 +199,15 @@ def aligned_square(picture_set: PictureSet) -> Size:
 
 
 def aligned(aspect: Fraction, picture_set: PictureSet) -> Size:
-    """The target of an aspect: edge·√a × edge/√a, or for `pixel` edge on the shorter side and edge·a on the
+    """The target size for an aspect a: edge·√a × edge/√a, or for `pixel` edge on the shorter side and edge·a on the
     longer.
 
-    Each side is rounded down or up to a multiple of 16: of these the pair whose area is nearest, then the one
-    whose aspect is.
+    Each side is rounded down or up to a multiple of 16. Of the possible pairs, the one with the nearest area is
+    returned, and of equal ones the one with the nearest aspect.
     """
     unit = picture_set.resolution_type
     area = Fraction(_area(picture_set.resolution, unit))
-    widths, heights = map(_multiples_beside, _squared_sides(area, aspect, unit))
+    widths, heights = map(_nearest_multiples, _squared_sides(area, aspect, unit))
     if unit == "pixel":
         area *= _distance(aspect, Fraction(1))
     return min(
@@ -219,15 +217,14 @@ def aligned(aspect: Fraction, picture_set: PictureSet) -> Size:
 
 
 def _squared_sides(area: Fraction, aspect: Fraction, unit: ResolutionType) -> tuple[Fraction, Fraction]:
-    """width² and height² of an aspect at an area; for `pixel`, with √area on the shorter side. Squares are
-    exact."""
+    """width² and height² of an aspect at an area; for `pixel`, √area is the shorter side. Squares are exact."""
     if unit == "pixel":
         return area * max(aspect, Fraction(1)) ** 2, area * max(1 / aspect, Fraction(1)) ** 2
     return area * aspect, area / aspect
 
 
-def _multiples_beside(square: Fraction) -> tuple[int, ...]:
-    """The multiples of 16 just below and above √square, or the one that it is."""
+def _nearest_multiples(square: Fraction) -> tuple[int, ...]:
+    """The multiples of 16 just below and above √square; only one if √square is a multiple."""
     cells = math.isqrt(math.floor(square / ALIGNMENT**2))
     if cells and Fraction(cells * ALIGNMENT) ** 2 == square:
         return (cells * ALIGNMENT,)
@@ -235,7 +232,7 @@ def _multiples_beside(square: Fraction) -> tuple[int, ...]:
 
 
 def _cover(size: Size, target: Size) -> Size:
-    """The smallest size in the picture's aspect that covers the target."""
+    """The smallest size with the image's aspect that covers the target."""
     width, height = size
     if target[0] * height >= target[1] * width:
         return target[0], max(target[1], _divided(height * target[0], width))
@@ -243,12 +240,12 @@ def _cover(size: Size, target: Size) -> Size:
 
 
 def _divided(numerator: int, denominator: int) -> int:
-    """Nearest whole quotient, halves up."""
+    """The quotient rounded to the nearest integer, halves up."""
     return (2 * numerator + denominator) // (2 * denominator)
 
 
 def _nearest_root(square: Fraction) -> int:
-    """√square to the nearest whole number."""
+    """√square rounded to the nearest integer."""
     root = math.isqrt(math.floor(square))
     return root + (4 * square >= (2 * root + 1) ** 2)
 
@@ -260,7 +257,7 @@ def _limit(picture_set: PictureSet) -> float | None:
 
 
 def _downsampled(size: Size, cover: Size, picture_set: PictureSet) -> Size | None:
-    """What a picture above the maximum is brought to, or None where that says no more than `cover`."""
+    """The size to which an image above the maximum is downsampled; None if it must be resized to `cover` instead."""
     limit, unit = _limit(picture_set), picture_set.resolution_type
     if not picture_set.crop or limit is None or not _exceeds(size, limit, unit):
         return None
@@ -271,12 +268,11 @@ def _downsampled(size: Size, cover: Size, picture_set: PictureSet) -> Size | Non
     return (width, height) if width > cover[0] and height > cover[1] else None
 
 
-def _corner(room: tuple[int, int], picture_set: PictureSet, seed: int, content: str) -> tuple[int, int]:
-    """Left and top of the crop. Without `crop`, the few pixels of alignment are taken from all sides
-    alike."""
+def _corner(margin: tuple[int, int], picture_set: PictureSet, seed: int, content: str) -> tuple[int, int]:
+    """Left and top of the crop. Without `crop`, the few excess pixels are cropped equally on all sides."""
     if not picture_set.crop or picture_set.crop_style == "center":
-        return room[0] // 2, room[1] // 2
+        return margin[0] // 2, margin[1] // 2
     if picture_set.crop_style == "corner":
         return 0, 0
-    left, top = (draw_seed(seed, "crop", content, axis) % (space + 1) for axis, space in zip("xy", room, strict=True))
+    left, top = (draw_seed(seed, "crop", content, axis) % (space + 1) for axis, space in zip("xy", margin, strict=True))
     return left, top

@@ -1,5 +1,6 @@
-"""What earlier scans learned about each file, kept beside the latents, so that a picture is decoded once and
-not at every start."""
+"""Scan index: the facts that earlier scans learned about each file. It is stored beside the latents, so that an image
+is decoded once and not at every start.
+"""
 
 import contextlib
 import os
@@ -14,19 +15,19 @@ from simpletuner.base.files import sha256_bytes
 from simpletuner.base.storage import Stamp, Storage
 from simpletuner.data.ahead import map_ahead
 from simpletuner.data.pixels import PIXELS_VERSION, Remark, check_size, inspect, one_at_a_time, require_plugin
-from simpletuner.data.rejected import OUT_OF_MEMORY, PASSING, UNREADABLE_FILE, Rejected
+from simpletuner.data.rejected import OUT_OF_MEMORY, TRANSIENT, UNREADABLE_FILE, Rejected
 from simpletuner.data.storages import SCAN_INDEX, read_memo, write_memo
 
 SAVE_EVERY_S = 20.0
-"""A scan of many pictures that is killed loses at most this much work."""
+"""A long scan that is killed loses at most this much work."""
 
 INDEX_VERSION = 2
-"""Raised when the same file would have another size, remark or rejection, so that all are looked at again."""
+"""Increase it when the same file would get another size, remark or rejection, so that all files are read again."""
 
 
 @dataclass(frozen=True, slots=True)
 class IndexEntry:
-    """A picture that decodes."""
+    """Facts of an image that decodes."""
 
     content: str
     """sha256 of the file's bytes."""
@@ -44,60 +45,60 @@ def read_pictures(
     workers: int,
     report: Callable[[int, int], None],
 ) -> dict[str, IndexEntry | Rejected]:
-    """What is known of each of `pictures`, by name; those that are new or changed are decoded by `workers` threads.
+    """Return the facts or the rejection of each of `pictures`, by name; `workers` threads decode new and changed files.
 
-    A file counts as unchanged while its stamp is the same. The index is kept in `cache`, where that can be written.
+    A file counts as unchanged if its stamp is the same. The index is saved in `cache` if that is writable.
     """
     index = _index_name(images)
-    known = _load(cache, index)
-    kept: dict[str, IndexRow] = {}
-    found: dict[str, IndexEntry | Rejected] = {}
+    known_rows = _load(cache, index)
+    saved_rows: dict[str, IndexRow] = {}
+    results_by_name: dict[str, IndexEntry | Rejected] = {}
     unread: list[str] = []
     for name, stamp in pictures.items():
         try:
             require_plugin(name)
-        except Rejected as rejected:  # not kept: the plug-in may be there next time
-            found[name] = rejected
+        except Rejected as rejected:  # not saved: the plug-in may be installed next time
+            results_by_name[name] = rejected
         else:
-            if _is_known(name, stamp, known):
-                kept[name], found[name] = known[name], _entry_of(known[name])
+            if _is_known(name, stamp, known_rows):
+                saved_rows[name], results_by_name[name] = known_rows[name], _entry_of(known_rows[name])
             else:
                 unread.append(name)
-    report(len(found), len(pictures))
-    results = map_ahead(lambda name: _read(images, name, pictures[name]), unread, workers=workers, ahead=2 * workers)
+    report(len(results_by_name), len(pictures))
+    decoded = map_ahead(lambda name: _read(images, name, pictures[name]), unread, workers=workers, ahead=2 * workers)
     saved_at = time.monotonic()
-    with contextlib.closing(results):
-        for name, entry in zip(unread, results, strict=True):
-            found[name] = entry
-            if not (isinstance(entry, Rejected) and entry.reason in PASSING):
-                kept[name] = _row_of(pictures[name], entry)
-            report(len(found), len(pictures))
+    with contextlib.closing(decoded):
+        for name, entry in zip(unread, decoded, strict=True):
+            results_by_name[name] = entry
+            if not (isinstance(entry, Rejected) and entry.reason in TRANSIENT):
+                saved_rows[name] = _row_of(pictures[name], entry)
+            report(len(results_by_name), len(pictures))
             if time.monotonic() - saved_at > SAVE_EVERY_S:
-                _save(cache, index, kept)
+                _save(cache, index, saved_rows)
                 saved_at = time.monotonic()
-    if kept != known:
-        _save(cache, index, kept)
-    return found
+    if saved_rows != known_rows:
+        _save(cache, index, saved_rows)
+    return results_by_name
 
 
 def count_unknown(pictures: Mapping[str, Stamp], images: Storage, cache: Storage) -> int:
-    """How many of `pictures` `read_pictures` would have to decode."""
-    known = _load(cache, _index_name(images))
-    return sum(not _is_known(name, stamp, known) for name, stamp in pictures.items())
+    """Number of `pictures` that `read_pictures` would have to decode."""
+    known_rows = _load(cache, _index_name(images))
+    return sum(not _is_known(name, stamp, known_rows) for name, stamp in pictures.items())
 
 
 IndexRow = dict[str, Any]
 
 
 def _index_name(images: Storage) -> str:
-    """One file a folder of pictures, since several sets may share their cache."""
+    """Name of the index file: one per folder of images, since several datasets may share a cache folder."""
     path = images.local_path()
-    place = images.shown() if path is None else str(path.resolve())
-    return SCAN_INDEX.format(sha256_bytes(os.fsencode(place))[:16])
+    location = images.shown() if path is None else str(path.resolve())
+    return SCAN_INDEX.format(sha256_bytes(os.fsencode(location))[:16])
 
 
 def _header() -> IndexRow:
-    """What a verdict depends on besides the file."""
+    """The versions that determine a file's facts and rejections besides the file itself."""
     return {"version": INDEX_VERSION, "pixels": PIXELS_VERSION, "pillow": PIL.__version__}
 
 
@@ -111,8 +112,8 @@ def _save(cache: Storage, index: str, rows: dict[str, IndexRow]) -> None:
     write_memo(cache, index, _header() | {"files": rows})
 
 
-def _is_known(name: str, stamp: Stamp, known: Mapping[str, IndexRow]) -> bool:
-    return name in known and known[name]["stamp"] == list(stamp)
+def _is_known(name: str, stamp: Stamp, known_rows: Mapping[str, IndexRow]) -> bool:
+    return name in known_rows and known_rows[name]["stamp"] == list(stamp)
 
 
 def _entry_of(row: IndexRow) -> IndexEntry | Rejected:
@@ -129,7 +130,7 @@ def _row_of(stamp: Stamp, entry: IndexEntry | Rejected) -> IndexRow:
 
 
 def _read(images: Storage, name: str, stamp: Stamp) -> IndexEntry | Rejected:
-    """Read once, so that the hash is that of the bytes that were decoded, and no more bytes than were listed."""
+    """Read a file once, so that the decoded bytes are the hashed ones, and no more bytes than were listed."""
     size = int(stamp[0])
     try:
         check_size(size)

@@ -1,4 +1,4 @@
-"""What will be trained: every picture of a set with its crop and its captions, and every other file with the
+"""Scan a dataset into its manifest: every training image with its crop and captions, every rejected file with the
 reason."""
 
 import functools
@@ -17,7 +17,7 @@ from simpletuner.config.datasets import MOST_REFERENCES, ConditioningSet, ImageS
 from simpletuner.config.load import Loaded
 from simpletuner.data.captions import LACKS_CAPTION, captions_of
 from simpletuner.data.discover import FoundFiles, discover
-from simpletuner.data.geometry import Geometry, Size, describe, downsample_is_idle, enlargement, place
+from simpletuner.data.geometry import Geometry, Size, describe, downsample_is_idle, enlargement, image_geometry
 from simpletuner.data.index import IndexEntry, count_unknown, read_pictures
 from simpletuner.data.pairing import Pairing, pair
 from simpletuner.data.pixels import Remark
@@ -26,14 +26,15 @@ from simpletuner.data.sample import Crop, Rejection, Sample
 from simpletuner.data.storages import image_storage, latent_storage
 
 ORDER_KEYS = ("repeats", "probability", "train_batch_size")
-"""Keys of an image set that decide which samples come together in a batch. Part of its fingerprint."""
+"""Keys of an image dataset that decide which samples share a batch. Part of its fingerprint."""
 LOSS_KEYS = ("is_regularisation_data", "class_prompt", "loss_weight", "timestep_sampling_offset")
-"""Keys of an image set that decide how its samples are trained. Part of its fingerprint."""
+"""Keys of an image dataset that decide how its samples are trained. Part of its fingerprint."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """One set as it will be trained. A function of its files, its entry in the dataset file, and the seed."""
+    """The samples and rejections of one dataset: a function of its files, its entry in the dataset file, and the
+    seed."""
 
     image_set: ImageSet
     samples: tuple[Sample, ...]
@@ -41,48 +42,53 @@ class Manifest:
     rejections: tuple[Rejection, ...]
     """Sorted by name."""
     notices: tuple[str, ...]
-    """What a person should know: pictures that are enlarged, flattened, captions without a picture."""
+    """Notices for the user, such as enlarged or flattened images, and captions without an image."""
     conditions: tuple[ConditioningSet, ...] = ()
-    """Where references and masks come from, in the order of `conditioning_data`."""
+    """Datasets of the references and masks, in the order of `conditioning_data`."""
 
     @functools.cached_property
     def buckets(self) -> dict[Size, list[int]]:
         """Indices of the samples by (width, height) of their target, in pixels."""
-        found: dict[Size, list[int]] = {}
+        members: dict[Size, list[int]] = {}
         for index, sample in enumerate(self.samples):
-            found.setdefault(sample.geometry.target, []).append(index)
-        return dict(sorted(found.items()))
+            members.setdefault(sample.geometry.target, []).append(index)
+        return dict(sorted(members.items()))
 
     @property
     def visits_per_epoch(self) -> int:
-        """How many pictures an epoch shows with `probability` 1, before incomplete batches are filled."""
+        """Number of images that an epoch uses with `probability` 1, before incomplete batches are filled."""
         return len(self.samples) * (self.image_set.repeats + 1)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes with anything that changes what is trained, and with nothing else: not with where the files
-        lie."""
-        own = self.image_set
+        """Hash of everything that decides the training data, and of nothing else: not of the files' location."""
+        dataset = self.image_set
         samples = [
             (s.name, s.content, s.geometry.__dict__, s.captions, *self._condition_fingerprint(s)) for s in self.samples
         ]
-        loss = own.model_dump(include=set(LOSS_KEYS), exclude_defaults=True)
+        loss = dataset.model_dump(include=set(LOSS_KEYS), exclude_defaults=True)
         return sha256_json(
-            [own.id, own.repeats, own.probability, own.train_batch_size, samples, *([loss] if loss else [])]
+            [
+                dataset.id,
+                dataset.repeats,
+                dataset.probability,
+                dataset.train_batch_size,
+                samples,
+                *([loss] if loss else []),
+            ]
         )
 
     def _condition_fingerprint(self, sample: Sample) -> list[Any]:
-        """The fingerprint's part for a sample's references and mask: contents and crops. Empty where it has neither."""
+        """Part of the fingerprint for a sample's references and mask: contents and crops. Empty if it has neither."""
         kinds: dict[str, str] = {each.id: each.conditioning_type for each in self.conditions}
-        found: list[Any] = [(crop.content, crop.geometry.__dict__) for crop in sample.references]
+        facts: list[Any] = [(crop.content, crop.geometry.__dict__) for crop in sample.references]
         mask = sample.mask
         if mask is not None:
-            found.append(("mask", kinds.get(mask.dataset, "alpha"), mask.content, mask.geometry.__dict__))
-        return found
+            facts.append(("mask", kinds.get(mask.dataset, "alpha"), mask.content, mask.geometry.__dict__))
+        return facts
 
     def summary(self) -> dict[str, Any]:
-        """Counts, buckets and rejections for a JSON reader. Names are relative: no path of this machine is in
-        it."""
+        """Counts, buckets and rejections as JSON. Names are relative: it contains no path of this machine."""
         return {
             "id": self.image_set.id,
             "dataset_type": self.image_set.dataset_type,
@@ -102,7 +108,7 @@ class Manifest:
         }
 
     def record(self) -> list[Any]:
-        """All that a scan found, as a JSON value: `of_record` makes the same manifest of it in another process."""
+        """The whole manifest as a JSON value, from which `of_record` rebuilds it in another process."""
         samples = [
             [_crop_record(s), s.captions, [*map(_crop_record, s.references)], s.mask and _crop_record(s.mask)]
             for s in self.samples
@@ -113,7 +119,7 @@ class Manifest:
     def of_record(
         cls, image_set: ImageSet, record: list[Any], conditions: tuple[ConditioningSet, ...] = ()
     ) -> "Manifest":
-        """The manifest of `image_set` and its `conditions` that `record` was made of. Reads no file."""
+        """Rebuild the manifest of `image_set` and its `conditions` from `record`. Reads no file."""
         storages = {each.id: image_storage(each) for each in (image_set, *conditions)}
 
         def crop(row: list[Any]) -> Crop:
@@ -123,12 +129,12 @@ class Manifest:
         rows, rejections, notices = record
         samples = (
             Sample(
-                **crop(own).__dict__,
+                **crop(image).__dict__,
                 captions=tuple(captions),
                 references=tuple(map(crop, references)),
                 mask=None if mask is None else crop(mask),
             )
-            for own, captions, references, mask in rows
+            for image, captions, references, mask in rows
         )
         rejected = tuple(Rejection(*each) for each in rejections)
         return cls(image_set, tuple(samples), rejected, tuple(notices), conditions)
@@ -136,24 +142,24 @@ class Manifest:
 
 def _crop_record(crop: Crop) -> list[Any]:
     geometry = crop.geometry
-    place = [geometry.target, geometry.resize, geometry.crop]
-    return [crop.dataset, crop.name, crop.content, crop.width, crop.height, place]
+    boxes = [geometry.target, geometry.resize, geometry.crop]
+    return [crop.dataset, crop.name, crop.content, crop.width, crop.height, boxes]
 
 
 def rejection_counts(rejections: Iterable[Rejection]) -> dict[str, int]:
-    """How many files left for which reason, the most frequent first."""
+    """Number of rejected files by reason, the most frequent reason first."""
     return dict(Counter(rejection.reason for rejection in rejections).most_common())
 
 
 def reference_counts(samples: Sequence[Sample]) -> list[tuple[int, int]]:
-    """(references, how many pictures have so many), sorted."""
+    """Pairs (number of references, number of images with so many), sorted."""
     return sorted(Counter(len(sample.references) for sample in samples).items())
 
 
 def scan_of(
     loaded: Loaded, image_set: ImageSet, *, report: Callable[[int, int], None] = lambda _done, _total: None
 ) -> Manifest:
-    """`scan` of one of the image sets of `loaded`, with everything that the configuration says of it.
+    """Scan one of the image datasets of `loaded`, with its settings in the configuration.
 
     Raises:
         DataError: as `scan`.
@@ -177,41 +183,39 @@ def scan(
     caption_filter: Sequence[str] = (),
     report: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Manifest:
-    """Look at every file of the set's folder and those of its conditioning sets, decode the pictures that are new, and
-    decide what is trained.
+    """Scan the folders of a dataset and of its conditioning sets, decode new images, and select the training images.
 
-    What was learned about a file is kept beside the latents, so that a second scan reads only what changed;
-    captions are read every time. With `max_num_samples`, a draw by the seed and the pictures' contents
-    chooses: it stays the same when the folder is scanned again, and one new picture displaces at most one
-    other.
+    Facts about each file are saved beside the latents, so a second scan decodes only new and changed files; captions
+    are read every time. With `max_num_samples`, the images are drawn by the seed and their contents: the selection is
+    the same when the folder is scanned again, and a new image displaces at most one other image.
 
-    An image whose reference or mask cannot be used is rejected; one that has none is trained without, or rejected with
-    `conditioning_required`.
+    An image is rejected if its reference or mask cannot be used. An image without one is trained without it, or
+    rejected with `conditioning_required`.
 
     Args:
-        conditions: those of `conditioning_data`, in its order.
+        conditions: the datasets of `conditioning_data`, in its order.
         workers: threads that decode.
-        caption_filter: texts that are taken out of captions.
-        report: called with (pictures looked at, pictures in all) of one folder after the other.
+        caption_filter: texts to remove from captions.
+        report: called with (images done, all images) of one folder after the other.
 
     Raises:
-        DataError: no such folder, nothing in it can be trained (then with the counts of what was rejected), or a
-            conditioning set that belongs to none of the images.
+        DataError: a folder does not exist, no image can be trained (the message counts the rejections), or a
+            conditioning set has no partner of any image.
     """
     images = image_storage(image_set)
-    found = discover(images)
-    entries = read_pictures(found.pictures, images, latent_storage(image_set), workers=workers, report=report)
-    pairings = [pair(each, found.pictures, workers=workers, report=report) for each in conditions]
-    _check_pairings(image_set, found, pairings)
+    files = discover(images)
+    entries = read_pictures(files.pictures, images, latent_storage(image_set), workers=workers, report=report)
+    pairings = [pair(each, files.pictures, workers=workers, report=report) for each in conditions]
+    _check_pairings(image_set, files, pairings)
     samples: list[Sample] = []
-    rejections = list(found.rejections)
-    for name in found.pictures:
+    rejections = list(files.rejections)
+    for name in files.pictures:
         entry = entries[name]
         try:
             if isinstance(entry, Rejected):
                 raise entry
-            captions = captions_of(name, image_set, images, found.captions, seed=seed, caption_filter=caption_filter)
-            geometry = place((entry.width, entry.height), image_set, seed=seed, content=entry.content)
+            captions = captions_of(name, image_set, images, files.captions, seed=seed, caption_filter=caption_filter)
+            geometry = image_geometry((entry.width, entry.height), image_set, seed=seed, content=entry.content)
             image = Crop(image_set.id, images, name, entry.content, entry.width, entry.height, geometry)
             references = _references(image, image_set, pairings, seed)
             mask = _mask(image, entry, image_set, pairings, seed)
@@ -224,14 +228,14 @@ def scan(
         raise _nothing_left(image_set, rejections)
     notices = (
         *_uncaptioned(image_set, rejections),
-        *_notices(image_set, samples, entries, found),
+        *_notices(image_set, samples, entries, files),
         *_condition_notices(image_set, samples, pairings),
     )
     return Manifest(image_set, tuple(samples), tuple(rejections), notices, tuple(conditions))
 
 
 def count_new(image_set: ImageSet, conditions: Sequence[ConditioningSet] = ()) -> int:
-    """How many pictures of the set and its conditioning sets `scan` would have to decode.
+    """Number of images of the dataset and its conditioning sets that `scan` would have to decode.
 
     Raises:
         DataError: no such folder.
@@ -248,7 +252,7 @@ def _references(image: Crop, image_set: ImageSet, pairings: Sequence[Pairing], s
         if pairing.conditioning_set.is_reference:
             references += _partners(image, image_set, pairing, seed)
     if len(references) > MOST_REFERENCES:
-        raise Rejected("too many references", f"{len(references)}, the most is {MOST_REFERENCES}")
+        raise Rejected("too many references", f"{len(references)}, the maximum is {MOST_REFERENCES}")
     return tuple(references)
 
 
@@ -267,46 +271,48 @@ def _partners(image: Crop, image_set: ImageSet, pairing: Pairing, seed: int) -> 
     return crops
 
 
-def _check_pairings(image_set: ImageSet, found: FoundFiles, pairings: Sequence[Pairing]) -> None:
-    """Raise a DataError if a conditioning set has no partner of any image."""
+def _check_pairings(image_set: ImageSet, files: FoundFiles, pairings: Sequence[Pairing]) -> None:
+    """Raise a DataError if a conditioning set has no partner of any image in the dataset."""
     problems = []
     for pairing in pairings:
-        if found.pictures and not pairing.partners:
-            own, image = pairing.conditioning_set, next(iter(found.pictures))
-            has = f"it has {_named(pairing.unpaired, 3)}" if pairing.unpaired else "it has no pictures"
+        if files.pictures and not pairing.partners:
+            partner_set, image = pairing.conditioning_set, next(iter(files.pictures))
+            has = f"it has {_named(pairing.unpaired, 3)}" if pairing.unpaired else "it has no images"
             expected = f"files of the same names, such as {PurePosixPath(image).with_suffix('.png')} for {image}"
-            problems.append(Problem(f"{image_set.id}: no image has a partner in {own.id}: {has}", expected))
+            problems.append(Problem(f"{image_set.id}: no image has a partner in {partner_set.id}: {has}", expected))
     DataError.raise_if(problems)
 
 
 def _condition_notices(image_set: ImageSet, samples: Sequence[Sample], pairings: Sequence[Pairing]) -> Iterator[str]:
-    """How many images have how many references, which have no partner, and which partners have no image."""
+    """Notices: the number of images by their number of references, images without a partner, partners without an
+    image."""
     if any(pairing.conditioning_set.is_reference for pairing in pairings):
-        told = ", ".join(f"{images} with {count or 'none'}" for count, images in reference_counts(samples))
-        yield f"{image_set.id}: references: {told}."
+        counts = ", ".join(f"{images} with {count or 'none'}" for count, images in reference_counts(samples))
+        yield f"{image_set.id}: references: {counts}."
     for pairing in pairings:
-        own = pairing.conditioning_set
-        without = [sample.name for sample in samples if caption_key(sample.name) not in pairing.partners]
-        if without:
-            count = f"{len(without)} of {len(samples)} pictures"
-            yield f"{image_set.id}: {count} have no partner in {own.id} and are trained without ({_named(without)})."
+        partner_set = pairing.conditioning_set
+        unpartnered = [sample.name for sample in samples if caption_key(sample.name) not in pairing.partners]
+        if unpartnered:
+            count = f"{len(unpartnered)} of {len(samples)} images"
+            named = _named(unpartnered)
+            yield f"{image_set.id}: {count} have no partner in {partner_set.id} and are trained without one ({named})."
         if pairing.unpaired:
             count = f"{len(pairing.unpaired)} of {len(pairing.entries)} files"
-            yield f"{own.id}: {count} belong to no image of {image_set.id} ({_named(pairing.unpaired)})."
+            yield f"{partner_set.id}: {count} belong to no image of {image_set.id} ({_named(pairing.unpaired)})."
 
 
-def _limited(samples: list[Sample], most: int | None, seed: int) -> tuple[list[Sample], list[Rejection]]:
-    if most is None or len(samples) <= most:
+def _limited(samples: list[Sample], limit: int | None, seed: int) -> tuple[list[Sample], list[Rejection]]:
+    if limit is None or len(samples) <= limit:
         return samples, []
     drawn = sorted(samples, key=lambda s: (draw_seed(seed, "order", "max_num_samples", s.content), s.name))
-    surplus = [Rejection(s.name, "beyond max_num_samples", f"{most} others were drawn") for s in drawn[most:]]
-    return sorted(drawn[:most], key=lambda sample: sample.name), surplus
+    surplus = [Rejection(s.name, "beyond max_num_samples", f"{limit} other images were drawn") for s in drawn[limit:]]
+    return sorted(drawn[:limit], key=lambda sample: sample.name), surplus
 
 
 def _nothing_left(image_set: ImageSet, rejections: Sequence[Rejection]) -> DataError:
     folder = image_set.instance_data_dir
     if not rejections:
-        return DataError.of(f"{image_set.id}: {folder} holds no pictures", "at least one")
+        return DataError.of(f"{image_set.id}: {folder} holds no images", "at least one")
     counts = "; ".join(
         f"{count} {reason} ({_named([r.name for r in rejections if r.reason == reason], 3)})"
         for reason, count in rejection_counts(rejections).items()
@@ -320,40 +326,40 @@ def _nothing_left(image_set: ImageSet, rejections: Sequence[Rejection]) -> DataE
 
 
 def _uncaptioned(image_set: ImageSet, rejections: Sequence[Rejection]) -> list[str]:
-    """How many pictures are left out for want of a caption, which, and what to write where."""
+    """The notice that images are left out because they have no caption, with the remedy; empty if all have one."""
     names = [rejection.name for rejection in rejections if rejection.reason in LACKS_CAPTION]
     if not names:
         return []
-    lack = "1 picture has no caption and is" if len(names) == 1 else f"{len(names)} pictures have no caption and are"
+    lack = "1 image has no caption and is" if len(names) == 1 else f"{len(names)} images have no caption and are"
     text_file = PurePosixPath(names[0]).with_suffix(".txt")
-    own = f"Write each into a file of its own ({text_file} for {names[0]}), or have them share one"
+    remedy = f"Write one caption file per image ({text_file} for {names[0]}), or one caption for all images"
     return [
-        f"{image_set.id}: {lack} left out ({_named(names)}). {own}: put the line "
+        f"{image_set.id}: {lack} left out ({_named(names)}). {remedy}: put the line "
         f'"instance_prompt": "what they show", into the entry {json.dumps(image_set.id)} of the dataset file.'
     ]
 
 
-def _named(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+def _named(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
 
 
 def _notices(
-    image_set: ImageSet, samples: Sequence[Sample], entries: dict[str, IndexEntry | Rejected], found: FoundFiles
+    image_set: ImageSet, samples: Sequence[Sample], entries: dict[str, IndexEntry | Rejected], folder_files: FoundFiles
 ) -> tuple[str, ...]:
     notices = []
 
     def add(names: Sequence[str], text: str) -> None:
         if names:
-            notices.append(f"{image_set.id}: {len(names)} of {len(samples)} pictures {text} ({_named(names)}).")
+            notices.append(f"{image_set.id}: {len(names)} of {len(samples)} images {text} ({_named(names)}).")
 
     def remarks_of(sample: Sample) -> tuple[Remark, ...]:
         entry = entries[sample.name]
         return entry.remarks if isinstance(entry, IndexEntry) else ()
 
     remarks: tuple[tuple[Remark, str], ...] = (
-        ("transparent", "have transparency, which is laid on white"),
+        ("transparent", "have transparency, which is composited on white"),
         ("animated", "have more than one frame; the first is used"),
-        ("odd profile", "have a color profile that cannot be used; they are taken for sRGB"),
+        ("odd profile", "have a color profile that cannot be used; they are read as sRGB"),
     )
     for remark, text in remarks:
         if not (remark == "transparent" and image_set.mask_source == "alpha"):
@@ -365,17 +371,17 @@ def _notices(
         factor = float(enlarged[by_factor[0]])
         add(by_factor, f"are enlarged to reach `resolution`, by up to ×{factor:.2f}")
 
-    idle = [s.name for s in samples if downsample_is_idle((s.width, s.height), s.geometry, image_set)]
-    if idle:
+    unaffected = [s.name for s in samples if downsample_is_idle((s.width, s.height), s.geometry, image_set)]
+    if unaffected:
         key = "target_downsample_size" if image_set.maximum_image_size is None else "maximum_image_size"
         limit = image_set.target_downsample_size or image_set.maximum_image_size or 0
         size = describe(limit, image_set.resolution_type)
-        add(idle, f"are above {key}, which changes nothing: {size} would not cover what is trained of them")
+        add(unaffected, f"are above {key}, which has no effect: {size} would not cover their training size")
 
     if image_set.caption_shuffle is not None and image_set.caption_shuffle.enable:
         count = len({caption for sample in samples for caption in sample.captions})
         notices.append(
-            f"{image_set.id}: with caption_shuffle, {len(samples)} pictures have {count} different captions, each of "
+            f"{image_set.id}: with caption_shuffle, {len(samples)} images have {count} different captions, each of "
             "which is encoded and cached."
         )
 
@@ -385,12 +391,14 @@ def _notices(
             uncaptioned,
             f"have no caption of their own and use instance_prompt, {image_set.instance_prompt!r}",
         )
-        if found.unused_captions:
-            count = len(found.unused_captions)
-            named = _named(found.unused_captions)
-            notices.append(f"{image_set.id}: {count} .caption files are not read, for the .txt beside them ({named}).")
-        orphans = sorted(set(found.captions) - {caption_key(name) for name in found.pictures})
+        if folder_files.unused_captions:
+            count = len(folder_files.unused_captions)
+            named = _named(folder_files.unused_captions)
+            notices.append(
+                f"{image_set.id}: {count} .caption files are not read, since .txt files replace them ({named})."
+            )
+        orphans = sorted(set(folder_files.captions) - {caption_key(name) for name in folder_files.pictures})
         if orphans:
-            files = [found.captions[key] for key in orphans]
-            notices.append(f"{image_set.id}: {len(files)} caption files have no picture ({_named(files)}).")
+            files = [folder_files.captions[key] for key in orphans]
+            notices.append(f"{image_set.id}: {len(files)} caption files have no image ({_named(files)}).")
     return tuple(notices)

@@ -1,4 +1,4 @@
-"""Work on the files of a folder of images: one process at a time, and never outside of the folder."""
+"""Safe changes to the files of an image folder: one process at a time, and never outside the folder."""
 
 import contextlib
 import fcntl
@@ -15,30 +15,30 @@ LOCK = "lock"
 
 
 def listed_images(folder: Path) -> ImageFolder:
-    """As `list_images`.
+    """List the images and captions of `folder`, as `list_images` does.
 
     Raises:
-        DataError: it is no folder, or cannot be read.
+        DataError: it is not a folder, or cannot be read.
     """
     with file_errors_reported(folder, DataError, doing="list"):
         return list_images(folder)
 
 
 def check_names(folder: Path, listed: ImageFolder, names: Sequence[str]) -> None:
-    """Raise a DataError if one of `names` is no image of the folder."""
+    """Raise a DataError if one of `names` is not an image of the folder."""
     unknown = [name for name in names if name not in listed.images]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise DataError.of(
-            f"{unknown[0]}{more}: no such image in {folder}", "paths of images relative to the folder, a line each"
+            f"{unknown[0]}{more}: no such image in {folder}", "paths of images relative to the folder, one per line"
         )
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of `name`, a link at its end not followed.
+    """The path of `name` in `folder`. If the file itself is a link, it is not followed.
 
     Raises:
-        Rejected: a link on the way to it leads out of the folder.
+        Rejected: a link in its parent folders leads out of `folder`.
     """
     path = folder / name
     if "/" in name and not path.parent.resolve().is_relative_to(folder.resolve()):
@@ -48,21 +48,21 @@ def inside(folder: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def own_folder(folder: Path) -> Iterator[Path]:
-    """Our hidden folder inside `folder`, made where it is missing; held until the end, so that others wait.
+    """Lock and return our hidden folder inside `folder`, which is made if missing. Other processes wait for the lock.
 
     Raises:
-        DataError: a link or a file is in its place.
+        DataError: a link or a file has its name.
         DiskError: it cannot be made.
     """
-    own = folder / OWN_FOLDER
-    with file_errors_reported(own):
-        if own.is_symlink():
-            raise DataError.of(f"{own} is a link", "a folder", "Move it away.")
-        own.mkdir(exist_ok=True)
-        handle = os.open(own / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    hidden = folder / OWN_FOLDER
+    with file_errors_reported(hidden):
+        if hidden.is_symlink():
+            raise DataError.of(f"{hidden} is a link", "a folder", "Move it away.")
+        hidden.mkdir(exist_ok=True)
+        handle = os.open(hidden / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield own
+        yield hidden
     finally:
         os.close(handle)

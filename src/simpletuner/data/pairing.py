@@ -1,4 +1,4 @@
-"""Which files of a conditioning set belong to an image: those of the same path without suffix."""
+"""Pair an image with its files of a conditioning set: the files with the same path without suffix."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from simpletuner.base.imagefiles import caption_key, find_partners
 from simpletuner.base.storage import Storage
 from simpletuner.config.datasets import ConditioningSet
 from simpletuner.data.discover import discover
-from simpletuner.data.geometry import has_aspect_of, place_reference
+from simpletuner.data.geometry import has_aspect_of, reference_geometry
 from simpletuner.data.index import IndexEntry, read_pictures
 from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Crop
@@ -17,54 +17,54 @@ from simpletuner.data.storages import image_storage, latent_storage
 
 @dataclass(frozen=True)
 class Pairing:
-    """The files of a conditioning set, by the images that they belong to."""
+    """The files of a conditioning set, by the images to which they belong."""
 
     conditioning_set: ConditioningSet
     files: Storage
     entries: dict[str, IndexEntry | Rejected]
-    """What is known of each of its files, by name."""
+    """The facts or the rejection of each file, by name."""
     partners: dict[str, list[tuple[int, str]]]
-    """Numbers and names of partners, sorted, by the key of their image."""
+    """Numbers and names of the partners, sorted, by the `caption_key` of their image."""
 
     @property
     def unpaired(self) -> list[str]:
-        """Files that belong to no image, sorted."""
+        """Names of the files that belong to no image, sorted."""
         paired = {name for partners in self.partners.values() for _, name in partners}
         return sorted(self.entries.keys() - paired)
 
     def crops(self, image: Crop, seed: int) -> list[Crop]:
-        """The crops of the partners of `image`, in the order of their numbers; none where it has no partner.
+        """The crops of the partners of `image`, in the order of their numbers; empty if it has no partner.
 
         Raises:
             Rejected: a partner cannot be used, or two files have the same number.
         """
         partners = self.partners.get(caption_key(image.name), [])
-        own = self.conditioning_set.id
+        dataset = self.conditioning_set.id
         for (number, name), (next_number, next_name) in pairwise(partners):
             if number == next_number:
-                raise Rejected("more than one partner", f"{own} has {name} and {next_name}: keep one of them")
+                raise Rejected("more than one partner", f"{dataset} has {name} and {next_name}: keep one of them")
         crops = []
         for _, name in partners:
             try:
                 crops.append(self._crop(name, image, seed))
             except Rejected as rejected:
-                raise Rejected(f"{own}: {rejected.reason}", f"{name}: {rejected.detail}") from rejected
+                raise Rejected(f"{dataset}: {rejected.reason}", f"{name}: {rejected.detail}") from rejected
         return crops
 
     def _crop(self, name: str, image: Crop, seed: int) -> Crop:
-        own, entry = self.conditioning_set, self.entries[name]
+        dataset, entry = self.conditioning_set, self.entries[name]
         if isinstance(entry, Rejected):
             raise entry
         size = (entry.width, entry.height)
-        if own.conditioning_type == "reference_loose":
-            geometry = place_reference(size, own, seed=seed, content=entry.content)
+        if dataset.conditioning_type == "reference_loose":
+            geometry = reference_geometry(size, dataset, seed=seed, content=entry.content)
         elif has_aspect_of(size, (image.width, image.height)):
-            # Resized to the same size and cropped at the same place, both show the same part.
+            # With the same resize and crop, both contain the same part.
             geometry = image.geometry
         else:
             shapes = f"{size[0]}x{size[1]}, its image is {image.width}x{image.height}"
             raise Rejected("another aspect than its image", f"{shapes}; make them of one shape")
-        return Crop(own.id, self.files, name, entry.content, *size, geometry)
+        return Crop(dataset.id, self.files, name, entry.content, *size, geometry)
 
 
 def pair(
@@ -74,14 +74,14 @@ def pair(
     workers: int,
     report: Callable[[int, int], None],
 ) -> Pairing:
-    """Look at the files of `conditioning_set`, and pair them with the images `names` as `find_partners` does. Masks are
-    not numbered.
+    """Scan the files of `conditioning_set`, and pair them with the images `names` by `find_partners`. Masks have no
+    numbers.
 
     Raises:
         DataError: no such folder.
     """
     files = image_storage(conditioning_set)
-    found = discover(files)
-    entries = read_pictures(found.pictures, files, latent_storage(conditioning_set), workers=workers, report=report)
+    listed = discover(files)
+    entries = read_pictures(listed.pictures, files, latent_storage(conditioning_set), workers=workers, report=report)
     partners = find_partners(names, entries, is_numbered=conditioning_set.is_reference)
     return Pairing(conditioning_set, files, entries, partners)

@@ -1,4 +1,4 @@
-"""From a file to upright sRGB pixels, and to the one resample and crop that are trained."""
+"""Decode image files to upright sRGB pixels, and render their training crops with one resample."""
 
 import contextlib
 import functools
@@ -19,23 +19,23 @@ from jaxtyping import UInt8
 from PIL import Image, ImageChops, ImageCms, ImageFile, UnidentifiedImageError
 
 from simpletuner.data.geometry import Geometry
-from simpletuner.data.png import MOST_INFLATED, SIGNATURE, split_profile
+from simpletuner.data.png import MAX_INFLATION, SIGNATURE, split_profile
 from simpletuner.data.rejected import OUT_OF_MEMORY, Rejected
 
 PIXELS_VERSION = 1
-"""Raised when the same file would give other pixels, so that cached latents are made again."""
+"""Increase it when the same file would give other pixels, so that cached latents are made again."""
 
 PIXEL_LIMIT = 180_000_000
-"""Larger pictures are rejected: decoded and converted, each would take gigabytes."""
+"""Images with more pixels are rejected: decoded and converted, each would take gigabytes."""
 
 LARGE_PIXELS = 48_000_000
-"""Pictures above this are decoded one at a time, whatever the number of workers."""
+"""Images with more pixels are decoded one at a time, regardless of the number of workers."""
 
 FILE_LIMIT = 8 * PIXEL_LIMIT
-"""Larger files are rejected unread: `PIXEL_LIMIT` pixels of four 16-bit samples take no more bytes."""
+"""In bytes. Larger files are rejected unread: `PIXEL_LIMIT` pixels of four 16-bit samples do not take more."""
 
 LARGE_FILE = 4 * LARGE_PIXELS
-"""Files above this are read one at a time, too."""
+"""In bytes. Larger files are read one at a time, too."""
 
 FORMATS = (
     "JPEG",
@@ -53,7 +53,7 @@ FORMATS = (
     "HEIF",
     "JXL",
 )
-"""What Pillow may take a file for. Without a list, a PostScript file named .jpg would run Ghostscript."""
+"""Formats that Pillow may open. Without a list, a PostScript file named .jpg would run Ghostscript."""
 
 PLUGINS = {
     ".heic": ("pillow_heif", "pillow-heif"),
@@ -61,14 +61,14 @@ PLUGINS = {
     ".hif": ("pillow_heif", "pillow-heif"),
     ".jxl": ("pillow_jxl", "pillow-jxl-plugin"),
 }
-"""Suffixes that Pillow reads with a plug-in only: its module, and what to install."""
+"""Suffixes that Pillow reads only with a plug-in: its module, and the package to install."""
 
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
     RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
-"""What Pillow's decoders raise on damaged files, by reading their sources; it has no common class for them. Only calls
-of Pillow stand below an `except` of these: the same from our own code is a bug."""
+"""Exceptions that Pillow's decoders raise on damaged files, collected from their sources; they have no common class.
+Catch them only around calls of Pillow: in our own code the same exceptions are bugs."""
 
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -79,22 +79,21 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation → what makes the picture upright."""
+"""EXIF orientation → the transposition that makes the image upright."""
 
 ORIENTATION_TAG = 0x0112
 
 PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""Color space of an ICC profile → the mode of the pixels it describes."""
+"""Color space of an ICC profile → Pillow's mode of the pixels that it describes."""
 
 Remark = Literal["transparent", "animated", "odd profile"]
 
 MaskKind = Literal["mask", "segmentation", "alpha"]
-"""Where a mask's weights are: in the gray levels of a file, in which of them are above 0, or in an image's alpha."""
+"""Source of a mask's weights: the gray levels of a file, whether a level is above 0, or an image's alpha channel."""
 
-# The limit above is checked by us, with a reason for each file; Pillow would warn from a worker thread, or
-# raise.
+# We check `PIXEL_LIMIT` ourselves, with a reason for each file; Pillow would warn from a worker thread, or raise.
 Image.MAX_IMAGE_PIXELS = None
-# Odd metadata beside sound pixels (a corrupt EXIF block, say) is no concern of training.
+# Training does not need metadata: ignore warnings about, for example, a corrupt EXIF block beside sound pixels.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 _one_large_picture = threading.RLock()
@@ -102,21 +101,21 @@ _srgb = ImageCms.createProfile("sRGB")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What one full decode of a picture tells."""
+class ImageFacts:
+    """Facts about an image that one full decode yields."""
 
     width: int
     """Pixels, upright."""
     height: int
     remarks: tuple[Remark, ...]
-    """What `upright_rgb` does to it beyond decoding that a person may want to know."""
+    """Properties for which `upright_rgb` changes the image beyond decoding, for notices to the user."""
 
 
 def require_plugin(name: str) -> None:
-    """Load the plug-in that a picture with this suffix needs, if any.
+    """Load the plug-in that an image with this suffix needs, if any.
 
     Raises:
-        Rejected: it is not installed, with the command that installs it.
+        Rejected: the plug-in is not installed; the message has the command that installs it.
     """
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in PLUGINS and not _plugin_is_loaded(PLUGINS[suffix][0]):
@@ -134,18 +133,18 @@ def _plugin_is_loaded(module: str) -> bool:
 
 
 def one_at_a_time(size: int) -> contextlib.AbstractContextManager[object]:
-    """Held while a file of `size` bytes is in memory: large ones wait for each other, so memory stays bounded."""
+    """Lock to hold while a file of `size` bytes is in memory: large files wait for each other, which bounds memory."""
     return _one_large_picture if size > LARGE_FILE else contextlib.nullcontext()
 
 
 def check_size(size: int) -> None:
-    """Raise Rejected if a file of `size` bytes is too large to be read."""
+    """Raise Rejected if a file of `size` bytes exceeds `FILE_LIMIT`."""
     if size > FILE_LIMIT:
         raise Rejected("too large", f"{size / 1e9:.1f} GB; the limit is {FILE_LIMIT / 1e9:.1f} GB; shrink it")
 
 
-def inspect(data: bytes) -> Facts:
-    """Decode the picture once, in full, so that damage is found before training.
+def inspect(data: bytes) -> ImageFacts:
+    """Decode an image once in full, so that damage is detected before training.
 
     Raises:
         Rejected: "empty file", "not an image", "truncated", "damaged", "too large", "unknown sample format" or
@@ -153,38 +152,39 @@ def inspect(data: bytes) -> Facts:
     """
     with _opened(data) as image:
         width, height = image.size
-        shown = _appearance(image)
-        if shown.orientation >= 5:
+        appearance = _appearance(image)
+        if appearance.orientation >= 5:
             width, height = height, width
         remarks: list[Remark] = []
-        if shown.alpha is not None and shown.alpha.getextrema()[0] != 255:
+        if appearance.alpha is not None and appearance.alpha.getextrema()[0] != 255:
             remarks.append("transparent")
-        if shown.profile == "odd":
+        if appearance.profile == "odd":
             remarks.append("odd profile")
         if _is_animated(image):
             remarks.append("animated")
-        return Facts(width, height, tuple(remarks))
+        return ImageFacts(width, height, tuple(remarks))
 
 
 def render(data: bytes, geometry: Geometry, *, is_flattened: bool = True) -> UInt8[np.ndarray, "h w 3"]:
-    """The pixels that are trained: upright sRGB, one Lanczos resample from the original, one crop.
+    """Render the training pixels of an image: upright sRGB, one Lanczos resample from the original, one crop.
 
     Args:
-        is_flattened: lay transparency on white; otherwise the colors are those below the alpha channel.
+        is_flattened: composite transparency on white; otherwise use the stored colors and ignore the alpha channel.
 
     Raises:
         Rejected: as `inspect`.
     """
     with _opened(data) as image:
-        picture = upright_rgb(image, is_flattened=is_flattened).resize(geometry.resize, Image.Resampling.LANCZOS)
-    return np.array(picture.crop(geometry.box))
+        upright = upright_rgb(image, is_flattened=is_flattened).resize(geometry.resize, Image.Resampling.LANCZOS)
+    return np.array(upright.crop(geometry.box))
 
 
 def render_mask(data: bytes, geometry: Geometry, kind: MaskKind) -> UInt8[np.ndarray, "h w"]:
-    """The gray levels of a mask in the crop of its image, upright: 0 takes no part in the loss, 255 counts in full.
+    """Render the gray levels of a mask, upright, with the crop of its image: loss weight 0 at level 0 and 1 at 255.
 
-    Levels are taken as stored, whatever the color profile; what is transparent in a mask file is black, and an image
-    without alpha is white. The resample is bilinear: Lanczos overshoots at edges, so black would not stay 0.
+    Levels are used as stored; color profiles are ignored. Transparent parts of a mask file are black, and with `alpha`
+    an image without alpha channel is white. The resample is bilinear: Lanczos overshoots at edges, so black would not
+    stay 0.
 
     Raises:
         Rejected: as `inspect`.
@@ -201,10 +201,10 @@ def _mask_levels(image: ImageFile.ImageFile, kind: MaskKind) -> Image.Image:
     color, alpha = _color_and_alpha(image)
     if kind == "alpha":
         return Image.new("L", color.size, 255) if alpha is None else alpha
-    rgb = color.convert("RGB")  # Pillow has no way from CMYK to gray
+    rgb = color.convert("RGB")  # Pillow cannot convert CMYK to gray
     if kind == "mask":
         return rgb.convert("L") if alpha is None else ImageChops.multiply(rgb.convert("L"), alpha)
-    # The samples of the file: level 1 of 16 bits is above 0, and would be 0 in 8; so would a dark blue in gray.
+    # Test the file's own samples: level 1 of 16 bits would become 0 in 8 bits, as would a dark blue in gray.
     is_deep = image.mode.startswith("I")
     is_marked = np.asarray(image) > 0 if is_deep else np.asarray(rgb).any(axis=2)
     if alpha is not None:
@@ -213,7 +213,7 @@ def _mask_levels(image: ImageFile.ImageFile, kind: MaskKind) -> Image.Image:
 
 
 def small_image(data: bytes, side: int) -> Image.Image:
-    """The whole picture as a square of `side` pixels, upright in sRGB: to compare it with others.
+    """The whole image as a square of `side` pixels, upright in sRGB, for comparison with other images.
 
     Raises:
         Rejected: as `inspect`.
@@ -223,33 +223,33 @@ def small_image(data: bytes, side: int) -> Image.Image:
 
 
 def upright_rgb(image: ImageFile.ImageFile, *, is_flattened: bool = True) -> Image.Image:
-    """A loaded picture as RGB in sRGB, turned upright by its EXIF orientation.
+    """Convert a loaded image to RGB in sRGB, turned upright by its EXIF orientation.
 
-    An ICC profile is honored (phones shoot Display P3); one that does not fit the pixels is passed over, and
-    without one the numbers are taken for sRGB. 16-bit samples are scaled, CMYK is converted, transparency is
-    laid on white (passed over unless `is_flattened`), and of an animation the first frame counts.
+    An ICC profile is applied (phones use Display P3); a profile that does not match the pixels is ignored, and without
+    a profile the values are read as sRGB. 16-bit samples are scaled, CMYK is converted, transparency is composited on
+    white (ignored unless `is_flattened`), and only the first frame of an animation is used.
 
     Raises:
-        Rejected: samples without an agreed white.
+        Rejected: a sample format without a defined white.
     """
-    shown = _appearance(image)
-    color, use = shown.color, shown.profile
-    if isinstance(use, ImageCms.ImageCmsTransform):
-        in_profile_mode = color if color.mode == use.input_mode else color.convert(use.input_mode)
-        rgb = ImageCms.applyTransform(in_profile_mode, use)
+    appearance = _appearance(image)
+    color, profile = appearance.color, appearance.profile
+    if isinstance(profile, ImageCms.ImageCmsTransform):
+        in_profile_mode = color if color.mode == profile.input_mode else color.convert(profile.input_mode)
+        rgb = ImageCms.applyTransform(in_profile_mode, profile)
         if rgb is None:
-            raise TypeError("a transform that is not in place returns a picture")
+            raise TypeError("a transform that is not in place returns an image")
     else:
         rgb = color if color.mode == "RGB" else color.convert("RGB")
-    if shown.alpha is not None and is_flattened:
-        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), shown.alpha)
-    return rgb.transpose(TRANSPOSITIONS[shown.orientation]) if shown.orientation in TRANSPOSITIONS else rgb
+    if appearance.alpha is not None and is_flattened:
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), appearance.alpha)
+    return rgb.transpose(TRANSPOSITIONS[appearance.orientation]) if appearance.orientation in TRANSPOSITIONS else rgb
 
 
 @contextlib.contextmanager
 def _opened(data: bytes, draft_px: int | None = None) -> Iterator[ImageFile.ImageFile]:
-    """The first frame of a picture, decoded. Large ones wait for each other, so memory stays bounded. With `draft_px`
-    a JPEG may be decoded smaller, with sides that are not below it."""
+    """Open an image and decode its first frame. Large images wait for each other, which bounds memory. With `draft_px`,
+    a JPEG may be decoded at a smaller size whose sides are at least `draft_px`."""
     if not data:
         raise Rejected("empty file", "0 bytes")
     Image.init()
@@ -257,9 +257,9 @@ def _opened(data: bytes, draft_px: int | None = None) -> Iterator[ImageFile.Imag
     try:
         image = _open(pixel_data)
     except UnidentifiedImageError as error:
-        raise Rejected("not an image", "no picture format that is read here") from error
+        raise Rejected("not an image", "no supported image format") from error
     except MemoryError as error:
-        raise Rejected(OUT_OF_MEMORY, "its header asks for more than there is") from error
+        raise Rejected(OUT_OF_MEMORY, "its header asks for more memory than is available") from error
     except DECODE_ERRORS as error:
         raise _damage(error) from error
     with image:
@@ -269,7 +269,7 @@ def _opened(data: bytes, draft_px: int | None = None) -> Iterator[ImageFile.Imag
         if pixels > PIXEL_LIMIT:
             limit = f"the limit is {PIXEL_LIMIT // 1_000_000} megapixels; shrink it"
             raise Rejected("too large", f"{image.width}x{image.height}: {limit}")
-        if image.format == "PNG" and pixels > 8 * MOST_INFLATED * len(data):  # a pixel takes a bit or more
+        if image.format == "PNG" and pixels > 8 * MAX_INFLATION * len(data):  # a pixel takes at least a bit
             raise Rejected("truncated", f"{len(data)} bytes cannot hold {image.width}x{image.height} pixels")
         with _one_large_picture if pixels > LARGE_PIXELS else contextlib.nullcontext():
             try:
@@ -288,7 +288,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     except ValueError as error:
         if "Exif payload" not in str(error):
             raise
-        # libavif refuses an AVIF for damaged EXIF; it passes over items of a type that it does not know.
+        # libavif rejects an AVIF with damaged EXIF, but ignores items of an unknown type: rename the EXIF item.
         return Image.open(io.BytesIO(data.replace(b"Exif", b"skip")), formats=formats)
 
 
@@ -306,13 +306,13 @@ def _damage(error: Exception) -> Rejected:
 
 @dataclass(frozen=True)
 class _Appearance:
-    """A decoded picture, and what its metadata says about showing it: one judgment for planning and rendering."""
+    """A decoded image with its evaluated metadata; scanning and rendering share this evaluation."""
 
     color: Image.Image
-    """In 8 bits, as L, RGB or CMYK."""
+    """8 bits per sample, as L, RGB or CMYK."""
     alpha: Image.Image | None
     profile: "ImageCms.ImageCmsTransform | Literal['none', 'odd']"
-    """How the colors come to sRGB: by a transform, as they are, or as they are because the profile is no use."""
+    """Conversion of the colors to sRGB: a transform, or none because there is no profile or an unusable one (`odd`)."""
     orientation: int
     """1…8; 1 is upright."""
 
@@ -320,14 +320,14 @@ class _Appearance:
 def _appearance(image: ImageFile.ImageFile) -> _Appearance:
     color, alpha = _color_and_alpha(image)
     profile = image.info.get("icc_profile")
-    use: ImageCms.ImageCmsTransform | Literal["none", "odd"]
-    use = _profile_use_of(profile, color.mode) if profile else "none"
-    return _Appearance(color, alpha, use, _orientation(image))
+    conversion: ImageCms.ImageCmsTransform | Literal["none", "odd"]
+    conversion = _profile_use_of(profile, color.mode) if profile else "none"
+    return _Appearance(color, alpha, conversion, _orientation(image))
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    """1…8; 1, upright, where nothing else that has a meaning is said. Read after decoding: Pillow turns a TIFF by
-    itself."""
+    """The EXIF orientation, 1…8; 1 (upright) if it is missing or invalid. Call it after decoding, since Pillow turns a
+    TIFF itself."""
     try:
         orientation = int(image.getexif().get(ORIENTATION_TAG, 1))
     except (MemoryError, *DECODE_ERRORS):  # metadata, not pixels
@@ -336,11 +336,11 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def _color_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The picture in 8 bits as L, RGB or CMYK, and its transparency as L if it can have any."""
+    """The image in 8 bits as L, RGB or CMYK, and its alpha channel as L if it has one."""
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
         samples = np.asarray(image).astype(np.uint32)
-        # `convert` would clip at 255: a 16-bit ramp turns white.
+        # `convert` would clip at 255, so a 16-bit ramp would turn white.
         return Image.fromarray(((samples + 128) // 257).astype(np.uint8)), None
     if mode == "LA":
         return image.getchannel("L"), image.getchannel("A")
@@ -356,12 +356,12 @@ def _color_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | Non
     raise Rejected("unknown sample format", f"Pillow's mode {mode}; save it with 8 or 16 bits as RGB or gray")
 
 
-@functools.lru_cache(maxsize=16)  # a camera's pictures share one profile
+@functools.lru_cache(maxsize=16)  # images of one camera share a profile
 def _profile_use_of(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | Literal["none", "odd"]:
     try:
         parsed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if ImageCms.getProfileDescription(parsed).startswith("sRGB"):
-            return "none"  # exactly as stored, rather than off by one after a round trip
+            return "none"  # the stored values: a conversion and back could be off by one
         described = PROFILE_MODES.get(parsed.profile.xcolor_space.strip())
         if described is None or mode not in (described, {"RGB": "L"}.get(described)):
             return "odd"
@@ -378,7 +378,7 @@ def _profile_use_of(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | L
 
 
 def _is_animated(image: ImageFile.ImageFile) -> bool:
-    """Whether there is a second frame. Moves to it, so this comes last. (A camera's MPO holds previews.)"""
+    """Whether the image has a second frame. Seeks to that frame, so call it last. (A camera's MPO holds previews.)"""
     if image.format in ("MPO", "JPEG"):
         return False
     try:

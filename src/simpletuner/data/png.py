@@ -1,5 +1,5 @@
-"""The chunks of a PNG: what decides its pixels is kept, other metadata is left out before a decoder may stumble on
-it."""
+"""Strip a PNG's metadata before decoding: keep the chunks that decide pixels, so that other chunks cannot fail a
+decoder."""
 
 import zlib
 
@@ -7,17 +7,17 @@ from PIL import PngImagePlugin
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-MOST_INFLATED = 1032
-"""Deflate makes at most so many bytes of one."""
+MAX_INFLATION = 1032
+"""Maximum ratio of inflated to compressed bytes of Deflate."""
 
 TEXT_LIMIT = 16 * 1024**2
-"""Bytes of inflated text that may say how a picture is turned."""
+"""Maximum number of inflated bytes of text chunks with an orientation."""
 
 PROFILE_LIMIT = 16 * 1024**2
-"""Bytes of an inflated color profile; printers' profiles take a few megabytes."""
+"""Maximum number of inflated bytes of a color profile; printers' profiles take a few megabytes."""
 
 DAMAGED_PROFILE = b"damaged"
-"""In place of a profile that cannot be read: no color management takes it for one."""
+"""Stands for a profile that cannot be read; color management rejects it."""
 
 PIXEL_CHUNKS = (b"tRNS", b"acTL", b"fcTL", b"fdAT")
 """Ancillary chunks that decide pixels: transparency and frames."""
@@ -25,26 +25,25 @@ PIXEL_CHUNKS = (b"tRNS", b"acTL", b"fcTL", b"fdAT")
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 
 ORIENTATION_KEYWORDS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
-"""Text in which Pillow looks for an orientation."""
+"""Keywords of the text chunks in which Pillow looks for an orientation."""
 
-# Pillow refuses a file for text beyond its own limit of 1 MiB.
+# Pillow rejects a file whose text exceeds Pillow's own limit of 1 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = TEXT_LIMIT
 
 
 def split_profile(data: bytes) -> tuple[bytes, bytes | None]:
-    """A PNG without the metadata that has no part in its pixels, and its ICC profile.
+    """Return a PNG without the metadata that does not affect its pixels, and its ICC profile.
 
-    Text (workflows of ComfyUI have megabytes), times, previews and private chunks go, whatever is wrong with them. What
-    says how the picture is turned stays, unless it is damaged. The profile is `DAMAGED_PROFILE` where it cannot be
-    inflated.
+    Text (ComfyUI workflows take megabytes), times, previews and private chunks are removed, damaged or not. Chunks with
+    the orientation are kept unless they are damaged. The profile is `DAMAGED_PROFILE` if it cannot be inflated.
     """
-    kept: list[bytes] = []
+    pieces: list[bytes] = []
     profile: bytes | None = None
-    copied, at, text_left = 0, len(SIGNATURE), TEXT_LIMIT
-    is_checked = True  # Pillow compares no checksums behind the pixels
-    while at + 12 <= len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4])
-        kind, body = data[at + 4 : at + 8], memoryview(data)[at + 8 : end - 4]
+    copied, position, text_left = 0, len(SIGNATURE), TEXT_LIMIT
+    is_checked = True  # Pillow does not verify checksums after the pixels
+    while position + 12 <= len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4])
+        kind, body = data[position + 4 : position + 8], memoryview(data)[position + 8 : end - 4]
         if end > len(data) or not kind.isalpha():
             break
         is_checked = is_checked and kind != b"IDAT"
@@ -59,10 +58,10 @@ def split_profile(data: bytes) -> tuple[bytes, bytes | None]:
             else:
                 is_kept = is_sound and kind == b"eXIf"
         if not is_kept:
-            kept.append(data[copied:at])
+            pieces.append(data[copied:position])
             copied = end
-        at = end
-    return (b"".join((*kept, data[copied:])) if kept else data), profile
+        position = end
+    return (b"".join((*pieces, data[copied:])) if pieces else data), profile
 
 
 def _profile(body: bytes) -> bytes:
@@ -74,13 +73,13 @@ def _profile(body: bytes) -> bytes:
     return profile if len(profile) <= PROFILE_LIMIT else DAMAGED_PROFILE
 
 
-def _text_size(kind: bytes, body: bytes, most: int) -> int:
-    """Bytes of a text once it is inflated; more than `most` where it has more."""
+def _text_size(kind: bytes, body: bytes, limit: int) -> int:
+    """Number of bytes of an inflated text; some number above `limit` if it is longer."""
     text = body.partition(b"\0")[2]
     if kind == b"tEXt" or (kind == b"iTXt" and text[:1] == b"\0"):
         return len(text)
     compressed = text[1:] if kind == b"zTXt" else text[2:].partition(b"\0")[2].partition(b"\0")[2]
     try:
-        return len(zlib.decompressobj().decompress(compressed, most + 1))
+        return len(zlib.decompressobj().decompress(compressed, limit + 1))
     except zlib.error:
         return len(compressed)

@@ -1,4 +1,4 @@
-"""The prompts whose predictions `preservation` holds at the base model's."""
+"""Preservation prompts: the prompts whose predictions `preservation` holds at the base model's."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from simpletuner.config.options.preservation import PreservationOptions, replace
 from simpletuner.data.manifest import Manifest
 
 BLANK = ""
-"""The empty prompt, which a caption that is dropped is replaced by as well."""
+"""The empty prompt, which also replaces a dropped caption."""
 
 
 @dataclass(frozen=True)
 class PreservedPrompts:
-    """From a caption to the prompt that is preserved beside it."""
+    """Maps a caption to its preservation prompt."""
 
     options: PreservationOptions
 
     def of(self, image_set: ImageSet, caption: str) -> str | None:
-        """The prompt; None where the sample takes no part: in a regularization set, whose target is the base model's
-        prediction already, with a caption that is dropped, or with `class` without the trigger.
+        """The preservation prompt for a caption. None if preservation is off, in a regularization dataset (whose target
+        is already the base model's prediction), for a dropped caption, or with `class` if the trigger is missing.
         """
         options = self.options
         if not options.preserves or image_set.is_regularisation_data or caption == BLANK:
@@ -33,15 +33,15 @@ class PreservedPrompts:
         return replaced(caption, options.preservation_trigger, name)
 
     def all_of(self, manifest: Manifest) -> list[str]:
-        """Every prompt that may be preserved beside the samples of a set."""
+        """All preservation prompts of a dataset's samples."""
         captions = [caption for sample in manifest.samples for caption in sample.captions]
         return [prompt for caption in captions if (prompt := self.of(manifest.image_set, caption)) is not None]
 
     def notice(self, manifests: Iterable[Manifest]) -> str | None:
-        """How many captions of the training sets take no part for want of the trigger; None where all take part.
+        """Notice that some captions of the training datasets lack the trigger and take no part; None if all have it.
 
         Raises:
-            DataError: none takes part.
+            DataError: no caption takes part.
         """
         if not self.options.preserves:
             return None
@@ -52,18 +52,18 @@ class PreservedPrompts:
             for sample in manifest.samples
             for caption in sample.captions
         ]
-        without = [caption for caption, takes_part in captions if not takes_part]
-        if not without:
+        excluded = [caption for caption, takes_part in captions if not takes_part]
+        if not excluded:
             return None
         trigger = self.options.preservation_trigger
-        shown = "; ".join(caption[:60] for caption in without[:3]) + ("; …" if len(without) > 3 else "")
-        if len(without) == len(captions):
+        examples = "; ".join(caption[:60] for caption in excluded[:3]) + ("; …" if len(excluded) > 3 else "")
+        if len(excluded) == len(captions):
             raise DataError.of(
-                f"preservation_trigger = {trigger!r} is in none of {len(captions)} captions: {shown}",
+                f"preservation_trigger = {trigger!r} is in none of {len(captions)} captions: {examples}",
                 "a word or words of the captions, in the same case",
                 "Give --preservation_trigger another value, or --preservation=blank.",
             )
         return (
-            f"preservation class: {len(without)} of {len(captions)} captions do not contain {trigger!r} and take no "
-            f"part: {shown}"
+            f"preservation class: {len(excluded)} of {len(captions)} captions do not contain {trigger!r} and take no "
+            f"part: {examples}"
         )

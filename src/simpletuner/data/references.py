@@ -1,4 +1,4 @@
-"""Reference images that are named by their paths: those of prompts, and of `simpletuner sample`."""
+"""Reference images given by their paths: those of validation prompts, and of `simpletuner sample`."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +7,7 @@ from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import sha256_bytes
 from simpletuner.base.storage import LocalStorage
 from simpletuner.config.datasets import ConditioningSet
-from simpletuner.data.geometry import LEAST_REFERENCE_PX, MOST_REFERENCE_ASPECT, aligned_square, place_reference
+from simpletuner.data.geometry import MAX_REFERENCE_ASPECT, MIN_REFERENCE_PX, aligned_square, reference_geometry
 from simpletuner.data.pixels import check_size, inspect, require_plugin
 from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Crop
@@ -20,17 +20,17 @@ _SIZES = ConditioningSet(
     resolution=1024,
     resolution_type="pixel_area",
 )
-"""A reference keeps its shape, and above 1024² pixels it is scaled down to them, as diffusers' pipelines do."""
+"""References keep their shape; above 1024² pixels they are scaled down to 1024², as in diffusers' pipelines."""
 
 LARGEST_REFERENCE = aligned_square(_SIZES)
-"""(width, height) of one that is square and as large as they come."""
+"""(width, height) of the largest square reference."""
 
 
 def reference_crops(paths: Iterable[str]) -> dict[str, Crop]:
-    """The reference images at `paths`, each once, by its path.
+    """Read the reference images at `paths`. Returns their crops by path.
 
     Raises:
-        ConfigError: every file that is no image, or of a size that no reference has.
+        ConfigError: some files are not images, or have an unsupported size; the error lists all of them.
     """
     problems, crops = [], {}
     for path in dict.fromkeys(paths):
@@ -39,7 +39,7 @@ def reference_crops(paths: Iterable[str]) -> dict[str, Crop]:
         except OSError as error:
             problems.append(Problem(f"reference {path} cannot be read ({error.strerror})", "an image"))
         except Rejected as rejected:
-            shape = f"at least {LEAST_REFERENCE_PX} pixels a side and at most {MOST_REFERENCE_ASPECT}:1"
+            shape = f"at least {MIN_REFERENCE_PX} pixels per side and at most {MAX_REFERENCE_ASPECT}:1"
             problems.append(Problem(f"reference {path}: {rejected}", f"an image of {shape}"))
     ConfigError.raise_if(problems)
     return crops
@@ -57,5 +57,5 @@ def _crop(path: Path) -> Crop:
         content=content,
         width=facts.width,
         height=facts.height,
-        geometry=place_reference((facts.width, facts.height), _SIZES, seed=0, content=content),
+        geometry=reference_geometry((facts.width, facts.height), _SIZES, seed=0, content=content),
     )

@@ -1,14 +1,13 @@
-"""The one exception by which a file leaves the set."""
+"""The exception that rejects a file of a dataset."""
 
 OUT_OF_MEMORY = "out of memory"
 UNREADABLE_FILE = "unreadable"
-PASSING = frozenset({OUT_OF_MEMORY, UNREADABLE_FILE})
-"""Reasons that lie with the machine: the same file may be read another time."""
+TRANSIENT = frozenset({OUT_OF_MEMORY, UNREADABLE_FILE})
+"""Reasons that depend on the machine: the same file may be readable later."""
 
 
 class Rejected(Exception):
-    """This file cannot be trained. `reason` is the class it is counted under, `detail` what exactly was
-    found."""
+    """A file cannot be used for training. Rejections are counted by `reason`; `detail` describes the finding."""
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason = reason

@@ -1,5 +1,4 @@
-"""What the other files of this room hand to each other: a picture that is trained, or the reason why it is
-not."""
+"""Records shared by this package: a crop of an image, a training sample, a rejected file."""
 
 from dataclasses import dataclass
 
@@ -9,14 +8,14 @@ from simpletuner.data.geometry import Geometry
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of an image file: with its bytes, everything that decides its pixels."""
+    """A crop of an image file. With the file's bytes, it determines the pixels completely."""
 
     dataset: str
-    """`id` of its set."""
+    """`id` of its dataset."""
     images: Storage
-    """Where the set's files lie."""
+    """Storage of the dataset's files."""
     name: str
-    """Path relative to the set's folder, with forward slashes."""
+    """Path relative to the dataset's folder, with forward slashes."""
     content: str
     """sha256 of the file's bytes."""
     width: int
@@ -26,33 +25,33 @@ class Crop:
 
     @property
     def is_flattened(self) -> bool:
-        """Whether transparency is laid on white; otherwise the pixels are the colors below the alpha channel."""
+        """Whether to composite transparency on white; otherwise the alpha channel is ignored."""
         return True
 
     @property
     def shown(self) -> str:
-        """The file as a person would type it: its path, or its URL."""
+        """The file's path or URL, for messages."""
         return self.images.shown(self.name)
 
-    def read(self, most: int | None = None) -> bytes:
-        """The file's bytes, as they are now, or the first `most` of them.
+    def read(self, limit: int | None = None) -> bytes:
+        """Read the file's present bytes, or only the first `limit` bytes.
 
         Raises:
-            OSError: it is gone, or cannot be read.
+            OSError: it does not exist, or cannot be read.
         """
-        return self.images.read(self.name, 0, most)
+        return self.images.read(self.name, 0, limit)
 
 
 @dataclass(frozen=True)
 class Sample(Crop):
-    """One picture that is trained, with everything that decides its pixels, its prompt and its conditions."""
+    """A training image with everything that decides its pixels, its prompt and its conditions."""
 
     captions: tuple[str, ...]
-    """The exact prompts; one is drawn at each visit."""
+    """The exact prompts; one is drawn each time the image is used."""
     references: tuple[Crop, ...] = ()
     """Reference images, in the order of their positions."""
     mask: Crop | None = None
-    """The weights of the loss; with `mask_source` alpha, the image itself where it is transparent anywhere."""
+    """The mask of loss weights; with `mask_source` alpha, the image itself if any of its pixels is transparent."""
 
     @property
     def is_flattened(self) -> bool:
@@ -61,11 +60,11 @@ class Sample(Crop):
 
 @dataclass(frozen=True)
 class Rejection:
-    """One file that is not trained."""
+    """A file that is not used for training."""
 
     name: str
-    """Path relative to the set's folder, with forward slashes."""
+    """Path relative to the dataset's folder, with forward slashes."""
     reason: str
-    """The class it is counted under: "truncated", "no caption", "below minimum_image_size", …"""
+    """Category by which rejections are counted: "truncated", "no caption", "below minimum_image_size", …"""
     detail: str
-    """What exactly was found, and the remedy where there is one."""
+    """The exact finding, and a remedy if there is one."""

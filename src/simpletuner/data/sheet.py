@@ -1,4 +1,4 @@
-"""Many small pictures with words, on one sheet: the crops of a set, or validation pictures over the steps of a run."""
+"""Contact sheets: thumbnails with captions, such as a dataset's crops or a run's validation images by step."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -10,7 +10,7 @@ LABEL_WIDTH_PX = 200
 TEXT_PX = 15
 LINE_PX = 20
 MAX_LINES = 6
-"""Longer text ends in an ellipsis."""
+"""Longer text is cut and ends in an ellipsis."""
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -25,13 +25,13 @@ def contact_sheet(
     captions: Sequence[Sequence[str]] | None = None,
     cell_px: int = 320,
 ) -> Image.Image:
-    """A table of pictures in RGB, each shrunk so that its longer side is at most `cell_px`; never enlarged.
+    """A table of images in RGB. Images are shrunk to a longer side of at most `cell_px`, never enlarged.
 
     Args:
-        cells: rows of pictures, at most as many in each as there are columns; None draws an empty frame.
-        row_labels: to the left of each row; all "" leaves that column out.
-        column_labels: above each column; all "" leaves that line out.
-        captions: a text below each picture, in the shape of `cells`.
+        cells: rows of images, at most one per column; None draws an empty frame.
+        row_labels: texts to the left of each row; if all are "", there is no such column.
+        column_labels: texts above each column; if all are "", there is no such line.
+        captions: a text below each image, in the shape of `cells`.
     """
     font = ImageFont.load_default(TEXT_PX)
     thumbs = [[None if image is None else _shrunk(image, cell_px) for image in row] for row in cells]
@@ -73,7 +73,7 @@ def contact_sheet(
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    """One picture of several, from left to right, each at the height of the lowest."""
+    """Join images into one, from left to right, all resized to the smallest height."""
     height = min(image.height for image in images)
     thumbs = [image.resize((max(1, image.width * height // image.height), height)) for image in images]
     *lefts, width = accumulate((thumb.width for thumb in thumbs), initial=0)
@@ -83,9 +83,9 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
     return joined
 
 
-def _shrunk(image: Image.Image, most: int) -> Image.Image:
+def _shrunk(image: Image.Image, side_px: int) -> Image.Image:
     thumb = image.convert("RGB")
-    thumb.thumbnail((most, most), Image.Resampling.LANCZOS)
+    thumb.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
     return thumb
 
 
@@ -94,7 +94,7 @@ def _height(lines: Sequence[str]) -> int:
 
 
 def _wrapped(text: str, width_px: int, font: Font) -> list[str]:
-    """`text` in lines of at most `width_px`, broken at spaces where there are any."""
+    """Break `text` into lines of at most `width_px`, at spaces where possible."""
     lines: list[str] = []
     for paragraph in text.splitlines():
         line = ""
@@ -111,12 +111,12 @@ def _wrapped(text: str, width_px: int, font: Font) -> list[str]:
 
 
 def _pieces(paragraph: str, width_px: int, font: Font) -> Iterator[str]:
-    """The words of a paragraph; one that is wider than a line comes in several."""
+    """The words of a paragraph; a word that is wider than a line is split into pieces."""
     for word in paragraph.split():
-        rest = word
-        while len(rest) > 1 and font.getlength(rest) > width_px:
-            # Upwards: a measurement takes as long as its text.
-            fits = next(n for n in range(1, len(rest)) if font.getlength(rest[: n + 1]) > width_px)
-            yield rest[:fits]
-            rest = rest[fits:]
-        yield rest
+        remaining = word
+        while len(remaining) > 1 and font.getlength(remaining) > width_px:
+            # Count upward: measuring a text takes time in proportion to its length.
+            fits = next(n for n in range(1, len(remaining)) if font.getlength(remaining[: n + 1]) > width_px)
+            yield remaining[:fits]
+            remaining = remaining[fits:]
+        yield remaining

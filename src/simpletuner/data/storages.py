@@ -1,4 +1,4 @@
-"""Which storage holds the images of a set, and which ones its caches; memos that spare work at the next start."""
+"""Storages of a dataset's images and caches, and memos that save work at the next start."""
 
 import json
 import re
@@ -14,17 +14,18 @@ from simpletuner.config.datasets import PictureSet, TextStore
 from simpletuner.runs.layout import RunDirectory
 
 LEDGER = "verified.json"
-"""Beside a cache's files: the stamps of those that were read and found sound."""
+"""File beside a cache's files, with the stamps of the files that were verified."""
 
 SCAN_INDEX = "scan-{}.json"
-"""Beside latents: what was learned about the images of a folder, by 16 digits of the hash of its path."""
+"""File beside the latents, with facts about the images of a folder; named by 16 digits of the hash of its path."""
 
 _CACHE_FILE = re.compile(r"scan-[0-9a-f]{16}\.json|[0-9a-f]{64}\.safetensors")
 _SHARD = re.compile(r"[0-9a-f]{2}")
 
 
-def ours(names: Collection[str]) -> str | None:
-    """What a folder that holds these names is to us and not to be trained on: a run, or a cache."""
+def own_folder_kind(names: Collection[str]) -> str | None:
+    """Kind of a folder of ours with these file names, which must not be trained on: a run directory or a cache; else
+    None."""
     run = RunDirectory(Path())
     if run.events.name in names and run.checkpoints.name in names:
         return "a run directory"
@@ -35,12 +36,12 @@ def ours(names: Collection[str]) -> str | None:
 
 
 def image_storage(picture_set: PictureSet) -> Storage:
-    """The storage of a set's images and caption files."""
+    """The storage of a dataset's images and caption files."""
     return storage_of(picture_set.instance_data_dir)
 
 
 def latent_storage(picture_set: PictureSet) -> Storage:
-    """The storage of a set's latents, and of what was learned about its images."""
+    """The storage of a dataset's latents and scan index."""
     return storage_of(picture_set.cache_dir_vae)
 
 
@@ -50,7 +51,7 @@ def text_storage(store: TextStore) -> Storage:
 
 
 def read_memo(storage: Storage, name: str) -> Any:
-    """The JSON value of the file `name`, which spares work and nothing else; None where it cannot be read."""
+    """The JSON value of the memo `name`; None if it cannot be read. A memo only saves work."""
     try:
         return json.loads(storage.read(name))
     except (OSError, ValueError, RecursionError):
@@ -58,8 +59,8 @@ def read_memo(storage: Storage, name: str) -> Any:
 
 
 def write_memo(storage: Storage, name: str, value: Any) -> None:
-    """Keep a JSON value that spares work at the next start. Where it cannot be written (a cache that is shared and may
-    only be read), that work is done again.
+    """Write a JSON value that saves work at the next start. If it cannot be written (for example to a shared read-only
+    cache), the work is repeated.
     """
     with suppress(DiskError):
         storage.write(name, json_bytes(value))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simpletuner.config.datasets import ImageSet
-from simpletuner.data.geometry import Geometry, Size, downsample_is_idle, place
+from simpletuner.data.geometry import Geometry, Size, downsample_is_idle, image_geometry
 from simpletuner.data.rejected import Rejected
 
 QUICKSTART = {
@@ -28,7 +28,7 @@ def image_set(**keys: Any) -> ImageSet:
 
 
 def placed(size: Size, *, seed: int = 42, content: str = "c", **keys: Any) -> Geometry:
-    return place(size, image_set(**keys), seed=seed, content=content)
+    return image_geometry(size, image_set(**keys), seed=seed, content=content)
 
 
 def test_the_quickstarts_set_takes_a_4k_photograph_whole_in_height() -> None:
@@ -48,7 +48,7 @@ def test_the_quickstarts_set_leaves_out_what_is_below_its_minimum(size: Size) ->
 @pytest.mark.parametrize("size", [(3840, 2160), (2160, 3840), (1500, 1000), (1024, 1025)])
 def test_the_quickstarts_maximum_is_idle_and_said_to_be(size: Size) -> None:
     own = image_set(**QUICKSTART)
-    assert downsample_is_idle(size, place(size, own, seed=1, content="c"), own)
+    assert downsample_is_idle(size, image_geometry(size, own, seed=1, content="c"), own)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 from simpletuner.base.errors import DataError
 from simpletuner.base.files import sha256_json
 from simpletuner.config.datasets import ConditioningSet, ImageSet
-from simpletuner.data.geometry import has_aspect_of, place_reference
+from simpletuner.data.geometry import has_aspect_of, reference_geometry
 from simpletuner.data.manifest import Manifest, count_new, scan
 from simpletuner.data.pixels import ORIENTATION_TAG, render
 from simpletuner.data.rejected import Rejected
@@ -207,7 +207,7 @@ def test_a_loose_reference_has_the_size_that_black_forest_labs_give_it(
     tmp_path: Path, size: tuple[int, int], resolution: int, target: tuple[int, int]
 ) -> None:
     own = condition(tmp_path, "style", "reference_loose", resolution=resolution)
-    found = place_reference(size, own, seed=1, content="c")
+    found = reference_geometry(size, own, seed=1, content="c")
     assert found.target == target
     assert all(
         0 <= room - 2 * corner <= 1
@@ -219,15 +219,15 @@ def test_a_loose_reference_has_the_size_that_black_forest_labs_give_it(
 
 def test_a_loose_reference_with_crop_is_cropped_like_an_image_set(tmp_path: Path) -> None:
     own = condition(tmp_path, "style", "reference_loose", crop=True)
-    assert place_reference((50, 40), own, seed=1, content="c").target == (64, 64)
+    assert reference_geometry((50, 40), own, seed=1, content="c").target == (64, 64)
     with pytest.raises(Rejected):
-        place_reference((50, 40), own.model_copy(update={"minimum_image_size": 64.0}), seed=1, content="c")
+        reference_geometry((50, 40), own.model_copy(update={"minimum_image_size": 64.0}), seed=1, content="c")
 
 
 def test_a_reference_too_narrow_for_its_resolution_is_rejected(tmp_path: Path) -> None:
     own = condition(tmp_path, "style", "reference_loose", resolution=32)
     with pytest.raises(Rejected, match="has a side below 16"):
-        place_reference((512, 64), own, seed=1, content="c")
+        reference_geometry((512, 64), own, seed=1, content="c")
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What the encoders made, kept on disk under the hash of everything it depends on."""
+"""Disk caches of the encoders' results. The key is a hash of everything that a result depends on."""

@@ -1,4 +1,4 @@
-"""The cache of latents: each picture's crop, encoded once."""
+"""The cache of latents: the crop of each image, encoded once."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,40 +30,39 @@ StoreOf = Callable[[PictureSet], Store]
 
 
 def latent_key(crop: Crop, encoder: str) -> str:
-    """The cache key of a picture's crop; `encoder` is the fingerprint of the VAE's weights, precision and
-    tiling."""
+    """The cache key of an image's crop. `encoder` is the fingerprint of the VAE's weights, precision and tiling."""
     alpha = {} if crop.is_flattened else {"alpha": "passed over"}
     return crop_key(crop, kind="latent", version=1, encoder=encoder, **alpha)
 
 
 def crop_key(crop: Crop, **facts: str | int) -> str:
-    """A cache key of what is made of a crop: of everything that decides its pixels, and of `facts` besides."""
+    """A cache key of a result computed from a crop: a hash of everything that decides its pixels, and of `facts`."""
     return sha256_json({"pixels": PIXELS_VERSION, "content": crop.content, **vars(crop.geometry), **facts})
 
 
 def read_latent(store: Store, crop: Crop, encoder: str) -> Float[Tensor, "128 h w"]:
-    """The cached latent of a picture.
+    """Read the cached latent of an image.
 
     Raises:
-        DataError: it is not there, or was damaged.
+        DataError: the cache file is missing or damaged.
     """
     return store.read(latent_key(crop, encoder))["latent"]
 
 
 def write_latent(store: Store, crop: Crop, encoder: str, latent: Float[Tensor, "128 h w"]) -> None:
-    """Cache the latent of a picture.
+    """Cache the latent of an image.
 
     Raises:
         DataError: it is not finite.
         DiskError: no space.
     """
     if not torch.isfinite(latent).all():
-        raise DataError.of(f"{crop.shown}: the VAE gave numbers that are not finite")
+        raise DataError.of(f"{crop.shown}: the VAE returned numbers that are not finite")
     store.write(latent_key(crop, encoder), {"latent": latent}, {"kind": "latent", "content": crop.content})
 
 
 def encode_crop(crop: Crop, encode: Encode) -> Float[Tensor, "128 h w"]:
-    """The latent of one picture, fp32 on the CPU.
+    """Encode one image. Returns its latent in fp32 on the CPU.
 
     Raises:
         DataError: the file has changed since `crop` was made.
@@ -72,28 +71,28 @@ def encode_crop(crop: Crop, encode: Encode) -> Float[Tensor, "128 h w"]:
 
 
 def all_batches(manifests: Sequence[Manifest], batch_size: int) -> Iterator[tuple[PictureSet, list[Crop]]]:
-    """Every distinct crop once, in batches of one set and one size: the images of each manifest, then its references.
-    Depends on the manifests only.
+    """Yield every distinct crop once, in batches of one dataset and one size: the images of each manifest, then its
+    references. The batches depend only on the manifests.
 
-    Copies of a picture within a set, and across sets with the same cache folder, have one latent.
+    Copies of an image within a dataset, and across datasets with the same cache folder, have one latent.
     """
-    seen: set[tuple[str, str]] = set()
+    yielded: set[tuple[str, str]] = set()
     for manifest in manifests:
         images = [[manifest.samples[index] for index in members] for members in manifest.buckets.values()]
         for picture_set, buckets in ((manifest.image_set, images), *_reference_buckets(manifest)):
             for members in buckets:
                 distinct = []
                 for crop in members:
-                    place = (picture_set.cache_dir_vae, latent_key(crop, ""))
-                    if place not in seen:
-                        seen.add(place)
+                    folder_and_key = (picture_set.cache_dir_vae, latent_key(crop, ""))
+                    if folder_and_key not in yielded:
+                        yielded.add(folder_and_key)
                         distinct.append(crop)
                 for start in range(0, len(distinct), batch_size):
                     yield picture_set, distinct[start : start + batch_size]
 
 
 def _reference_buckets(manifest: Manifest) -> Iterator[tuple[PictureSet, Iterable[Sequence[Crop]]]]:
-    """The references of a manifest, by their set and, sorted, by the size of their target."""
+    """The references of a manifest by dataset and by target size, sorted."""
     for conditioning_set in manifest.conditions:
         buckets: dict[Size, list[Crop]] = {}
         for sample in manifest.samples:
@@ -115,54 +114,56 @@ def fill_latents(
     report: Callable[[int, int], None],
     world: World,
 ) -> FillReport:
-    """Make every latent that its store lacks. All ranks of `world` call it, with equal manifests, and each encodes a
+    """Encode every latent that the stores lack. All ranks of `world` call it, with equal manifests, and each encodes a
     share of the batches.
 
-    A batch that lacks one is made again whole, so that the bytes are the same after any interruption and with any
-    number of ranks. Rank 0 checks the stores. Threads open and crop the next pictures while a batch is encoded; at
-    most a batch and two pictures a thread are held, by each rank.
+    A batch with a missing latent is encoded again as a whole, so that the bytes are the same after any interruption and
+    with any number of ranks. Rank 0 checks the stores. Threads open and crop the next images while a batch is encoded;
+    each rank holds at most a batch and two images per thread.
 
     Args:
-        load: called only on ranks that have a share; brings the encoder in.
-        batch_size: pictures encoded at once.
-        workers: threads of this rank that prepare pictures.
-        verify: read every file, also those that an earlier check left as they are.
-        report: called with (pictures encoded, pictures to encode), of all ranks: `whole_progress`.
+        load: loads the encoder; called only on ranks that have a share.
+        batch_size: images encoded at once.
+        workers: threads of this rank that prepare images.
+        verify: read every file, also those that an earlier check verified.
+        report: called with (images encoded, images to encode) over all ranks, as estimated by `whole_progress`.
 
     Raises:
-        DataError: a file changed since the scan, or its latent is not finite; it is named.
+        DataError: a file changed since the scan, or its latent is not finite; the message names the file.
         DiskError: no space; nothing is loaded then.
     """
     started = time.monotonic()
     batches = list(all_batches(manifests, batch_size))
 
     def plan() -> tuple[list[int], int, int]:
-        """Indices of the batches to encode, and how many latents are sound and damaged."""
-        for store in {store_of(owner) for owner, _ in batches}:
+        """Indices of the batches to encode, and the numbers of sound and damaged latents."""
+        for store in {store_of(picture_set) for picture_set, _ in batches}:
             store.sweep()
-        wanted = [(store_of(owner), crop) for owner, batch in batches for crop in batch]
-        states = check_all(((store, latent_key(crop, encoder)) for store, crop in wanted), verify=verify)
-        lacking: dict[Store, list[Crop]] = {}
-        for (store, crop), state in zip(wanted, states, strict=True):
+        entries = [(store_of(picture_set), crop) for picture_set, batch in batches for crop in batch]
+        states = check_all(((store, latent_key(crop, encoder)) for store, crop in entries), verify=verify)
+        missing: dict[Store, list[Crop]] = {}
+        for (store, crop), state in zip(entries, states, strict=True):
             if state != "sound":
-                lacking.setdefault(store, []).append(crop)
-        for store, crops in lacking.items():
+                missing.setdefault(store, []).append(crop)
+        for store, crops in missing.items():
             what = f"The latents of {len(crops):,} images"
             store.check_room(sum(map(_latent_bytes, crops)), what, "cache_dir_vae")
-        taken = iter(states)
-        todo = [index for index, (_, batch) in enumerate(batches) if {next(taken) for _ in batch} != {"sound"}]
+        remaining_states = iter(states)
+        todo = [
+            index for index, (_, batch) in enumerate(batches) if {next(remaining_states) for _ in batch} != {"sound"}
+        ]
         return todo, states.count("sound"), states.count("damaged")
 
-    # Whoever looked later would find what others have written meanwhile.
-    todo, found, damaged = world.from_main("the latents to encode", plan)
+    # Only rank 0 checks: a rank that checks later would find files of faster ranks.
+    todo, sound, damaged = world.from_main("the latents to encode", plan)
     total = sum(len(batches[index][1]) for index in todo)
     share = [batches[index] for index in share_of(todo, world)]
     if share:
-        own = sum(len(batch) for _, batch in share)
-        _encode(share, store_of, encoder, load(), workers, whole_progress(report, own, total))
+        share_size = sum(len(batch) for _, batch in share)
+        _encode(share, store_of, encoder, load(), workers, whole_progress(report, share_size, total))
     if todo:
         world.barrier("the end of encoding latents")
-    return FillReport(total, found, damaged, time.monotonic() - started)
+    return FillReport(total, sound, damaged, time.monotonic() - started)
 
 
 def _encode(
@@ -173,18 +174,18 @@ def _encode(
     workers: int,
     report: Callable[[int], None],
 ) -> None:
-    """Encode `batches` and write their latents. `report` is called with how many are encoded."""
+    """Encode `batches` and write their latents. `report` is called with the number of encoded images."""
     encoded = 0
     report(encoded)
-    pictures = map_ahead(
+    pixels = map_ahead(
         pixels_of,
         (crop for _, batch in batches for crop in batch),
         workers=workers,
         ahead=max(len(batch) for _, batch in batches) + 2 * workers,
     )
-    with closing(pictures):
+    with closing(pixels):
         for picture_set, batch in batches:
-            latents = encode(_tensor([next(pictures) for _ in batch]))
+            latents = encode(_tensor([next(pixels) for _ in batch]))
             for crop, latent in zip(batch, latents.float().cpu(), strict=True):
                 write_latent(store_of(picture_set), crop, encoder, latent)
             encoded += len(batch)
@@ -192,18 +193,18 @@ def _encode(
 
 
 def _latent_bytes(crop: Crop) -> int:
-    """Of 128 fp32 numbers for each 16 × 16 pixels."""
+    """Size of a latent: 128 fp32 numbers for each 16 × 16 pixels."""
     width, height = crop.geometry.target
     return (width // 16) * (height // 16) * 128 * 4
 
 
 def pixels_of(crop: Crop) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels of a crop; raises what `rendered_crop` does."""
+    """Render the pixels of a crop. Raises the errors of `rendered_crop`."""
     return rendered_crop(crop, lambda data: render(data, crop.geometry, is_flattened=crop.is_flattened))
 
 
 def rendered_crop(crop: Crop, render_file: Callable[[bytes], np.ndarray]) -> np.ndarray:
-    """What `render_file` makes of the file of `crop`. In a thread, so every error names the file.
+    """Apply `render_file` to the bytes of the file of `crop`. It runs in threads, so every error names the file.
 
     Raises:
         DataError: the file changed since the scan, or does not fit into memory.
@@ -211,22 +212,23 @@ def rendered_crop(crop: Crop, render_file: Callable[[bytes], np.ndarray]) -> np.
     try:
         data = crop.read(FILE_LIMIT)
         if sha256_bytes(data) != crop.content:
-            raise _changed(crop, "it is another file now")
+            raise _changed(crop, "its content is different")
         return render_file(data)
     except OSError as error:
         raise _changed(crop, str(error)) from error
-    except Rejected as rejected:  # of the same bytes: it was decoded once
-        remedy = "Free some memory or shrink the picture, then start again."
+    except Rejected as rejected:  # for lack of memory: the scan decoded the same bytes
+        remedy = "Free some memory or shrink the image, then start again."
         raise DataError.of(f"{crop.shown}: {rejected}", remedy=remedy) from rejected
 
 
 def _changed(crop: Crop, how: str) -> DataError:
     return DataError.of(
-        f"{crop.shown} changed while this was running: {how}", remedy="Leave the set alone and start again."
+        f"{crop.shown} changed while this was running: {how}",
+        remedy="Do not change the dataset during a run; start again.",
     )
 
 
-def _tensor(pictures: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Tensor, "b 3 H W"]:
-    """Pixels in [-1, 1]: 0 is -1 and 255 is 1, exactly."""
-    pixels = rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w")
+def _tensor(arrays: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Tensor, "b 3 H W"]:
+    """Convert bytes to fp32 pixels in [-1, 1]: 0 becomes -1 and 255 becomes 1, exactly."""
+    pixels = rearrange(torch.from_numpy(np.stack(arrays)), "b h w c -> b c h w")
     return pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1

@@ -1,4 +1,4 @@
-"""The cache of masks: the weight of each latent in the loss, made once from the mask's file. No model takes part."""
+"""The cache of masks: the loss weight of each latent, computed once from the mask's file, without a model."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,15 +25,15 @@ from simpletuner.memory.world import World
 
 @dataclass(frozen=True)
 class MaskSource:
-    """How the masks of one set are read, and where their weights are kept."""
+    """How to read the masks of one dataset, and the store of their weights."""
 
     kind: MaskKind
     store: Store
 
     @classmethod
     def all_of(cls, datasets: Datasets) -> dict[str, "MaskSource"]:
-        """By the id of the set that the mask's file lies in: a conditioning set, or with `mask_source` alpha the image
-        set itself.
+        """Mask sources by the id of the dataset that contains the mask files: a conditioning set, or with `mask_source`
+        alpha the image dataset itself.
         """
         sources = {}
         for conditioning_set in datasets.conditioning_sets:
@@ -46,19 +46,19 @@ class MaskSource:
         return sources
 
     def key(self, mask: Crop) -> str:
-        """The cache key of a mask's weights. Options such as `masked_loss_floor` act later, and change no key."""
+        """The cache key of a mask's weights. Options such as `masked_loss_floor` apply later and do not change it."""
         return crop_key(mask, kind="mask", version=1, levels=self.kind)
 
     def read(self, mask: Crop) -> Float[Tensor, "h w"]:
-        """The cached weight of each latent, in [0, 1].
+        """Read the cached weight of each latent, in [0, 1].
 
         Raises:
-            DataError: it is not there, or was damaged.
+            DataError: the cache file is missing or damaged.
         """
         return self.store.read(self.key(mask))["mask"]
 
     def make(self, mask: Crop) -> Float[Tensor, "h w"]:
-        """The same from the mask's file.
+        """Compute the weight of each latent from the mask's file.
 
         Raises:
             DataError: the file changed since the scan, or does not fit into memory.
@@ -67,8 +67,8 @@ class MaskSource:
 
 
 def latent_weights(levels: UInt8[np.ndarray, "H W"]) -> Float[Tensor, "h w"]:
-    """The mean gray level of the 16×16 pixels of each latent, as a part of white. White is 1 and black 0, exactly."""
-    # Sums of 256 bytes are whole numbers that fp32 holds.
+    """The mean gray level of the 16×16 pixels of each latent, where white is 1 and black 0, exactly."""
+    # fp32 represents the sums of 256 bytes exactly.
     sums = reduce(torch.from_numpy(levels).float(), "(h y) (w x) -> h w", "sum", y=ALIGNMENT, x=ALIGNMENT)
     return sums / (255 * ALIGNMENT**2)
 
@@ -82,48 +82,50 @@ def fill_masks(
     report: Callable[[int, int], None],
     world: World,
 ) -> FillReport:
-    """Make the weights of every mask whose store lacks them. All ranks of `world` call it, with equal masks, and each
-    makes a share. A file is decoded once.
+    """Compute the weights of every mask that its store lacks. All ranks of `world` call it, with equal masks, and each
+    computes a share. A file is decoded once.
 
     Args:
         workers: threads of this rank that decode.
-        verify: read every cache file, also those that an earlier check left as they are.
-        report: called with (masks made, masks to make), of all ranks: `whole_progress`.
+        verify: read every cache file, also those that an earlier check verified.
+        report: called with (masks made, masks to make) over all ranks, as estimated by `whole_progress`.
 
     Raises:
-        DataError: a file changed since the scan; it is named.
+        DataError: a file changed since the scan; the message names it.
         DiskError: no space.
     """
     started = time.monotonic()
     distinct = list({(mask.dataset, sources[mask.dataset].key(mask)): mask for mask in masks}.values())
 
     def plan() -> tuple[list[int], int, int]:
-        """Indices of the masks to make, and how many are sound and damaged."""
+        """Indices of the masks to make, and the numbers of sound and damaged ones."""
         for store in {sources[mask.dataset].store for mask in distinct}:
             store.sweep()
-        wanted = [(sources[mask.dataset].store, sources[mask.dataset].key(mask)) for mask in distinct]
-        states = check_all(wanted, verify=verify)
+        entries = [(sources[mask.dataset].store, sources[mask.dataset].key(mask)) for mask in distinct]
+        states = check_all(entries, verify=verify)
         todo = [index for index, state in enumerate(states) if state != "sound"]
         return todo, states.count("sound"), states.count("damaged")
 
-    # Whoever looked later would find what others have written meanwhile.
-    todo, found, damaged = world.from_main("the masks to make", plan)
+    # Only rank 0 checks: a rank that checks later would find files of faster ranks.
+    todo, sound, damaged = world.from_main("the masks to make", plan)
     share = [distinct[index] for index in share_of(todo, world)]
     if share:
         _make(share, sources, workers, whole_progress(report, len(share), len(todo)))
     if todo:
         world.barrier("the end of making masks")
-    return FillReport(len(todo), found, damaged, time.monotonic() - started)
+    return FillReport(len(todo), sound, damaged, time.monotonic() - started)
 
 
 def _make(
     masks: Sequence[Crop], sources: Mapping[str, MaskSource], workers: int, report: Callable[[int], None]
 ) -> None:
-    """Make `masks` and write them. `report` is called with how many are made."""
+    """Compute the weights of `masks` and write them. `report` is called with the number of masks made."""
     report(0)
-    made = map_ahead(lambda mask: sources[mask.dataset].make(mask), masks, workers=workers, ahead=2 * workers)
-    with closing(made):
-        for done, (mask, weights) in enumerate(zip(masks, made, strict=True), start=1):
+    weights_of_masks = map_ahead(
+        lambda mask: sources[mask.dataset].make(mask), masks, workers=workers, ahead=2 * workers
+    )
+    with closing(weights_of_masks):
+        for done, (mask, weights) in enumerate(zip(masks, weights_of_masks, strict=True), start=1):
             source = sources[mask.dataset]
             source.store.write(source.key(mask), {"mask": weights}, {"kind": "mask", "content": mask.content})
             report(done)

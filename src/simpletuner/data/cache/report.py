@@ -1,4 +1,4 @@
-"""How a fill is shared out among ranks, and how it went."""
+"""Division of a cache fill among ranks, and its report."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ B = TypeVar("B")
 
 @dataclass(frozen=True)
 class FillReport:
-    """What a cache held, and what was added to it, by all ranks together."""
+    """Entries found in a cache and entries added to it, over all ranks."""
 
     encoded: int
-    """Entries made now. An incomplete batch is made again whole, so some of them may have been there."""
+    """Entries encoded now. An incomplete batch is encoded again as a whole, so some of them may have existed."""
     found: int
-    """Entries that were there and sound."""
+    """Existing, sound entries."""
     damaged: int
-    """Entries that were there and damaged; they were removed and made again."""
+    """Existing, damaged entries; they were removed and encoded again."""
     seconds: float
 
 
 def share_of(batches: Sequence[B], world: World) -> Sequence[B]:
-    """The batches that this rank encodes: every `world.size`-th. Batches are sorted by length or size, so ranks differ
-    by less than the longest one.
+    """The batches that this rank encodes: every `world.size`-th. Batches are sorted by length or size, so the work of
+    ranks differs by less than the longest batch.
     """
     return batches[world.rank :: world.size]
 
 
-def whole_progress(report: Callable[[int, int], None], own: int, whole: int) -> Callable[[int], None]:
-    """Reports entries that this rank has encoded, of `own`, as a part of `whole`, those of all ranks: the others are
-    about as far, and nobody asks them.
+def whole_progress(report: Callable[[int, int], None], share_size: int, total: int) -> Callable[[int], None]:
+    """Scale this rank's progress, in entries of `share_size`, to the `total` entries of all ranks. The estimate assumes
+    that the other ranks are equally far; it needs no communication.
     """
-    return lambda done: report(whole * done // own, whole)
+    return lambda done: report(total * done // share_size, total)

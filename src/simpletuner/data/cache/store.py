@@ -1,4 +1,4 @@
-"""A storage of tensors under content-derived keys: whole or absent, checked when read, never a pickle."""
+"""A store of tensors under content-derived keys: safetensors files, written atomically and verified when read."""
 
 import hashlib
 import json
@@ -25,35 +25,35 @@ from simpletuner.data.storages import LEDGER, read_memo, write_memo
 from simpletuner.memory.tensors import as_written
 
 HEADER_KEY = "simpletuner"
-"""Our one entry in the safetensors header, a JSON object."""
+"""Our only entry in the safetensors header, a JSON object."""
 
 CHECKING_THREADS = 4
-"""Reading and hashing release Python's lock; more threads than this wait for the disk."""
+"""Reading and hashing release the GIL; more threads than this would only wait for the disk."""
 
 LEDGER_VERSION = 1
 
 SETTLED_S = 2.0
-"""A file younger than this is not entered: it could change once more within the same tick of the file system's
+"""A younger file is not entered in the ledger: it could change again within the same tick of the file system's
 clock."""
 
 CHUNK = 16
-"""Keys that a thread checks at a time."""
+"""Number of keys that a thread checks at a time."""
 
 CacheState = Literal["sound", "missing", "damaged"]
 
 
 @dataclass(frozen=True)
 class Store:
-    """Tensors by key in `storage`, one safetensors file each. Several runs may share it."""
+    """Tensors by key in `storage`, one safetensors file per key. Several runs may share a store."""
 
     storage: Storage
 
     def name(self, key: str) -> str:
-        """Where `key` is kept; a level of folders keeps each of them small."""
+        """File name of `key`. A level of subfolders keeps folders small."""
         return f"{key[:2]}/{key}.safetensors"
 
     def check(self, key: str) -> CacheState:
-        """Read and verify `key`. What is damaged is removed, so that it is made again."""
+        """Read and verify the file of `key`. A damaged file is removed, so that it is made again."""
         name = self.name(key)
         try:
             data = self._content(name)
@@ -65,10 +65,10 @@ class Store:
         return "sound"
 
     def read(self, key: str) -> dict[str, Tensor]:
-        """The tensors of `key`, on the CPU, verified against their checksum.
+        """Read the tensors of `key` to the CPU and verify their checksum.
 
         Raises:
-            DataError: missing, or damaged (then removed): the next fill makes it again.
+            DataError: the file is missing, or damaged and now removed; the next fill makes it again.
         """
         name = self.name(key)
         try:
@@ -85,8 +85,8 @@ class Store:
         """The bytes of a file.
 
         Raises:
-            FileNotFoundError: it is not there.
-            DiskError: it is there, and cannot be read.
+            FileNotFoundError: it does not exist.
+            DiskError: it exists but cannot be read.
         """
         try:
             return self.storage.read(name)
@@ -99,21 +99,20 @@ class Store:
             raise DiskError(problem) from error
 
     def write(self, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Keep `tensors` under `key`, atomically. The same tensors and metadata give the same bytes.
+        """Store `tensors` under `key`, atomically. Equal tensors and metadata result in equal bytes.
 
         Raises:
             DiskError: no space.
         """
-        own = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        header = json.dumps({**metadata, "sha256": _checksum(own, metadata)}, sort_keys=True)
-        pieces = file_pieces({name: as_written(tensor) for name, tensor in own.items()}, {HEADER_KEY: header})
-        # Not flushed to the disk file by file: that is slow, and what a power cut tears is found by the
-        # checksum.
+        cpu_tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        header = json.dumps({**metadata, "sha256": _checksum(cpu_tensors, metadata)}, sort_keys=True)
+        pieces = file_pieces({name: as_written(tensor) for name, tensor in cpu_tensors.items()}, {HEADER_KEY: header})
+        # No fsync per file: it is slow, and the checksum detects files that a power cut damages.
         self.storage.write(self.name(key), b"".join(pieces), sync=False)
 
-    def check_room(self, size: int, what: str, key: str) -> None:
-        """Raise a DiskError if the disk has no `size` bytes left for `what`, the plural subject of a sentence. `key` of
-        a data set names another folder.
+    def check_room(self, size: int, subject: str, key: str) -> None:
+        """Raise a DiskError if the disk has less than `size` bytes free for `what`, the plural subject of the message.
+        `key` is the dataset's option for the folder.
         """
         folder = self.storage.local_path()
         if folder is None:
@@ -121,12 +120,12 @@ class Store:
         free = disk_room(folder)
         if size > free:
             raise DiskError.of(
-                f"{what} take {format_size(size)}, and {format_size(free)} are free for {folder}",
-                remedy=f"Free some space, or give the data set a {key} on another disk.",
+                f"{subject} take {format_size(size)}, and {format_size(free)} are free for {folder}",
+                remedy=f"Free some space, or set the dataset's {key} to a folder on another disk.",
             )
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-written."""
+        """Remove incomplete files of killed processes."""
         folder = self.storage.local_path()
         if folder is not None:
             sweep_parts(folder, "*/.*.safetensors.*.part")
@@ -134,13 +133,14 @@ class Store:
 
 
 def check_all(keys: Iterable[tuple[Store, str]], *, verify: bool = False) -> list[CacheState]:
-    """`store.check(key)` for each pair, several at a time. Holds a bounded number of the pairs, and of each the state.
+    """Return `store.check(key)` for each pair, in order; threads check several pairs at a time. Holds a bounded number
+    of pairs in memory, and all states.
 
-    A file whose stamp is what it was when it was last read counts as sound without being read, unless `verify`. What
-    a disk changes without a trace is found by `Store.read`, which always compares the checksum.
+    A file with the same stamp as when it was last verified counts as sound without being read, unless `verify`. Silent
+    changes of the disk are detected by `Store.read`, which always compares the checksum.
 
     Raises:
-        DiskError: a file cannot be read, or a damaged one not removed.
+        DiskError: a file cannot be read, or a damaged file cannot be removed.
     """
     ledgers: dict[Store, _Ledger] = {}
 
@@ -162,25 +162,26 @@ def check_all(keys: Iterable[tuple[Store, str]], *, verify: bool = False) -> lis
 
 
 class _Ledger:
-    """What was read and found sound in a store. Several runs may keep it: what one overwrites is read again."""
+    """The stamps of a store's verified files. If several runs overwrite each other's ledger, files are only read
+    again."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._known = self._load()
-        self._read: dict[str, Stamp] = {}
-        """Since then, by key; threads add to it."""
+        self._verified_before = self._load()
+        self._verified_now: dict[str, Stamp] = {}
+        """Stamps of the files verified since loading, by key; threads add to it."""
 
     def check(self, key: str, *, verify: bool) -> CacheState:
-        """The state of `key`, which is read if it is not known as it is now, or with `verify`."""
+        """The state of `key`. The file is read if the ledger lacks its present stamp, or with `verify`."""
         try:
             file = self._store.storage.stat(self._store.name(key))
         except OSError:
             return self._store.check(key)
-        if self._known.get(key) == list(file.stamp) and not verify:
+        if self._verified_before.get(key) == list(file.stamp) and not verify:
             return "sound"
         state = self._store.check(key)
         if state == "sound" and time.time() - file.changed_at > SETTLED_S:
-            self._read[key] = file.stamp
+            self._verified_now[key] = file.stamp
         return state
 
     def _load(self) -> dict[str, list[int | str]]:
@@ -190,20 +191,20 @@ class _Ledger:
         return files
 
     def save(self) -> None:
-        """Add what was read to the list of the store."""
-        read = {key: list(stamp) for key, stamp in self._read.items()}
-        if any(self._known.get(key) != stamp for key, stamp in read.items()):
-            write_memo(self._store.storage, LEDGER, {"version": LEDGER_VERSION, "files": self._load() | read})
+        """Add the newly verified files to the store's ledger file."""
+        verified = {key: list(stamp) for key, stamp in self._verified_now.items()}
+        if any(self._verified_before.get(key) != stamp for key, stamp in verified.items()):
+            write_memo(self._store.storage, LEDGER, {"version": LEDGER_VERSION, "files": self._load() | verified})
 
 
-def _lost(shown: str, how: str) -> DataError:
+def _lost(path: str, state: str) -> DataError:
     return DataError.of(
-        f"cache file {shown} is {how}", remedy="Run the same command again: what is missing is made first."
+        f"cache file {path} is {state}", remedy="Run the same command again: it makes missing files first."
     )
 
 
 def _verified(data: bytes) -> dict[str, Tensor] | None:
-    """The tensors of a file, or None if it is not exactly as it was written."""
+    """The tensors of a file; None if the bytes differ from the written ones."""
     try:
         tensors = safetensors.torch.load(data)
         length = int.from_bytes(data[:8], "little")
@@ -214,7 +215,7 @@ def _verified(data: bytes) -> dict[str, Tensor] | None:
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """sha256 over the metadata, and the tensors' names, formats, shapes and bytes."""
+    """sha256 of the metadata and of the tensors' names, dtypes, shapes and bytes."""
     digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
