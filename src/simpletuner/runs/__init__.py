@@ -1,1 +1,1 @@
-"""A run is a directory: its layout, its events, its checkpoints, and the requests it obeys. No torch."""
+"""A run and its directory: layout, events, checkpoints, queue, processes and requests. Does not import torch."""

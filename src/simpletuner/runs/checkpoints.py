@@ -1,4 +1,4 @@
-"""Checkpoints as folders: built aside, synced, renamed; sealed by a manifest of hashes; verified before use."""
+"""Checkpoint folders: written to a temporary folder with a manifest of hashes, synced, renamed, verified before use."""
 
 import contextlib
 import os
@@ -18,12 +18,12 @@ MANIFEST_VERSION = 1
 
 _NAME = re.compile(r"step-(\d{6,})")
 _REPLACED = ".tmp-replaced-"
-"""Before the name of a checkpoint that another one replaces."""
+"""Name prefix of a checkpoint while another one replaces it."""
 
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """A checkpoint folder and what is wrong with it (nothing, if it can be used)."""
+    """A checkpoint folder and its damage: None if it can be used."""
 
     step: int
     path: Path
@@ -32,56 +32,56 @@ class FoundCheckpoint:
 
 @contextlib.contextmanager
 def building(final: Path) -> Iterator[Path]:
-    """A folder to write a checkpoint into; when the block ends it is sealed and appears at `final` whole.
+    """Yield a folder to write a checkpoint into. At the end of the block it is sealed and renamed to `final`.
 
-    What was at `final` is set aside, and deleted once the new one is there. If the process is killed in between,
-    `clear_unfinished` puts it back.
+    An existing folder at `final` is moved away, and deleted after the rename. If the process is killed in between,
+    `clear_unfinished` restores it.
 
     Raises:
-        DiskError: the disk is full; what was there before is untouched.
+        DiskError: the disk is full; an existing folder at `final` is unchanged.
     """
     with file_errors_reported(final):
-        part = begin(final)
+        folder = begin(final)
         try:
-            yield part
+            yield folder
             finish(final, {})
         finally:
-            discard(part)
+            discard(folder)
 
 
 def unfinished(final: Path) -> Path:
-    """The folder in which the checkpoint that will be `final` is built."""
+    """The temporary folder of the checkpoint that will be renamed to `final`."""
     return final.with_name(f".tmp-{final.name}")
 
 
 def begin(final: Path) -> Path:
-    """Make the empty folder in which the checkpoint that will be `final` is built. `finish` ends it, `discard` too.
+    """Make the empty temporary folder of the checkpoint `final`. End it with `finish` or `discard`.
 
     Raises:
         DiskError: it cannot be made.
     """
-    part = unfinished(final)
+    folder = unfinished(final)
     with file_errors_reported(final):
-        discard(part)
-        part.mkdir(parents=True)
-    return part
+        discard(folder)
+        folder.mkdir(parents=True)
+    return folder
 
 
 def finish(final: Path, hashes: Mapping[str, str]) -> None:
-    """Seal the folder that `begin` made, and rename it to `final`. `hashes` are the SHA-256 of files whose writer has
-    read them back, by their names; the others are read here.
+    """Seal the folder that `begin` made, and rename it to `final`. `hashes` are SHA-256 by file name, of files that
+    their writer has read back; other files are read and hashed here.
 
     Raises:
-        DiskError: the disk is full; what was there before is untouched.
+        DiskError: the disk is full; an existing folder at `final` is unchanged.
     """
-    part, replaced = unfinished(final), final.with_name(f"{_REPLACED}{final.name}")
+    folder, replaced = unfinished(final), final.with_name(f"{_REPLACED}{final.name}")
     with file_errors_reported(final):
-        _seal(part, hashes)
-        if os.path.lexists(final):  # a later attempt reaches the same step again
+        _seal(folder, hashes)
+        if os.path.lexists(final):  # a later attempt has reached the same step again
             discard(replaced)
             os.replace(final, replaced)
         try:
-            os.replace(part, final)
+            os.replace(folder, final)
         except OSError:
             if os.path.lexists(replaced):
                 os.replace(replaced, final)
@@ -91,7 +91,7 @@ def finish(final: Path, hashes: Mapping[str, str]) -> None:
 
 
 def _seal(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Write the manifest, and flush everything to the disk."""
+    """Write the manifest, and sync all files and folders to the disk."""
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     entries = {
         name: {"sha256": hashes[name] if name in hashes else sha256_file(path), "bytes": path.stat().st_size}
@@ -108,7 +108,7 @@ def _seal(folder: Path, hashes: Mapping[str, str]) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file of its manifest is there and has its hash."""
+    """The first damage of a checkpoint; None if every file of its manifest exists and has its hash."""
     try:
         manifest = read_json(folder / MANIFEST)
         files = {str(name): str(entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -118,7 +118,7 @@ def damage(folder: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     if version != MANIFEST_VERSION:
-        return f"{MANIFEST} is of version {version}, this program reads version {MANIFEST_VERSION}"
+        return f"{MANIFEST} has version {version}, this program reads version {MANIFEST_VERSION}"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -129,12 +129,12 @@ def damage(folder: Path) -> str | None:
 
 
 def size(folder: Path) -> int:
-    """Bytes of a checkpoint's files."""
+    """Total size of a checkpoint's files in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def steps(run: RunDirectory) -> list[int]:
-    """Steps of the checkpoints that are there, oldest first, damaged ones included."""
+    """Steps of the existing checkpoints, oldest first, damaged ones included."""
     if not run.checkpoints.is_dir():
         return []
     matches = (_NAME.fullmatch(path.name) for path in run.checkpoints.iterdir() if path.is_dir())
@@ -142,48 +142,48 @@ def steps(run: RunDirectory) -> list[int]:
 
 
 def newest_first(run: RunDirectory) -> Iterator[FoundCheckpoint]:
-    """Each checkpoint with its verdict, newest first; verified lazily, since hashing takes time."""
+    """Yield each checkpoint with its damage, newest first. It is verified when it is yielded, since hashing is slow."""
     for step in reversed(steps(run)):
         folder = run.checkpoint(step)
         yield FoundCheckpoint(step, folder, damage(folder))
 
 
 def prune(run: RunDirectory, keep: int, protect: frozenset[int]) -> list[int]:
-    """Delete all but the newest `keep` checkpoints (0 keeps all); returns the steps that went.
+    """Delete all but the newest `keep` checkpoints (0 keeps all). Returns the deleted steps.
 
-    The newest that verifies stays, whatever `keep` says, and so do the steps in `protect`.
+    The newest sound checkpoint and the steps in `protect` are kept regardless of `keep`.
     """
     present = steps(run)
     if keep <= 0 or len(present) <= keep:
         return []
-    newest_good = next((found.step for found in newest_first(run) if found.damage is None), None)
-    gone = []
+    newest_good = next((checkpoint.step for checkpoint in newest_first(run) if checkpoint.damage is None), None)
+    deleted = []
     for step in present[:-keep]:
         if step == newest_good or step in protect:
             continue
         remove(run, step)
-        gone.append(step)
-    return gone
+        deleted.append(step)
+    return deleted
 
 
 def remove(run: RunDirectory, step: int) -> None:
-    """Delete a checkpoint. Only the holder of the run's lock may.
+    """Delete a checkpoint. The caller must hold the run's lock.
 
     Raises:
-        FileNotFoundError: there is none of that step.
+        FileNotFoundError: there is no checkpoint of that step.
     """
-    # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint under its name.
+    # Rename first, so that a kill during the deletion does not leave part of a checkpoint under its name.
     doomed = run.checkpoints / f".tmp-pruned-{step}"
     os.replace(run.checkpoint(step), doomed)
     shutil.rmtree(doomed)
 
 
 def clear_unfinished(run: RunDirectory) -> None:
-    """Remove what a killed process left half built, and put back what it was about to replace. Only the holder of the
-    run's lock may.
+    """Remove incomplete checkpoints of a killed process, and restore a checkpoint that it was about to replace. The
+    caller must hold the run's lock.
 
     Raises:
-        CheckpointError: the folder of the checkpoints cannot be read or changed.
+        CheckpointError: the checkpoints' folder cannot be read or changed.
     """
     with file_errors_reported(run.checkpoints, CheckpointError, doing="list"):
         names = sorted(os.listdir(run.checkpoints)) if run.checkpoints.is_dir() else []

@@ -1,4 +1,4 @@
-"""Room on the disk that a run writes to."""
+"""Free space on the disk that a run writes to."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ CHECK_SPACE_EVERY_S = 30.0
 
 
 def wait_for_space(path: Path, limit: int, until: Callable[[], bool], every_s: float = 5.0) -> float:
-    """Wait until `limit` bytes are free or `until` says to give up; returns the seconds it took."""
+    """Wait until `limit` bytes are free or `until` returns True. Returns the waiting time in seconds."""
     began = time.monotonic()
     while machine.disk_room(path) < limit and not until():
         time.sleep(every_s)

@@ -1,8 +1,8 @@
-"""What happens in a run, as typed JSON Lines: the one thing that pages, trackers and scripts read.
+"""The events of a run as typed JSON Lines: the only file that the page, trackers and scripts read.
 
-Each line also carries `v` (schema version), `id` (counts up without gaps, over restarts too), `time` (UTC, ISO 8601),
-`attempt` (1 for the first start, one more after each restart, the same after a start that was refused) and `start`
-(one more at each start). After a resume some steps come twice: readers keep the line of the last attempt.
+Each line also has `v` (schema version), `id` (counts up without gaps, also over restarts), `time` (UTC, ISO 8601),
+`attempt` (1 for the first start, one more after each restart, unchanged after a refused start) and `start` (one more at
+each start). After a resume some steps appear twice: readers use the line of the last attempt.
 """
 
 import datetime
@@ -20,20 +20,20 @@ from simpletuner.base.files import file_errors_reported
 SCHEMA_VERSION = 1
 
 BLOCK = 1 << 18
-"""Bytes read at once, from the end of the file backwards."""
+"""Number of bytes read at once, from the end of the file backward."""
 
 Phase = Literal["scan", "text", "latents", "load", "train", "validation", "export"]
 
 TITLES: dict[Phase, str] = {
-    "scan": "looking at the pictures",
+    "scan": "scanning the images",
     "text": "encoding captions",
-    "latents": "encoding pictures",
+    "latents": "encoding images",
     "load": "loading the transformer",
     "train": "training",
-    "validation": "drawing",
-    "export": "saving what was trained",
+    "validation": "validating",
+    "export": "writing the result",
 }
-"""What each phase does, for people."""
+"""The phases in words, for messages."""
 
 
 class Event(BaseModel):
@@ -47,29 +47,29 @@ class RunEvent(Event):
     program: str
     """Name and version of the program."""
     pid: int
-    """Process that holds the run."""
+    """Id of the process that trains the run."""
     resumed_from: int | None
-    """Step of the checkpoint the run goes on from; null at a fresh start."""
+    """Step of the checkpoint from which the run resumes; null at a fresh start."""
     steps: int
-    """Optimizer steps the run will have in all."""
+    """Total optimizer steps of the run."""
     pictures: int
-    """Training pictures, not counting repeats."""
+    """Number of training images, without repeats."""
     trainable: int
-    """Trained parameters."""
+    """Number of trainable parameters."""
     processes: int = 1
-    """Processes that train together."""
+    """Number of processes that train together (the world size)."""
     engine: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
     """single (one process), ddp (each holds the whole model), fsdp2 (each holds a shard of it), or a stage of ZeRO."""
 
 
 class PlanEvent(Event):
-    """What the run will take of the machine, before anything is loaded; a second one once the pictures are known."""
+    """Planned use of memory and disk, before anything is loaded; a second plan follows when the images are known."""
 
     type: Literal["plan"] = "plan"
     plan: dict[str, Any]
-    """As `simpletuner plan --json` prints it; bytes. [plan.md](plan.md) says what each key means."""
+    """The plan as `simpletuner plan --json` prints it, in bytes. [plan.md](plan.md) describes each key."""
     remedy: dict[str, Any] | None
-    """The smallest change that would make it fit; null where it fits, or nothing helps."""
+    """The smallest change with which the run would fit; null if it fits, or if no change helps."""
 
 
 class PhaseEvent(Event):
@@ -81,28 +81,28 @@ class PhaseEvent(Event):
     state: Literal["begin", "end"]
     """begin or end."""
     seconds: float | None = None
-    """How long it took, at its end."""
+    """Duration of the phase, at its end."""
     memory_gib: float | None = None
-    """Peak memory of the phase, without phases inside it, in GiB, at its end: what the allocator reserved of the
-    accelerator or, on a CPU, what was resident of the process."""
+    """Peak memory of the phase, without phases inside it, in GiB, at its end: memory that the allocator reserved on the
+    accelerator or, on a CPU, resident memory of the process."""
     memory_allocated_gib: float | None = None
-    """What tensors took of it at their peak, in GiB; null on a CPU."""
+    """Peak of its part that tensors used, in GiB; null on a CPU."""
 
 
 class ProgressEvent(Event):
-    """How far a phase other than training is."""
+    """Progress of a phase other than training."""
 
     type: Literal["progress"] = "progress"
     phase: Phase
-    """The phase it belongs to."""
+    """The phase in progress."""
     done: int
-    """Items finished."""
+    """Number of finished items."""
     total: int
-    """Items in all."""
+    """Number of all items."""
     per_s: float
-    """Items a second since the phase began."""
+    """Items per second since the phase began."""
     eta_s: float
-    """Seconds left at that rate."""
+    """Remaining seconds at that rate."""
 
 
 class StepEvent(Event):
@@ -112,77 +112,78 @@ class StepEvent(Event):
     step: int
     """Counts from 1."""
     epoch: int
-    """The pass over the data that the step's first sample belongs to, from 0."""
+    """Epoch of the step's first sample, from 0."""
     loss: float
-    """Mean loss of the samples of this step alone. What the console shows is the average of the last 20 steps."""
+    """Mean loss of this step's samples only. The console shows the average of the last 20 steps."""
     lr: float
-    """Learning rate the step used."""
+    """Learning rate of the step."""
     grad_norm: float
     """Global gradient norm before clipping."""
     seconds: float
     """Wall time of the step."""
     preservation_loss: float | None = None
-    """Mean over the samples of the weighted loss of `preservation`, which `loss` leaves out; null without that option.
+    """Mean over the samples of the weighted `preservation` loss, which `loss` excludes; null without that option.
     [preservation.md](preservation.md) explains it."""
     rollout_calls: int = 0
-    """Model calls without gradient that scheduled sampling added to the step."""
+    """Model calls without gradients that scheduled sampling added to the step."""
     memory_gib: float
-    """Peak memory of the training phase so far, in GiB: what the allocator reserved of the accelerator or, on a CPU,
-    what was resident of the process."""
+    """Peak memory of the training phase so far, in GiB: memory that the allocator reserved on the accelerator or, on a
+    CPU, resident memory of the process."""
     memory_allocated_gib: float | None = None
-    """What tensors took of it at their peak, in GiB; null on a CPU."""
+    """Peak of its part that tensors used, in GiB; null on a CPU."""
     images_per_s: float | None = None
-    """Images trained a second, over all processes. [performance.md](performance.md) explains this and what follows."""
+    """Training images per second, over all processes. [performance.md](performance.md) explains this and the following
+    fields."""
     tflop_per_s: float | None = None
-    """TFLOP/s of this process's device: products and attention of forward and backward, recompute not counted."""
+    """TFLOP/s of this process's device: matrix products and attention of forward and backward, without recompute."""
     mfu: float | None = None
-    """`tflop_per_s` over the device's data-sheet rate for dense bf16, 0 to 1; null where that is unknown."""
+    """`tflop_per_s` divided by the device's data-sheet rate for dense bf16, 0 to 1; null if that rate is unknown."""
     hfu: float | None = None
-    """The same with recompute counted."""
+    """The same ratio with recompute included."""
 
 
 class Picture(Event):
-    """One validation picture."""
+    """One validation image."""
 
     name: str
-    """The prompt's name in the library."""
+    """Name of the prompt in the prompt library."""
     prompt: str
     """The prompt as it was encoded."""
     references: tuple[str, ...] = ()
-    """Its reference images: paths as the prompt library has them, from the working folder."""
+    """Reference images: paths as in the prompt library, relative to the working directory."""
     path: str
-    """File, relative to the run directory."""
+    """Image file, relative to the run directory."""
     width: int
-    """Pixels."""
+    """In pixels."""
     height: int
-    """Pixels."""
+    """In pixels."""
     seed: int
     """Seed of the initial noise."""
     is_ema: bool = False
-    """Drawn with the moving average in place of the live weights."""
+    """Whether it was generated with the moving average (EMA) of the weights."""
 
 
 class ValidationEvent(Event):
-    """Pictures were made, or the held-out loss was measured."""
+    """Validation images were generated, or the held-out loss was measured."""
 
     type: Literal["validation"] = "validation"
     step: int
     """0 is the base model."""
     pictures: tuple[Picture, ...] = ()
-    """What was drawn. A notice names each that could not be."""
+    """The generated images. A notice names each image that failed."""
     sheet: str | None = None
-    """Contact sheet, relative to the run directory; null where it could not be made, or only the loss was measured."""
+    """Contact sheet, relative to the run directory; null if it could not be made, or if only the loss was measured."""
     loss: float | None = None
-    """Held-out loss at fixed sigmas and noise, mean over the pictures."""
+    """Held-out loss at fixed sigmas and noise, mean over the images."""
     loss_by_sigma: dict[str, float] = {}
-    """The same, at each sigma."""
+    """Held-out loss at each sigma."""
     ema_loss: float | None = None
     """Held-out loss of the moving average."""
     drift: float | None = None
-    """How far the images of `validation_drift_prompts` are from the base model's, mean over the prompts: RMS difference
-    of the final latents over the RMS of the base model's. 0 is unmoved, about 1 an image of other noise."""
+    """Distance of the images of `validation_drift_prompts` from the base model's, mean over the prompts: RMS difference
+    of the final latents over the RMS of the base model's. 0 means no change, about 1 an image from other noise."""
     drift_by_prompt: dict[str, float] = {}
-    """The same of each prompt; with `ema_validation` ema_only that of the moving average."""
+    """Drift of each prompt; with `ema_validation` ema_only that of the moving average."""
     ema_drift: float | None = None
     """Mean drift of the moving average."""
 
@@ -192,19 +193,19 @@ class CheckpointEvent(Event):
 
     type: Literal["checkpoint"] = "checkpoint"
     step: int
-    """Step it holds."""
+    """Step of the checkpoint."""
     state: Literal["saved", "pruned", "damaged", "resumed"]
     """saved, pruned, damaged or resumed."""
     path: str
     """Folder, relative to the run directory."""
     bytes: int = 0
-    """Size on disk, when saved."""
+    """Size on disk, if saved."""
     reason: str | None = None
-    """What is wrong with a damaged one."""
+    """The damage, if damaged."""
 
 
 class NoticeEvent(Event):
-    """Something the user should know and need not act on."""
+    """Information for the user that needs no action."""
 
     type: Literal["notice"] = "notice"
     text: str
@@ -216,9 +217,9 @@ class ErrorEvent(Event):
 
     type: Literal["error"] = "error"
     exit_code: int
-    """As the process will exit."""
+    """Exit code of the process."""
     text: str
-    """What was found, what was expected, what to do."""
+    """Finding, expectation and remedy."""
 
 
 class EndEvent(Event):
@@ -228,19 +229,19 @@ class EndEvent(Event):
     reason: Literal["done", "stopped", "error"]
     """done, stopped (can be resumed) or error."""
     exit_code: int
-    """As the process will exit."""
+    """Exit code of the process."""
     step: int
-    """Steps that are finished."""
+    """Number of finished steps."""
     seconds: float
     """Wall time of this attempt."""
     lora: str | None = None
     """The finished LoRA, relative to the run directory."""
     ema_lora: str | None = None
-    """That of the moving average."""
+    """The finished LoRA of the moving average."""
     model: str | None = None
     """The finished model of a full run: a diffusers folder, relative to the run directory."""
     ema_model: str | None = None
-    """That of the moving average."""
+    """The finished model of the moving average."""
 
 
 EVENTS: dict[str, type[Event]] = {
@@ -258,13 +259,13 @@ EVENTS: dict[str, type[Event]] = {
 
 
 class EventLog:
-    """Appends events to `path`. Only the holder of the run's lock opens one.
+    """Appends events to `path`. The caller must hold the run's lock.
 
-    A torn last line, which a killed process or a power cut left, is cut. Damaged lines stay where they are: ids and
-    attempts follow the last line that can be read.
+    An incomplete last line of a killed process or a power cut is removed. Damaged lines are left in place: ids and
+    attempts continue from the last readable line.
 
     Args:
-        is_new_start: False ends the events of a start whose process is gone.
+        is_new_start: False to end the events of a start whose process no longer exists.
 
     Raises:
         DiskError: the file cannot be read or written.
@@ -293,20 +294,20 @@ class EventLog:
         self._file.close()
 
     def emit(self, event: Event) -> None:
-        """Write one line; it is in the system's hands when this returns.
+        """Write one line. It has been passed to the operating system when this returns.
 
         Raises:
-            DiskError: the disk is full; nothing of the line stays in the file.
+            DiskError: the disk is full; no part of the line stays in the file.
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = {"v": SCHEMA_VERSION, "id": self._next_id, "time": now, "attempt": self.attempt, "start": self.start}
         line |= event.model_dump(mode="json")
-        left = memoryview((json.dumps(line, ensure_ascii=False) + "\n").encode(errors=ESCAPED))
+        unwritten = memoryview((json.dumps(line, ensure_ascii=False) + "\n").encode(errors=ESCAPED))
         with file_errors_reported(self.path):
             end = os.fstat(self._file.fileno()).st_size
             try:
-                while left:
-                    left = left[self._file.write(left) :]
+                while unwritten:
+                    unwritten = unwritten[self._file.write(unwritten) :]
             except OSError:
                 self._file.truncate(end)
                 raise
@@ -314,7 +315,7 @@ class EventLog:
 
 
 def parse_event(line: bytes | str) -> dict[str, Any] | None:
-    """The event in a line; None for one that is blank, torn or damaged, or is no event."""
+    """Parse the event in a line. None if the line is blank, incomplete or damaged, or holds no event."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
@@ -327,14 +328,14 @@ def parse_event(line: bytes | str) -> dict[str, Any] | None:
 
 
 def start_of(event: dict[str, Any]) -> int:
-    """Which start of the run an event belongs to. Files of older releases know attempts alone, one for each start."""
+    """Number of the start to which an event belongs. Older releases wrote only `attempt`, one per start."""
     start = event.get("start")
     return start if type(start) is int else int(event["attempt"])
 
 
 def was_refused(file: BinaryIO) -> bool:
-    """Whether the last start in a file of events ended with an error before it trained, which makes it no attempt.
-    False for a start that an older release counted.
+    """Whether the last start in an events file ended with an error before it trained; it then does not count as an
+    attempt. False for starts written by older releases, which counted them.
     """
     start: int | None = None
     has_ended = False
@@ -351,28 +352,28 @@ def was_refused(file: BinaryIO) -> bool:
             return False
         if kind == "end":
             has_ended = event.get("reason") == "error"
-        if not has_ended and kind != "notice":  # trackers may say something after the end
+        if not has_ended and kind != "notice":  # trackers may write notices after the end
             return False
     return has_ended
 
 
 def last_losses(path: Path, step: int, count: int) -> list[float]:
-    """The losses of the last `count` steps up to `step`, each of the last attempt that took it, oldest first."""
+    """Losses of the last `count` steps up to `step`, oldest first, each from the last attempt with that step."""
     losses: dict[int, float] = {}
     if step > 0 and path.exists():
         with path.open("rb") as file:
             for event in events_backward(file, mark=b'"type": "step"'):
-                taken, loss = event.get("step"), event.get("loss")
-                if event["type"] == "step" and type(taken) is int and taken <= step and type(loss) is float:
-                    losses.setdefault(taken, loss)
+                number, loss = event.get("step"), event.get("loss")
+                if event["type"] == "step" and type(number) is int and number <= step and type(loss) is float:
+                    losses.setdefault(number, loss)
                 if len(losses) == count:
                     break
-    return [losses[taken] for taken in sorted(losses)]
+    return [losses[number] for number in sorted(losses)]
 
 
 def read_events(path: Path, after: int = 0, kinds: Collection[str] = EVENTS) -> Iterator[dict[str, Any]]:
-    """The events of the types `kinds` with an id above `after`, oldest first. Damaged lines are passed over; a torn
-    last line is left for the next read.
+    """Yield the events of the types `kinds` with an id above `after`, oldest first. Damaged lines are skipped; an
+    incomplete last line is left for the next read.
     """
     if not path.exists():
         return
@@ -387,37 +388,37 @@ def read_events(path: Path, after: int = 0, kinds: Collection[str] = EVENTS) -> 
                     yield event
 
 
-def read_appended(path: Path, place: int) -> tuple[list[dict[str, Any]], int]:
-    """The events that begin at byte `place` or after it, and the byte to go on from. Damaged lines are passed over."""
+def read_appended(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """The events from byte `place` on, and the byte at which to continue reading. Damaged lines are skipped."""
     if not path.exists():
-        return [], place
+        return [], offset
     with path.open("rb") as file:
-        file.seek(place)
+        file.seek(offset)
         text = file.read()
     text = text[: text.rfind(b"\n") + 1]
     events = [event for line in text.splitlines() if (event := parse_event(line))]
-    return events, place + len(text)
+    return events, offset + len(text)
 
 
 def cut_torn_line(path: Path) -> None:
-    """Drop what follows the last newline: the line that a killed process was writing."""
+    """Remove the bytes after the last newline: an incomplete line of a killed process."""
     with path.open("rb+") as file:
         size = file.seek(0, os.SEEK_END)
-        keep = size
-        while keep > 0:
-            start = max(0, keep - BLOCK)
+        end = size
+        while end > 0:
+            start = max(0, end - BLOCK)
             file.seek(start)
-            newline = file.read(keep - start).rfind(b"\n")
+            newline = file.read(end - start).rfind(b"\n")
             if newline >= 0:
-                keep = start + newline + 1
+                end = start + newline + 1
                 break
-            keep = start
-        if keep < size:
-            file.truncate(keep)
+            end = start
+        if end < size:
+            file.truncate(end)
 
 
 def events_backward(file: BinaryIO, mark: bytes = b"") -> Iterator[dict[str, Any]]:
-    """The events whose line holds `mark`, the last one first. Damaged lines are passed over."""
+    """Yield the events whose line contains `mark`, the last one first. Damaged lines are skipped."""
     for _, line in lines_backward(file, mark=mark):
         event = parse_event(line) if mark in line else None
         if event is not None:
@@ -425,29 +426,30 @@ def events_backward(file: BinaryIO, mark: bytes = b"") -> Iterator[dict[str, Any
 
 
 def lines_backward(file: BinaryIO, end: int | None = None, mark: bytes = b"") -> Iterator[tuple[int, bytes]]:
-    """The whole lines before byte `end`, by default of the whole file; the last one first, each with where it begins.
+    """Yield the complete lines before byte `end` (by default the end of the file), the last line first, each with the
+    byte at which it begins.
 
-    Blocks without `mark` are passed over whole.
+    Blocks without `mark` are skipped.
     """
     end = file.seek(0, os.SEEK_END) if end is None else end
-    rest = b""
-    is_torn = True  # what follows the last newline is still being written
+    remainder = b""
+    is_torn = True  # the bytes after the last newline are an incomplete line
     while end > 0:
         start = max(0, end - BLOCK)
         file.seek(start)
-        block = file.read(end - start) + rest
+        block = file.read(end - start) + remainder
         if mark not in block:
             first = block.find(b"\n")
             is_torn = is_torn and first < 0
-            rest, end = (block if first < 0 else block[:first]), start
+            remainder, end = (block if first < 0 else block[:first]), start
             continue
         lines = block.split(b"\n")
-        rest = lines.pop(0) if start > 0 else b""
-        place = start + len(block)
+        remainder = lines.pop(0) if start > 0 else b""
+        offset = start + len(block)
         for line in reversed(lines):
-            place -= len(line)
+            offset -= len(line)
             if not is_torn:
-                yield place, line
+                yield offset, line
             is_torn = False
-            place -= 1
+            offset -= 1
         end = start

@@ -1,4 +1,5 @@
-"""What a finished run offers, listed with hashes in `finished.json`: written last, so a run that has it is complete."""
+"""The results of a finished run, listed with hashes in `finished.json`. It is written last, so a run that has it is
+complete."""
 
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -12,13 +13,13 @@ from simpletuner.runs.layout import RunDirectory
 FINISHED_VERSION = 1
 
 HASHED_BYTES = 4 * 2**30
-"""A larger file that has the size and time of its entry is not read again at each start."""
+"""A larger file is not hashed again at each start if it has the size and time of its entry."""
 
 
 def write_finished(run: RunDirectory, step: int, checkpoint: Path, products: Mapping[Path, Path | None]) -> None:
-    """Write `finished.json` for `products`: files, each with the file of `checkpoint` that it must equal, if any.
+    """Write `finished.json` for `products`: result files with the file of `checkpoint` that each must equal, if any.
 
-    Every file is read back, unless it is a hard link to the checkpoint's, whose hash is known.
+    Every file is read back, unless it is a hard link to the checkpoint's file, whose hash is known.
 
     Raises:
         DiskError: a file reads back differently, or the disk is full.
@@ -28,7 +29,7 @@ def write_finished(run: RunDirectory, step: int, checkpoint: Path, products: Map
     entries: dict[str, Any] = {}
     for path, source in sorted(products.items()):
         with file_errors_reported(path, doing="read"):
-            found = path.stat()
+            file_status = path.stat()
             is_link = source is not None and path.samefile(source)
             digest = hashes[source] if source is not None and is_link else sha256_file(path)
         if source is not None and digest != hashes[source]:
@@ -37,15 +38,15 @@ def write_finished(run: RunDirectory, step: int, checkpoint: Path, products: Map
                 remedy="Check the disk, then run the same command again.",
             )
         name = path.relative_to(run.root).as_posix()
-        entries[name] = {"sha256": digest, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+        entries[name] = {"sha256": digest, "bytes": file_status.st_size, "mtime_ns": file_status.st_mtime_ns}
     write_json(run.finished, {"version": FINISHED_VERSION, "step": step, "products": entries})
 
 
 def lacking(run: RunDirectory, step: int) -> str | None:
-    """What is missing or damaged of the products of a run that is trained to `step`; None where all are as listed."""
+    """The first missing or damaged result of a run that is trained to `step`; None if all are as listed."""
     try:
         value = read_json(run.finished)
-        version, listed = value["version"], value["step"]
+        version, listed_step = value["version"], value["step"]
         products = {
             str(name): (str(entry["sha256"]), int(entry["bytes"]), int(entry["mtime_ns"]))
             for name, entry in value["products"].items()
@@ -55,11 +56,11 @@ def lacking(run: RunDirectory, step: int) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{run.finished.name} cannot be read"
     if version != FINISHED_VERSION:
-        return f"{run.finished.name} is of version {version}, this program reads version {FINISHED_VERSION}"
-    if listed != step:
-        return f"{run.finished.name} is of step {listed}, the last checkpoint of step {step}"
+        return f"{run.finished.name} has version {version}, this program reads version {FINISHED_VERSION}"
+    if listed_step != step:
+        return f"{run.finished.name} belongs to step {listed_step}, the last checkpoint to step {step}"
     for name, expected in products.items():
-        reason = _damage(run.root / name, *expected) if _is_inside(name) else "does not lie in the run"
+        reason = _damage(run.root / name, *expected) if _is_inside(name) else "is outside the run directory"
         if reason is not None:
             return f"{name} {reason}"
     return None
@@ -74,7 +75,7 @@ def _damage(path: Path, digest: str, size: int, mtime_ns: int) -> str | None:
     if not path.is_file():
         return "is missing"
     with file_errors_reported(path, doing="read"):
-        found = path.stat()
-        if found.st_size == size and size > HASHED_BYTES and found.st_mtime_ns == mtime_ns:
+        file_status = path.stat()
+        if file_status.st_size == size and size > HASHED_BYTES and file_status.st_mtime_ns == mtime_ns:
             return None
-        return None if found.st_size == size and sha256_file(path) == digest else "is not what was exported"
+        return None if file_status.st_size == size and sha256_file(path) == digest else "differs from the exported file"

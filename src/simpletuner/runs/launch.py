@@ -1,4 +1,4 @@
-"""Starting a command that outlives whoever starts it."""
+"""Start a command that outlives its starter."""
 
 import datetime
 import os
@@ -19,18 +19,18 @@ from simpletuner.runs.starting import StartRecord, printed_since
 from simpletuner.runs.status import status_of
 
 NO_DEVICE = "-1"
-"""For CUDA_VISIBLE_DEVICES: none of them."""
+"""Value of CUDA_VISIBLE_DEVICES that hides all GPUs."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """A run that was started."""
+    """The process of a started run, and its output so far."""
 
     pid: int
     exit_code: int | None
-    """0 where it ended meanwhile without an error (there was nothing left to do); None while it goes on."""
+    """0 if it has ended without an error (there was nothing left to do); None while it runs."""
     printed: str
-    """What it printed so far."""
+    """Its output so far."""
 
 
 def launch_run(
@@ -42,18 +42,18 @@ def launch_run(
     wait_s: float = 30.0,
     environ: Mapping[str, str] = os.environ,
 ) -> Started:
-    """Start `simpletuner train ARGUMENTS` in `workspace`, on its own: it goes on when this process ends.
+    """Start `simpletuner train ARGUMENTS` in `workspace`, detached: it continues when this process ends.
 
-    What it prints is appended to `RUN/console.log`. Returns when the run has begun its work, has ended, or after
-    `wait_s` seconds, when it is still starting: then its status tells what becomes of it.
+    Its output is appended to `RUN/console.log`. Returns when the run has begun its work or has ended, or after `wait_s`
+    seconds while it is still starting; its status then shows the result.
 
     Args:
-        run: what the arguments have as output_dir.
-        devices: for CUDA_VISIBLE_DEVICES; "" is what the machine has.
+        run: the directory that the arguments give as output_dir.
+        devices: value of CUDA_VISIBLE_DEVICES; "" means all devices of the machine.
 
     Raises:
         CheckpointError: a process holds the run, or is being started for it.
-        UserError: the command ended at once with an error; its class is that of the exit code.
+        UserError: the command ended at once with an error; the class is that of its exit code.
         DiskError: the disk is full.
     """
     if run.lock().is_held():
@@ -63,34 +63,38 @@ def launch_run(
             remedy=f"Wait for it, stop it with `{stop}`, or give this run another --output_dir.",
         )
     run.create()
-    before = status_of(run).starts
+    earlier_starts = status_of(run).starts
     lock = run.starting_lock()
-    held = lock.take()  # a second start finds it taken
+    lock_file = lock.take()  # a second start cannot take it
     try:
-        lock.name_holder(held, None)
+        lock.name_holder(lock_file, None)
         with file_errors_reported(run.console), run.console.open("ab") as console:
-            place = console.tell()
+            console_bytes = console.tell()
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-            StartRecord(time=now, arguments=tuple(arguments), starts=before, console_bytes=place).write(run)
-            process = detached(["train", *arguments], workspace, console, devices, environ=environ, handles=(held,))
-        lock.name_holder(held, process.pid)
+            StartRecord(time=now, arguments=tuple(arguments), starts=earlier_starts, console_bytes=console_bytes).write(
+                run
+            )
+            process = start_detached(
+                ["train", *arguments], workspace, console, devices, environ=environ, handles=(lock_file,)
+            )
+        lock.name_holder(lock_file, process.pid)
     finally:
-        os.close(held)
-    let_go(process)
+        os.close(lock_file)
+    reap_later(process)
     deadline = time.monotonic() + wait_s
     while process.returncode is None and time.monotonic() < deadline:
         status = status_of(run)
-        if status.starts > before and status.phase is not None:
+        if status.starts > earlier_starts and status.phase is not None:
             break
         time.sleep(0.1)
-    printed = printed_since(run.console, place)
+    printed = printed_since(run.console, console_bytes)
     if process.returncode:
         status = status_of(run)
-        raise failure(process.returncode, status.error if status.starts > before else None, printed, run)
+        raise exit_error(process.returncode, status.error if status.starts > earlier_starts else None, printed, run)
     return Started(process.pid, process.returncode, printed)
 
 
-def detached(
+def start_detached(
     arguments: Sequence[str],
     workspace: Path,
     output: BinaryIO,
@@ -99,14 +103,14 @@ def detached(
     environ: Mapping[str, str] = os.environ,
     handles: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """`simpletuner ARGUMENTS` in a session of its own: without a terminal, and untouched by the end of this process.
+    """Start `simpletuner ARGUMENTS` in a new session: without a terminal, and unaffected by the end of this process.
 
     Args:
-        output: takes what it prints.
-        devices: for CUDA_VISIBLE_DEVICES, which "" leaves out.
-        handles: open files that it keeps.
+        output: file for its output.
+        devices: value of CUDA_VISIBLE_DEVICES; "" leaves the variable unset.
+        handles: open files that it inherits.
     """
-    # Whatever the terminal's encoding is: what is printed goes to a file, which is UTF-8.
+    # The output goes to a file in UTF-8, regardless of the terminal's encoding.
     environment = {**environ, "PYTHONIOENCODING": "utf-8", "CUDA_VISIBLE_DEVICES": devices}
     if not devices:
         del environment["CUDA_VISIBLE_DEVICES"]
@@ -123,27 +127,27 @@ def detached(
 
 
 def devices_of(typed: str | None) -> str:
-    """The devices that were typed, or those that the environment leaves; "" for what the machine has."""
+    """The typed devices, else those of CUDA_VISIBLE_DEVICES; "" means all devices of the machine."""
     if typed is not None:
         return typed
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return "" if visible is None else visible or NO_DEVICE
 
 
-def let_go(process: subprocess.Popen[bytes]) -> None:
-    """Let a detached process be; where this one lives on, the other leaves no zombie."""
+def reap_later(process: subprocess.Popen[bytes]) -> None:
+    """Reap a detached process in a background thread, so that it leaves no zombie."""
     threading.Thread(target=process.wait, daemon=True).start()
 
 
-def failure(exit_code: int, said: str | None, printed: str, run: RunDirectory) -> UserError:
-    """The error of a command that ended with `exit_code`: of the class that has this code, in the command's words.
+def exit_error(exit_code: int, event_error: str | None, printed: str, run: RunDirectory) -> UserError:
+    """The error of a command that ended with `exit_code`, of the class with this code and with the command's own text.
 
     Args:
-        said: the error of its events, if it came so far.
+        event_error: the error in its events, if it wrote one.
     """
     kind = error_class(exit_code)
     if kind is not UserError:
-        return kind.of(said or printed or "the run ended at once and said nothing")
+        return kind.of(event_error or printed or "the run ended at once without output")
     ending = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
-    last = said or printed.rpartition("\n")[2] or "it said nothing"
-    return UserError.of(f"the run ended at once with {ending}: {last}", remedy=f"{run.console} has all of it.")
+    last = event_error or printed.rpartition("\n")[2] or "it printed nothing"
+    return UserError.of(f"the run ended at once with {ending}: {last}", remedy=f"{run.console} has its whole output.")

@@ -1,4 +1,4 @@
-"""Where things lie in a run directory."""
+"""File and folder names in a run directory."""
 
 import re
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ EVENTS_NAME = "events.jsonl"
 STARTING_NAME = "starting.json"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 MODEL_FOLDER = "model"
-"""What a full run ends with: a diffusers folder."""
+"""The result of a full run: a diffusers folder."""
 TRANSFORMER_NAME = "transformer.safetensors"
-"""Its transformer once more, as one file in BFL's layout, which ComfyUI loads."""
+"""A copy of its transformer as one file in BFL's layout, which ComfyUI loads."""
 RESULTS = {"lora": LORA_NAME, "full": MODEL_FOLDER}
-"""What a run of each `model_type` ends with, below its directory."""
+"""Name of the result by `model_type`, in the run directory."""
 EMA_FOLDER = "ema"
-"""Below a run, a checkpoint or the pictures of a step: the same of the moving average."""
+"""Subfolder of a run, a checkpoint or a step's validation images, with the same files for the moving average."""
 
 _UNFINISHED = re.compile(rf"\..+\.\d+\.part(\..+)?|\..+\.part\.(png|jpg)|\.tmp-(old-)?{MODEL_FOLDER}")
-"""Names of what is not yet whole: of `base.parts`, of an image, of a model's folder."""
+"""Names of incomplete files and folders: those of `base.parts`, images, and a model's folder."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ class RunDirectory:
 
     @property
     def console(self) -> Path:
-        """What a run that was started without a terminal printed."""
+        """Output of a run that was started without a terminal."""
         return self.root / "console.log"
 
     @property
     def starting(self) -> Path:
-        """The last start that was asked for."""
+        """Record of the last requested start."""
         return self.root / STARTING_NAME
 
     @property
     def note(self) -> Path:
-        """The user's own words about the run."""
+        """The user's note about the run."""
         return self.root / "note.txt"
 
     @property
@@ -80,12 +80,12 @@ class RunDirectory:
 
     @property
     def profiles(self) -> Path:
-        """Traces of steps."""
+        """Profiler traces of steps."""
         return self.root / "profile"
 
     @property
     def finished(self) -> Path:
-        """Lists what the run offers. Written last: a run that has it is complete."""
+        """List of the run's results. It is written last: a run that has it is complete."""
         return self.root / "finished.json"
 
     @property
@@ -104,7 +104,7 @@ class RunDirectory:
         return self.root / MODEL_FOLDER
 
     def result(self, model_type: str) -> Path:
-        """What a run of this `model_type` ends with."""
+        """The result of a run of this `model_type`."""
         return self.root / RESULTS[model_type]
 
     def checkpoint(self, step: int) -> Path:
@@ -114,15 +114,15 @@ class RunDirectory:
         return self.validations / f"step-{step:06d}"
 
     def lock(self) -> DirectoryLock:
-        """Holds the directory for this process. Entering it raises CheckpointError with the holder's pid."""
+        """Lock of the directory. If another process holds it, entering it raises CheckpointError with that pid."""
         return DirectoryLock(self.root / "lock")
 
     def starting_lock(self) -> DirectoryLock:
-        """Held by a process that was started without a terminal, from before its first line to its end."""
+        """Lock held by a process that was started without a terminal, from before its first line to its end."""
         return DirectoryLock(self.root / "starting.lock")
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-written outside of `checkpoints`. Only the holder of the lock may."""
+        """Remove incomplete files of killed processes outside `checkpoints`. The caller must hold the lock."""
         images = [
             self.validations,
             self.drift,

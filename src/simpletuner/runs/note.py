@@ -1,4 +1,4 @@
-"""The user's note about a run, a text of theirs in `RUN/note.txt`."""
+"""The user's note about a run, in `RUN/note.txt`."""
 
 import contextlib
 import fcntl
@@ -9,30 +9,30 @@ from simpletuner.base.files import file_errors_reported, open_unlinked, write_at
 from simpletuner.runs.layout import RunDirectory
 
 LONGEST_NOTE = 2000
-"""Characters."""
+"""In characters."""
 
 
 class NoteChanged(CheckpointError):
-    """The note is no longer what its writer saw."""
+    """The note was changed after its writer read it."""
 
 
 def read_note(run: RunDirectory) -> str:
-    """The note; empty where there is none."""
+    """The note; empty if there is none."""
     with contextlib.suppress(OSError), open_unlinked(run.note) as file:
-        # A file that another program made may be of any size and kind.
+        # Another program may have written a file of any size and content.
         return file.read(4 * LONGEST_NOTE).decode(errors="replace")[:LONGEST_NOTE].strip()
     return ""
 
 
 def write_note(run: RunDirectory, text: str, seen: str | None = None) -> None:
-    """Make `text` the note; an empty one removes it.
+    """Replace the note by `text`; an empty text removes it.
 
     Args:
-        seen: what the writer saw of the note before; None overwrites whatever is there.
+        seen: the note that the writer has read; None overwrites any note.
 
     Raises:
         ConfigError: the text is too long.
-        NoteChanged: another note was written meanwhile; it stays.
+        NoteChanged: the note differs from `seen`; it is kept.
         DiskError: the disk is full or read-only.
     """
     text = text.strip()
@@ -42,11 +42,11 @@ def write_note(run: RunDirectory, text: str, seen: str | None = None) -> None:
         folder = os.open(run.root, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
-            now = read_note(run)
-            if now == text:
+            current = read_note(run)
+            if current == text:
                 return
-            if seen is not None and now != seen.strip():
-                raise NoteChanged.of(f"the note of {run.root.name} was changed meanwhile, to: {now or '(nothing)'}")
+            if seen is not None and current != seen.strip():
+                raise NoteChanged.of(f"the note of {run.root.name} was changed meanwhile, to: {current or '(nothing)'}")
             if text:
                 write_atomic(run.note, f"{text}\n".encode())
             else:

@@ -18,7 +18,7 @@ from simpletuner.base.commandline import command_text
 from simpletuner.base.errors import CheckpointError, ConfigError, DiskError, Stopped
 from simpletuner.base.files import DirectoryLock, file_errors_reported, read_json, write_json
 from simpletuner.config.load import ENVIRONMENT_PREFIX
-from simpletuner.runs.launch import detached, let_go
+from simpletuner.runs.launch import reap_later, start_detached
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.starting import printed_since
 from simpletuner.runs.status import status_of
@@ -213,7 +213,9 @@ class Queue:
         for devices in needed:
             log = self.worker_log(devices)
             with file_errors_reported(log), log.open("ab") as output:
-                let_go(detached(["run", "queue", "work", f"--devices={devices}"], self.workspace, output, devices))
+                reap_later(
+                    start_detached(["run", "queue", "work", f"--devices={devices}"], self.workspace, output, devices)
+                )
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline and not all(self._is_taken_up(devices) for devices in needed):
             time.sleep(0.05)
@@ -426,7 +428,7 @@ class _Turn:
                 self._printed = console.tell()
                 environ = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
                 command = ["train", *(entry.command or entry.arguments)]
-                self._process = detached(
+                self._process = start_detached(
                     command, queue.workspace, console, entry.devices, environ=environ, handles=(held,)
                 )
         finally:

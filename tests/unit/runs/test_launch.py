@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.base.errors import CheckpointError, ConfigError, UserError
-from simpletuner.runs.launch import failure, launch_run
+from simpletuner.runs.launch import exit_error, launch_run
 from simpletuner.runs.layout import RunDirectory
 
 
@@ -36,8 +36,8 @@ def test_a_run_that_is_going_on_is_refused_with_its_process(run: RunDirectory, t
 
 
 def test_other_endings_name_themselves(run: RunDirectory) -> None:
-    assert isinstance(failure(6, None, "other settings", run), CheckpointError)
-    bug = failure(1, None, "Traceback\n  line\nThis is a bug", run)
+    assert isinstance(exit_error(6, None, "other settings", run), CheckpointError)
+    bug = exit_error(1, None, "Traceback\n  line\nThis is a bug", run)
     assert type(bug) is UserError
     assert f"exit code 1: This is a bug. {run.console} has all of it." in str(bug)
-    assert "signal 9: it said nothing" in str(failure(-9, None, "", run))
+    assert "signal 9: it said nothing" in str(exit_error(-9, None, "", run))
