@@ -1,7 +1,8 @@
-"""How the machines of a run meet, and the lines between them: one from each machine's supervisor to that of machine 0.
+"""Rendezvous of a run's machines, and the connections between them: one from each supervisor to that of machine 0.
 
-Machine 0 listens on `main_process_ip` until all have come, and refuses who would train something else. From then on
-lines of JSON travel: signs of life, errors of ranks, wishes to stop. They are in clear: the network must be trusted.
+Machine 0 listens on `main_process_ip` until all machines have connected, and refuses a machine with other options. Then
+the supervisors exchange lines of JSON: heartbeats, errors of ranks, requests to stop. The lines are not encrypted, so
+the network must be trusted.
 """
 
 import contextlib
@@ -23,25 +24,25 @@ from simpletuner.runs.process import stop_if_asked
 LOOK_FOR_MACHINES_EVERY_S = 0.05
 CONNECT_AGAIN_S = 1.0
 HELLO_WITHIN_S = 2.0
-"""Time for who has connected to say which machine it is."""
-MOST_UNREAD_BYTES = 2**20
-"""Of a line: who sends a longer one is no supervisor."""
-ELSEWHERE = "192.0.2.1"
-"""An address that leads out of the machine (RFC 5737); nothing is sent to it."""
+"""Time in which a new connection must send its machine number."""
+MAX_LINE_BYTES = 2**20
+"""Maximum length of a line: a peer that sends a longer line is not a supervisor."""
+EXTERNAL_ADDRESS = "192.0.2.1"
+"""An address outside the machine (RFC 5737), to find the route to other machines; nothing is sent to it."""
 
 
 @dataclass
 class MachineLine:
-    """A connection to another machine's supervisor. None of its calls waits."""
+    """A connection to another machine's supervisor. Its calls do not block, apart from `answer`."""
 
     connection: socket.socket
     address: str
-    """Of the other machine."""
+    """Address of the other machine."""
     machine: int = 0
-    """The other one's number."""
+    """Number of the other machine."""
     heard_at: float = field(default_factory=time.monotonic)
-    ended: int | None = None
-    """Exit code with which the other has ended; None as long as it goes on."""
+    exit_code: int | None = None
+    """Exit code of the other machine; None while it runs."""
     is_closed: bool = False
     _sent_at: float = 0.0
     _unread: bytes = b""
@@ -51,24 +52,24 @@ class MachineLine:
         self.connection.setblocking(False)
 
     def send(self, **message: Any) -> None:
-        """Send a message. Where the connection is gone, `receive` notices."""
+        """Send a message. A broken connection is detected by `receive`."""
         self._sent_at = time.monotonic()
         with contextlib.suppress(OSError):
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def give_sign(self, every_s: float) -> None:
-        """Send a sign of life where nothing was sent for `every_s`."""
+    def send_heartbeat(self, every_s: float) -> None:
+        """Send an empty message if nothing was sent for `every_s` seconds."""
         if time.monotonic() - self._sent_at > every_s:
             self.send()
 
     def receive(self) -> list[dict[str, Any]]:
-        """The messages that have come; signs of life left out."""
+        """Return the messages received so far, without heartbeats."""
         try:
             while chunk := self.connection.recv(65536):
                 self.heard_at = time.monotonic()
                 *lines, self._unread = (self._unread + chunk).split(b"\n")
                 self._messages += [message for line in lines if isinstance(message := json.loads(line), dict)]
-                if len(self._unread) > MOST_UNREAD_BYTES:
+                if len(self._unread) > MAX_LINE_BYTES:
                     raise ValueError("a line without an end")
             self.is_closed = True
         except BlockingIOError:
@@ -79,7 +80,7 @@ class MachineLine:
         return [message for message in messages if message]
 
     def answer(self, within_s: float) -> dict[str, Any] | None:
-        """The next message; None where none comes in time, or the other has closed the connection.
+        """Wait for the next message. None after `within_s` seconds, or if the other machine closed the connection.
 
         Raises:
             Stopped: a signal arrived.
@@ -98,55 +99,55 @@ class MachineLine:
 
 @dataclass
 class Machines:
-    """The machines of a run, as one of them sees the others."""
+    """The machines of a run, and this machine's connections to the others."""
 
     number: int
     count: int
     address: str
-    """Of machine 0, as the others reach it."""
+    """Address of machine 0, as the other machines reach it."""
     timeout_s: float
     store_port: int = 0
-    """Where rank 0's store listens on machine 0."""
+    """Port of rank 0's store on machine 0."""
     store_listener: socket.socket | None = None
-    """The socket of that port, on machine 0, until rank 0 has it."""
+    """The listening socket of that port, on machine 0, until rank 0 has inherited it."""
     lines: list[MachineLine] = field(default_factory=list)
-    """To all others on machine 0; elsewhere to machine 0 alone."""
+    """On machine 0, connections to all other machines; on the others, only the connection to machine 0."""
 
     def close(self, exit_code: int) -> None:
-        """Tell the others how this machine ended."""
+        """Send this machine's exit code to the others and close the connections."""
         for line in self.lines:
             line.send(ended=exit_code)
-            line.receive()  # what is unread when a connection is closed would take back what was sent
+            line.receive()  # closing a connection with unread data would discard the sent message
             line.close()
         if self.store_listener is not None:
             self.store_listener.close()
 
-    def lost(self) -> Iterator[tuple[int, str]]:
-        """Machines that are out of reach though they have not ended, and why; each once."""
+    def unreachable(self) -> Iterator[tuple[int, str]]:
+        """Yield machines that are unreachable although they have not ended, with the reason; each only once."""
         for line in self.lines:
             silent_s = time.monotonic() - line.heard_at
-            if line.ended is None and (line.is_closed or silent_s > self.timeout_s):
-                line.ended = RanksError.exit_code
-                why = "closed its connection" if line.is_closed else f"gave no sign of life for {self.timeout_s:.0f} s"
-                yield line.machine, why
+            if line.exit_code is None and (line.is_closed or silent_s > self.timeout_s):
+                line.exit_code = RanksError.exit_code
+                reason = "closed its connection" if line.is_closed else f"sent no message for {self.timeout_s:.0f} s"
+                yield line.machine, reason
 
-    def give_signs(self) -> None:
+    def send_heartbeats(self) -> None:
         for line in self.lines:
-            line.give_sign(min(10.0, self.timeout_s / 5))
+            line.send_heartbeat(min(10.0, self.timeout_s / 5))
 
 
 def meet(machine: int, count: int, host: str, port: int, terms: Mapping[str, Any], timeout_s: float) -> Machines:
-    """Wait until all machines of a run have come.
+    """Connect to the other machines of a run, and wait until all machines are connected.
 
     Args:
-        machine: this one's number.
-        count: how many there are.
-        host: machine 0's address or name.
-        terms: options that must be the same everywhere, as JSON values.
+        machine: number of this machine.
+        count: number of machines.
+        host: address or name of machine 0.
+        terms: options that must be the same on all machines, as JSON values.
 
     Raises:
-        ConfigError: `host` is no address to meet at, or machine 0 trains something else.
-        RanksError: the others did not come in time.
+        ConfigError: `host` is not a usable address, or machine 0 has other options.
+        RanksError: the other machines did not connect in time.
         Stopped: a signal arrived before.
     """
     address = _address(host)
@@ -154,53 +155,53 @@ def meet(machine: int, count: int, host: str, port: int, terms: Mapping[str, Any
 
 
 def _address(host: str) -> str:
-    """`host` as an address that other machines reach."""
-    found = f"main_process_ip = {shown(host)}"
+    """The address of `host`, which other machines must be able to reach."""
+    finding = f"main_process_ip = {shown(host)}"
     try:
         choices = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        # All machines must choose alike, and gloo's interface is known by its IPv4 address.
+        # All machines must choose the same address, and gloo's interface is found by its IPv4 address.
         address = str(min(choices, key=lambda choice: choice[0] != socket.AF_INET)[4][0])
     except (OSError, UnicodeError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise ConfigError.of(f"{found}: {reason}", "machine 0's address, or a name that has one") from None
+        raise ConfigError.of(f"{finding}: {reason}", "machine 0's address, or a name that has one") from None
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if parsed.is_loopback or parsed.is_unspecified:
         try:
-            remedy = f"If this is machine 0, give --main_process_ip={own_address(ELSEWHERE)} on all of them."
+            remedy = f"If this is machine 0, give --main_process_ip={own_address(EXTERNAL_ADDRESS)} on all machines."
         except OSError:
             remedy = ""
-        is_named = "" if host == address else f", {address} here"
-        raise ConfigError.of(f"{found}{is_named}, which no other machine reaches", "machine 0's address", remedy)
+        local = "" if host == address else f", {address} here"
+        raise ConfigError.of(f"{finding}{local}, which no other machine can reach", "machine 0's address", remedy)
     return address
 
 
 def _listen(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machines:
-    """Machine 0: let the others come."""
+    """Machine 0: accept the connections of the other machines."""
     family = socket.AF_INET6 if ":" in machines.address else socket.AF_INET
     try:
         listener = socket.create_server((machines.address, port), family=family)
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:
             raise ConfigError.of(
-                f"main_process_ip = {machines.address} is no address of this machine, which has machine_rank = 0",
+                f"main_process_ip = {machines.address} is not an address of this machine, which has machine_rank = 0",
                 "machine 0's own address",
             ) from None
         raise ConfigError.of(
             f"main_process_port = {port} at {machines.address}: {error.strerror}",
-            "a port that is free",
+            "a free port",
             "Give another --main_process_port on all machines.",
         ) from None
-    come: dict[int, MachineLine] = {}
+    connected: dict[int, MachineLine] = {}
     deadline = time.monotonic() + machines.timeout_s
     say(f"Machine 0 of {machines.count} waits for the others at {machines.address}, port {port}.")
     with listener, contextlib.ExitStack() as on_failure:
         listener.settimeout(0.2)
-        while len(come) < machines.count - 1:
+        while len(connected) < machines.count - 1:
             stop_if_asked()
             if time.monotonic() > deadline:
-                missing = [number for number in range(1, machines.count) if number not in come]
+                missing = [number for number in range(1, machines.count) if number not in connected]
                 raise RanksError.of(
-                    f"machine {', '.join(map(str, missing))} did not come to {machines.address}, port {port}, for "
+                    f"machine {', '.join(map(str, missing))} did not connect to {machines.address}, port {port}, for "
                     f"{machines.timeout_s:.0f} s",
                     remedy=f"Start the same command there with --machine_rank={missing[0]}.",
                 )
@@ -208,9 +209,9 @@ def _listen(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machines
                 connection, (peer, *_) = listener.accept()
                 line = MachineLine(connection, peer)
                 on_failure.callback(line.close)
-                _let_in(line, come, terms, machines.count)
+                _admit(line, connected, terms, machines.count)
         on_failure.pop_all()
-    machines.lines = [come[number] for number in sorted(come)]
+    machines.lines = [connected[number] for number in sorted(connected)]
     machines.store_listener = socket.create_server((machines.address, 0), family=family)
     machines.store_port = machines.store_listener.getsockname()[1]
     for line in machines.lines:
@@ -219,46 +220,51 @@ def _listen(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machines
     return machines
 
 
-def _let_in(line: MachineLine, come: dict[int, MachineLine], terms: Mapping[str, Any], count: int) -> None:
-    """Add who has connected to those that have `come`, or refuse it."""
+def _admit(line: MachineLine, connected: dict[int, MachineLine], terms: Mapping[str, Any], count: int) -> None:
+    """Add a new connection to the `connected` machines, or refuse it."""
     hello = line.answer(HELLO_WITHIN_S)
     number = None if hello is None else hello.get("machine")
-    # Whatever a stranger sends is no machine of this run.
+    # A peer without a valid hello is not a machine of this run.
     if hello is None or type(number) is not int or not 0 < number < count or not isinstance(hello.get("terms"), dict):
         line.close()
         return
     line.machine = number
-    for each in [*come.values()]:
+    for each in [*connected.values()]:
         each.receive()
-        if each.is_closed:  # it was stopped, and may come again
+        if each.is_closed:  # it was stopped, and may connect again
             each.close()
-            del come[each.machine]
+            del connected[each.machine]
     problems = [
         Problem(f"{name} = {shown(hello['terms'].get(name))} on machine {number}", f"{shown(value)}, as on machine 0")
         for name, value in terms.items()
         if hello["terms"].get(name) != value
     ]
-    if number in come:
-        problems.append(Problem(f"machine_rank = {number}: {come[number].address} has that number", "one for each"))
+    if number in connected:
+        problems.append(
+            Problem(
+                f"machine_rank = {number}: {connected[number].address} has that number",
+                "a different number for each machine",
+            )
+        )
     if problems:
         line.send(refused=[(problem.found, problem.expected) for problem in problems])
         say(f"{line.address} was refused: {' '.join(map(str, problems))}")
         line.close()
     else:
-        come[number] = line
+        connected[number] = line
 
 
 def _connect(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machines:
-    """Another machine than 0: come to it."""
+    """Machines other than 0: connect to machine 0."""
     deadline = time.monotonic() + machines.timeout_s
-    where = f"machine 0 at {machines.address}, port {port}"
-    say(f"Machine {machines.number} of {machines.count} looks for {where}.")
+    main_machine = f"machine 0 at {machines.address}, port {port}"
+    say(f"Machine {machines.number} of {machines.count} connects to {main_machine}.")
     reason = ""
     while True:
         stop_if_asked()
         if time.monotonic() > deadline:
             raise RanksError.of(
-                f"{where} did not answer for {machines.timeout_s:.0f} s ({reason})",
+                f"{main_machine} did not answer for {machines.timeout_s:.0f} s ({reason})",
                 remedy="Start the same command there with --machine_rank=0.",
             )
         try:
@@ -277,6 +283,6 @@ def _connect(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machine
         time.sleep(CONNECT_AGAIN_S)
     if "refused" in answer:
         line.close()
-        raise ConfigError(*(Problem(found, expected) for found, expected in answer["refused"]))
+        raise ConfigError(*(Problem(finding, expected) for finding, expected in answer["refused"]))
     machines.lines, machines.store_port = [line], int(answer["store_port"])
     return machines

@@ -1,4 +1,4 @@
-"""What a running command obeys: files in `control/`, and signals."""
+"""Requests to a running command: files in `control/`, and signals."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,32 +15,32 @@ from simpletuner.runs.starting import stop_start
 ControlRequest = Literal["stop", "save", "validate"]
 
 SIGNAL_LOOK_EVERY_S = 0.2
-"""How often `interruptible` looks whether a signal arrived."""
+"""Interval at which `interruptible` checks for signals."""
 
 Answer = TypeVar("Answer")
 
 
-def stopped(found: str) -> Stopped:
-    """The end of a run that was asked to stop."""
-    return Stopped.of(found, remedy="Give the same command again to go on.")
+def stopped(finding: str) -> Stopped:
+    """The error that ends a run after a request to stop."""
+    return Stopped.of(finding, remedy="Run the same command again to resume.")
 
 
 def stop_if_asked() -> None:
-    """A safe point of the work before the training. Inside `Requests.between_steps` it is none.
+    """Stop here if a signal has arrived. For safe points before training; no effect in `Requests.between_steps`.
 
     Raises:
-        Stopped: a signal asked for it.
+        Stopped: a signal has arrived.
     """
     if deferred_signals.first is not None and not deferred_signals.is_training:
         raise stopped("stopped before the training began")
 
 
 def interruptible(work: Callable[[], Answer]) -> Answer:
-    """The result of `work`, which runs in a thread. If a signal arrives, the thread is left behind: for what cannot
-    look for signals itself and keeps what is finished, such as a download.
+    """Run `work` in a thread and return its result. If a signal arrives, the thread is abandoned. For work that cannot
+    check for signals itself and keeps finished parts, such as a download.
 
     Raises:
-        Stopped: a signal asked for it.
+        Stopped: a signal has arrived.
     """
     pool = ThreadPoolExecutor(1)
     try:
@@ -53,8 +53,8 @@ def interruptible(work: Callable[[], Answer]) -> Answer:
 
 
 def ask(run: RunDirectory, request: ControlRequest) -> None:
-    """Ask the process that holds `run` for `request`. It obeys after the step, or before the training at once (a stop)
-    or not at all (the others).
+    """Send `request` to the process that holds `run`. It is executed after the current step. Before the training, a
+    stop is executed at once, and the other requests are executed after the first step.
 
     Raises:
         CheckpointError: no process holds the run.
@@ -63,7 +63,7 @@ def ask(run: RunDirectory, request: ControlRequest) -> None:
     if not run.lock().is_held():
         if request == "stop" and stop_start(run):
             return
-        raise CheckpointError.of(f"{run.root}: no process trains here", "a run that is going on")
+        raise CheckpointError.of(f"{run.root}: no process trains here", "an active run")
     with file_errors_reported(run.control / request):
         (run.control / request).touch()
 
@@ -71,20 +71,20 @@ def ask(run: RunDirectory, request: ControlRequest) -> None:
 class Requests:
     """Requests to this run.
 
-    `touch RUN/control/stop` (or save, validate) asks; the file is removed when it is obeyed. A signal asks for a stop.
-    Before the training a stop takes effect at the next `poll` (what is finished is kept); inside `between_steps`, the
-    step is finished and saved first.
+    `touch RUN/control/stop` (or save, validate) makes a request; the file is removed when the request is executed. A
+    signal requests a stop. Before the training, a stop takes effect at the next `poll` (finished work is kept); inside
+    `between_steps`, the step is finished and saved first.
     """
 
     def __init__(self, control: Path, *, is_obeying: bool = True) -> None:
-        """Without `is_obeying` they are another process's to take: signals are held back, and nothing is asked."""
+        """Without `is_obeying`, another process takes the requests: signals are deferred, and `take` returns False."""
         self.control = control
         self._is_obeying = is_obeying
         self._is_stopping = False
 
     def __enter__(self) -> Self:
         if self._is_obeying:
-            for name in ("stop", "save", "validate"):  # left over from an attempt that ended before it looked
+            for name in ("stop", "save", "validate"):  # left over from an attempt that ended before it took them
                 (self.control / name).unlink(missing_ok=True)
         deferred_signals.__enter__()
         return self
@@ -94,7 +94,7 @@ class Requests:
 
     @contextlib.contextmanager
     def between_steps(self) -> Iterator[None]:
-        """Inside, a stop waits until someone takes it."""
+        """Let a stop wait inside the context until `take` is called."""
         deferred_signals.is_training = True
         try:
             yield
@@ -102,7 +102,7 @@ class Requests:
             deferred_signals.is_training = False
 
     def take(self, request: ControlRequest) -> bool:
-        """Whether `request` was made. Asking clears it, except a stop, which stays."""
+        """Whether `request` was made. The call clears the request, except a stop, which stays."""
         if not self._is_obeying:
             return False
         path = self.control / request
@@ -113,10 +113,10 @@ class Requests:
         return request == "stop" and (self._is_stopping or deferred_signals.first is not None)
 
     def poll(self) -> None:
-        """For work outside the training loop.
+        """Stop here if it was requested. For work outside the training loop.
 
         Raises:
-            Stopped: a stop was asked for.
+            Stopped: a stop was requested.
         """
         if not deferred_signals.is_training and self.take("stop"):
             raise stopped("stopped before the training began")

@@ -73,7 +73,7 @@ def stop_start(run: RunDirectory) -> bool:
         return False
     pid = lock.pid()
     if pid is None:
-        raise CheckpointError.of(f"{run.root} is just being started", remedy="Repeat the command.")
+        raise CheckpointError.of(f"{run.root} is just being started", remedy="Try again in a moment.")
     record.model_copy(update={"is_stopped": True}).write(run)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Where a run stands, read from its lock and the two ends of its events: quick, however long they are."""
+"""The status of a run, read from its lock and from both ends of its events: fast for files of any length."""
 
 import os
 from collections.abc import Iterator
@@ -19,25 +19,25 @@ _REASONS: dict[str, RunState] = {"done": "done", "stopped": "stopped", "error": 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run at a glance. What is not known (yet) is None."""
+    """The status of a run. Fields without a value (yet) are None."""
 
     root: Path
     """The run directory."""
     state: RunState
-    """new: nothing has happened yet. starting: its process is being loaded, checks the configuration and has written
-    nothing yet. running: a process holds it. killed: the last attempt just broke off."""
+    """new: never started. starting: its process loads, checks the configuration and has written no event yet. running:
+    a process holds it. killed: the last attempt ended without an end event."""
     pid: int | None
-    """Process that holds it, while it is starting or running."""
+    """Id of its process while it is starting or running."""
     phase: Phase | None
-    """The phase that is going on, or that the last attempt broke off in."""
+    """The present phase, or the phase in which the last attempt ended."""
     progress: tuple[int, int] | None
-    """Items done and in all, of a phase other than training."""
+    """Number of finished items and of all items, in a phase other than training."""
     step: int
-    """Steps that are finished."""
+    """Number of finished steps."""
     steps: int | None
-    """Steps in all."""
+    """Total steps of the run."""
     loss: float | None
-    """Of the last step alone."""
+    """Loss of the last step only."""
     seconds_per_step: float | None
     """Wall time of the last step."""
     held_out: tuple[float, float] | None
@@ -45,37 +45,37 @@ class RunStatus:
     saved: int | None
     """Step of the newest checkpoint on the disk."""
     attempt: int
-    """1 at the first start, one more after each restart; 0 before it. A start that was refused is none."""
+    """0 before the first start, 1 after it, one more after each restart. A refused start does not count."""
     starts: int
-    """Every start so far that wrote events."""
+    """Number of starts that wrote events."""
     is_refused: bool
     """Whether the last start ended with an error before it trained."""
     started: str | None
-    """Time of the first event, or of the start that was asked for; UTC, ISO 8601, as in the events."""
+    """Time of the first event, or of the requested start; UTC, ISO 8601, as in the events."""
     updated: str | None
     """Time of the last event."""
     ended: str | None
-    """When the last start ended; None while it is running, and where it was killed."""
+    """Time at which the last start ended; None while it runs, and if it was killed."""
     error: str | None
-    """What the last start ended with: found, expected, remedy."""
+    """The error of the last start: finding, expectation and remedy."""
     exit_code: int | None
-    """Of the last start, once it has ended."""
+    """Exit code of the last start, once it has ended."""
     lora: Path | None
     """The finished LoRA, if the run is done."""
     model: Path | None
     """The finished model of a full run, if the run is done."""
     last_id: int
-    """Of the last event; 0 before the first."""
+    """Id of the last event; 0 before the first."""
     note: str
-    """The user's own words about it."""
+    """The user's note about the run."""
 
 
 def status_of(run: RunDirectory) -> RunStatus:
-    """Where `run` stands now. Takes milliseconds also where its events are many megabytes.
+    """Read the present status of `run`. Takes milliseconds even if its events take many megabytes.
 
-    A run directory that is missing or empty is "new". Damaged lines are passed over.
+    A run directory that is missing or empty is "new". Damaged lines are skipped.
     """
-    # Before the events: a run that ends in between is then still running, and not killed.
+    # Check the locks before reading events: a run that ends in between then counts as running, not as killed.
     start = start_record(run)
     starting_pid = run.starting_lock().pid() if start is not None and run.starting_lock().is_held() else None
     is_held = run.lock().is_held()
@@ -89,20 +89,20 @@ def status_of(run: RunDirectory) -> RunStatus:
         if tail.last is not None:
             tail.first = next(_events_forward(file), None)
             if tail.run is None:
-                tail.run = next(_backwards(file, "run", tail.looked_to), None)
+                tail.run = next(_backwards(file, "run", tail.read_from), None)
             if tail.step is None:
-                tail.step = next(_backwards(file, "step", tail.looked_to), None)
+                tail.step = next(_backwards(file, "step", tail.read_from), None)
             tail.held_out = _held_out(file)
             tail.is_refused = was_refused(file)
     if tail.last is not None and tail.end is None and not is_held:
-        # It may have been taken up meanwhile, which is not what broke off.
+        # The run may have been resumed meanwhile, in which case it was not killed.
         is_held = run.lock().is_held()
         pid = run.lock().pid() if is_held else None
     return _with_start(_assembled(run, tail, is_held=is_held, pid=pid), start, starting_pid)
 
 
 def _with_start(status: RunStatus, start: StartRecord | None, starting_pid: int | None) -> RunStatus:
-    """The status, with a start that has written no event: one that goes on, was stopped, or was refused."""
+    """The status, updated for a start that has written no event: it is starting, was stopped, or was refused."""
     if start is None or status.state == "running" or status.starts != start.starts:
         return status
     began = status.started or start.time
@@ -110,16 +110,16 @@ def _with_start(status: RunStatus, start: StartRecord | None, starting_pid: int 
         return replace(status, state="starting", pid=starting_pid, phase=None, progress=None, started=began, error=None)
     if start.is_stopped:
         return replace(status, state="stopped" if status.state == "new" else status.state, started=began)
-    # What an earlier attempt came to stays true.
+    # The result of an earlier attempt is kept.
     state: RunState = "failed" if status.state == "new" else status.state
     return replace(status, state=state, started=began, error=start_refusal(RunDirectory(status.root), start))
 
 
 def find_runs(folder: Path, depth: int = 3) -> list[RunDirectory]:
-    """The run directories below `folder`, itself included, at most `depth` folders down; in the order of their paths.
+    """The run directories in `folder`, itself included, at most `depth` levels below, sorted by path.
 
-    A run is a folder with events.jsonl, or with the record of a start. Runs are not looked for inside runs, nor behind
-    links, nor in folders that this user may not enter.
+    A run is a folder with events.jsonl, or with the record of a start. Runs inside runs, behind links, or in folders
+    without permission are not found.
     """
     if is_run(RunDirectory(folder)):
         return [RunDirectory(folder)]
@@ -133,41 +133,41 @@ def find_runs(folder: Path, depth: int = 3) -> list[RunDirectory]:
 
 
 def is_run(run: RunDirectory) -> bool:
-    """Whether something was trained in this folder, or was to be."""
+    """Whether a run was started in this folder."""
     root = str(run.root)
     return os.path.isfile(f"{root}/{EVENTS_NAME}") or os.path.isfile(f"{root}/{STARTING_NAME}")
 
 
 @dataclass
 class _Tail:
-    """What the last lines told."""
+    """The status as far as the last lines of the events contain it."""
 
     first: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
     end: dict[str, Any] | None = None
-    """That of the last start."""
+    """The `end` event of the last start."""
     is_refused: bool = False
     error: dict[str, Any] | None = None
     run: dict[str, Any] | None = None
     step: dict[str, Any] | None = None
     done: int | None = None
-    """Steps finished, by whichever event told last."""
+    """Number of finished steps, from the last event with that number."""
     phase: Phase | None = None
     progress: tuple[int, int] | None = None
     held_out: tuple[float, float] | None = None
-    looked_to: int = 0
-    """Byte of the file that all events after were looked at."""
+    read_from: int = 0
+    """Byte of the file from which on all events were read."""
 
 
 def _read_tail(file: BinaryIO) -> _Tail:
-    """The last events, back to where the current phase is known; never more than a few blocks."""
+    """Read the last events, backward until the current phase is known; at most a few blocks."""
     tail = _Tail()
     ended: list[str] = []
     knows_phase = False
     for start, event in _events_backward(file):
         if tail.last is None:
             tail.last = event
-        tail.looked_to = start
+        tail.read_from = start
         kind, is_current = event["type"], start_of(event) == start_of(tail.last)
         if not is_current:
             knows_phase = True
@@ -182,24 +182,24 @@ def _read_tail(file: BinaryIO) -> _Tail:
         if tail.done is None:
             tail.done = _finished(event)
         if not knows_phase:
-            knows_phase = _look_for_phase(event, tail, ended)
+            knows_phase = _find_phase(event, tail, ended)
         if knows_phase and tail.done is not None:
             break
     return tail
 
 
 def _finished(event: dict[str, Any]) -> int | None:
-    """Steps that are finished, if `event` tells."""
+    """Number of finished steps according to `event`, if it has one."""
     if event["type"] == "step":
         return int(event["step"])
     if event["type"] == "run":
         return int(event["resumed_from"] or 0)
-    # An attempt that was refused ends with step 0, whatever lies on the disk.
+    # A refused attempt ends with step 0, regardless of the checkpoints on the disk.
     return int(event["step"]) or None if event["type"] == "end" else None
 
 
-def _look_for_phase(event: dict[str, Any], tail: _Tail, ended: list[str]) -> bool:
-    """Going backwards, whether `event` tells which phase the last one belongs to."""
+def _find_phase(event: dict[str, Any], tail: _Tail, ended: list[str]) -> bool:
+    """Reading backward, whether `event` determines the phase of the last event."""
     kind = event["type"]
     if kind == "step":
         tail.phase = "train"
@@ -223,11 +223,11 @@ def _assembled(run: RunDirectory, tail: _Tail, *, is_held: bool, pid: int | None
     if is_held:
         state = "running"
     elif tail.is_refused and run.finished.is_file():
-        state = "done"  # what was finished stays
+        state = "done"  # a finished run stays finished
     elif end is not None:
         state = _REASONS[end["reason"]]
     elif tail.last is not None and run.finished.is_file():
-        state = "done"  # a start of a finished run was killed while it looked
+        state = "done"  # a later start of a finished run was killed while it checked the results
     error = None if is_held or tail.error is None else tail.error["text"]
     is_done = state == "done"
     is_refused = tail.is_refused and not is_held
@@ -259,7 +259,7 @@ def _assembled(run: RunDirectory, tail: _Tail, *, is_held: bool, pid: int | None
 
 
 def _result(path: Path, end: dict[str, Any] | None, name: str) -> Path | None:
-    """The result at `path`, if the run's end names it, or it is there where that is not told."""
+    """The result at `path`, if the run's end event names it; without such an event, if the file exists."""
     has_it = path.exists() if end is None else end.get(name) is not None
     return path if has_it else None
 
@@ -273,13 +273,15 @@ def _held_out(file: BinaryIO) -> tuple[float, float] | None:
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """The event in a line; None for one that is torn or damaged, or lacks a field."""
+    """Parse the event in a line. None if the line is incomplete or damaged, or lacks a field."""
     event = parse_event(line)
     if event is None:
         return None
-    known = EVENTS.get(event["type"])
-    # What has no default is in every line that we wrote; a line without it is not ours.
-    is_whole = known is None or all(name in event for name, own in known.model_fields.items() if own.is_required())
+    event_class = EVENTS.get(event["type"])
+    # Every line that we wrote has the fields without a default; a line without them is not ours.
+    is_whole = event_class is None or all(
+        name in event for name, field in event_class.model_fields.items() if field.is_required()
+    )
     return event if is_whole else None
 
 
@@ -291,7 +293,7 @@ def _events_backward(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _backwards(file: BinaryIO, kind: str, end: int | None = None) -> Iterator[dict[str, Any]]:
-    """Events of one type before byte `end`, by default all, the last one first. Only those are parsed."""
+    """Yield the events of one type before byte `end` (by default all), the last one first. Only these are parsed."""
     mark = f'"type": "{kind}"'.encode()
     for _, line in lines_backward(file, end, mark):
         if mark in line:
@@ -301,7 +303,7 @@ def _backwards(file: BinaryIO, kind: str, end: int | None = None) -> Iterator[di
 
 
 def _events_forward(file: BinaryIO, mark: bytes = b"") -> Iterator[dict[str, Any]]:
-    """Events whose line holds `mark`, the first one first."""
+    """Yield the events whose line contains `mark`, the first one first."""
     file.seek(0)
     for line in file:
         if mark in line:

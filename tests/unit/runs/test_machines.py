@@ -71,13 +71,13 @@ def test_three_machines_meet_whoever_else_comes(
         assert [wait_for(line, len(each)) for line, each in zip(together[number].lines, expected, strict=True)] == (
             expected
         )
-    assert [*together[0].lost()] == []
+    assert [*together[0].unreachable()] == []
     together[1].close(8)
     assert wait_for(together[0].lines[0], 1) == [{"ended": 8}]
-    assert [*together[0].lost()] == [(1, "closed its connection")]
-    assert [*together[0].lost()] == []
+    assert [*together[0].unreachable()] == [(1, "closed its connection")]
+    assert [*together[0].unreachable()] == []
     together[0].timeout_s = -1
-    assert [*together[0].lost()] == [(2, "gave no sign of life for -1 s")]
+    assert [*together[0].unreachable()] == [(2, "gave no sign of life for -1 s")]
     for each in together:
         each.close(0)
 

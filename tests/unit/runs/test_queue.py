@@ -89,7 +89,7 @@ def test_what_runs_or_ended_has_no_turn(queue: Queue) -> None:
     first = queue.add(DONE, "output/a")
     queue.add(DONE, "output/b")
     queue.move(2, "top")
-    with queue.held(1):
+    with queue.process_lock(1):
         pretend_running(queue, first)
         assert states(queue) == [(1, "running"), (2, "waiting")]
         with pytest.raises(ConfigError, match="queue entry 1: it is running: expected one that waits: 2"):
@@ -249,7 +249,7 @@ def test_what_was_running_when_the_machine_went_off_waits_again(queue: Queue) ->
 def test_a_running_entry_stays(queue: Queue) -> None:
     entry = queue.add(DONE, "output/one")
     pretend_running(queue, entry)
-    process = held_for(queue.held(entry.id).path, 30)
+    process = held_for(queue.process_lock(entry.id).path, 30)
     try:
         assert states(queue) == [(1, "running")]
         with pytest.raises(ConfigError, match=r"entry 1 is running.*`simpletuner run stop output/one`"):
@@ -266,7 +266,7 @@ def test_a_run_that_outlives_its_worker_is_waited_for(queue: Queue, reason: str,
     pretend_running(queue, entry)
     run = RunDirectory(queue.workspace / "output" / "one")
     run.create()
-    process = held_for(queue.held(entry.id).path, 0.5)
+    process = held_for(queue.process_lock(entry.id).path, 0.5)
     with EventLog(run.events) as log:
         if reason == "error":
             log.emit(ErrorEvent(exit_code=code, text="too large"))

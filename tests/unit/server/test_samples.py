@@ -98,7 +98,7 @@ def test_drawing_is_refused_while_a_run_trains_on_the_same_gpu(
         entry = queue.add(["--env=mine"], "output/b", "1")
         for devices, is_in_the_way in (("1", False), ("0,1", True), ("", True), ("GPU-5c89f7", True)):
             changed = {"state": "running", "output_dir": "output/a", "devices": devices, "pid": os.getpid()}
-            with queue.held(entry.id):
+            with queue.process_lock(entry.id):
                 queue.write(entry.model_copy(update=changed))
                 assert (run_on_sampler_gpu(roots) is not None) == is_in_the_way, devices
 
