@@ -43,7 +43,7 @@ def interrupted(workplace: Workplace, name: str, moment: str) -> subprocess.Comp
 def test_a_signal_while_a_library_is_imported_stops_the_run(workplace: Workplace, turn: int, module: str) -> None:
     ended = interrupted(workplace, SIGNALS[turn % len(SIGNALS)], f"import:{module}")
     assert ended.returncode == Stopped.exit_code, ended.stderr
-    assert ended.stderr.endswith("stopped before the training began. Give the same command again to go on.\n")
+    assert ended.stderr.endswith("stopped before the training began. Run the same command again to resume.\n")
     assert workplace.events("step") == []
 
 
@@ -55,7 +55,7 @@ def test_signalled_again_and_again_a_run_ends_the_same(
     for turn, moment in enumerate(PLACES):
         ended = interrupted(workplace, SIGNALS[turn % len(SIGNALS)], moment)
         assert ended.returncode == Stopped.exit_code, f"{moment}: {ended.stderr}"
-        assert ended.stderr.endswith("Give the same command again to go on.\n"), moment
+        assert ended.stderr.endswith("Run the same command again to resume.\n"), moment
     # While the last but one checkpoint is written: the last step is finished, and what comes after it.
     done = interrupted(workplace, "SIGTERM", "checkpoint:2")
     assert done.returncode == 0, done.stderr

@@ -67,7 +67,7 @@ def test_two_processes_listen_on_loopback_and_end_like_one_however_they_are_inte
         assert status_of(run).pid == children(process.pid)[0]
         process.send_signal(signal.SIGINT)
         assert process.wait(TIMEOUT_S) == Stopped.exit_code
-        assert process.communicate()[1].endswith("Give the same command again to go on.\n")
+        assert process.communicate()[1].endswith("Run the same command again to resume.\n")
     assert (status_of(run).state, status_of(run).saved) == ("stopped", None)
     with started(place, *TWO) as process:  # killed while it loads the model
         began = len(place.events("phase"))

@@ -319,11 +319,11 @@ def test_too_few_steps_get_a_word_and_a_refused_start_is_no_attempt(
         caption.rename(caption.with_suffix(".words"))
     assert workplace.train("--max_train_steps=3") == 3
     error = capsys.readouterr().err
-    assert "6 pictures have no caption and are left out" in error
+    assert "6 images have no caption and are left out" in error
     assert '"instance_prompt": "what they show"' in error
     status = status_of(workplace.run())
     assert (status.state, status.attempt, status.starts) == ("done", 1, 3)
-    assert "6 pictures have no caption" in str(status.error)
+    assert "6 images have no caption" in str(status.error)
     for caption in (workplace.folder / "datasets" / "pictures").glob("*.words"):
         caption.rename(caption.with_suffix(".txt"))
     assert workplace.train("--max_train_steps=3") == 0

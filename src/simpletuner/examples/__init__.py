@@ -1,1 +1,1 @@
-"""What `--example NAME` trains: a configuration in the folder NAME, and the pictures it needs."""
+"""Examples for `--example NAME`: a configuration in the folder NAME, and code that draws its training images."""

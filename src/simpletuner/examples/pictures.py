@@ -1,4 +1,4 @@
-"""Pictures of the examples, drawn on the spot: nothing to download, and one seed gives the same pixels."""
+"""Training images of the examples. They are drawn rather than downloaded; the same seed gives the same pixels."""
 
 import os
 import random
@@ -19,15 +19,15 @@ TEAL, ORANGE, WHITE = (0, 128, 128), (250, 140, 30), (250, 250, 245)
 STRIPES = (TEAL, ORANGE, TEAL)
 POLE = (90, 70, 50)
 DISC_SHARE = 0.5
-"""Of the cloth's height."""
+"""Diameter of the disc as a share of the cloth's height."""
 
 
 def render_flags(folder: Path, seed: int = 0) -> None:
-    """Draw 20 pictures of "a zorblat flag" into `folder/train` and 6 others into `folder/held-out`; into `folder/prior`
-    160 of what the base knows already, so that it stays known.
+    """Draw 20 images of "a zorblat flag" into `folder/train` and 6 others into `folder/held-out`. Draw 160 images of
+    scenes that the base model knows into `folder/prior`, so that training preserves them.
 
-    A zorblat flag is teal, orange, teal with a white disc; no model has heard of it. It stands in the small world, at
-    its sizes and places, on its backgrounds. Each picture is 128x128 with a .txt caption that says which.
+    A zorblat flag is teal, orange, teal with a white disc; no model knows it. The flags have the sizes, places and
+    backgrounds of the embedded model's world. Each image is 128x128 with its caption in a .txt file.
 
     Raises:
         DiskError: no space, or a read-only disk.
@@ -36,8 +36,8 @@ def render_flags(folder: Path, seed: int = 0) -> None:
         for part, scenes in (("train", training_flags(seed)), ("held-out", held_out_flags(seed)[:HELD_OUT])):
             (folder / part).mkdir(parents=True)
             for index, scene in enumerate(scenes):
-                picture = zorblat_flag(scene, random.Random(f"{seed}/{part}/{index}"))
-                picture.save(folder / part / f"flag-{index:02d}.png")
+                image = zorblat_flag(scene, random.Random(f"{seed}/{part}/{index}"))
+                image.save(folder / part / f"flag-{index:02d}.png")
                 (folder / part / f"flag-{index:02d}.txt").write_text(f"{scene.caption}\n", encoding="utf-8")
         world.render_scenes(folder / "prior", PRIOR, seed)
 
@@ -47,7 +47,7 @@ TRAINED, HELD_OUT, PRIOR = 20, 6, 160
 
 @dataclass(frozen=True)
 class FlagScene:
-    """What a picture of a flag shows, in the words of its caption."""
+    """Content of a flag's image, in the words of its caption."""
 
     size: str
     background: str
@@ -59,22 +59,22 @@ class FlagScene:
 
 
 def training_flags(seed: int = 0) -> list[FlagScene]:
-    """Those of which there is a picture to train on; among them every size, background and place."""
+    """The scenes of the training images; every size, background and place occurs."""
     return _shuffled(seed)[:TRAINED]
 
 
 def held_out_flags(seed: int = 0) -> list[FlagScene]:
-    """All others."""
+    """The scenes that are not trained."""
     return _shuffled(seed)[TRAINED:]
 
 
 def _shuffled(seed: int) -> list[FlagScene]:
-    """All scenes, in an order in which sizes, backgrounds and places come by turns."""
+    """All scenes, in an order in which sizes, backgrounds and places alternate."""
     order = random.Random(f"{seed}/flags")
     sizes, places = list(world.SIZES), list(world.PLACES)
     backgrounds = [name for name in world.COLORS if name != "orange"]
     combinations = [FlagScene(*parts) for parts in product(sizes, backgrounds, places)]
-    # The turn of a scene is the sum of its parts' numbers: a Latin square, as in the world's own held-out scenes.
+    # A scene's position is the sum of its parts' numbers: a Latin square, as in `Scene.is_held_out`.
     turns = [
         (sizes.index(scene.size) + backgrounds.index(scene.background) + 2 * places.index(scene.place))
         % len(backgrounds)
@@ -84,22 +84,22 @@ def _shuffled(seed: int) -> list[FlagScene]:
     return [scene for _, scene in sorted(shuffled, key=lambda entry: entry[0])]
 
 
-def zorblat_flag(scene: FlagScene, chance: random.Random) -> Image.Image:
-    """A picture of `scene`, 128x128; `chance` decides what its caption leaves open."""
-    picture = world.background(world.COLORS[scene.background], chance)
+def zorblat_flag(scene: FlagScene, rng: random.Random) -> Image.Image:
+    """An image of `scene`, 128x128; `rng` draws the details that the caption does not determine."""
+    image = world.background(world.COLORS[scene.background], rng)
     x, y = world.PLACES[scene.place]
-    center = (x * world.SIDE + chance.uniform(-2, 2), y * world.SIDE + chance.uniform(-2, 2))
-    flag = cloth(world.SIZES[scene.size] * chance.uniform(0.96, 1.04))
+    center = (x * world.SIDE + rng.uniform(-2, 2), y * world.SIDE + rng.uniform(-2, 2))
+    flag = cloth(world.SIZES[scene.size] * rng.uniform(0.96, 1.04))
     layer = Image.new("RGBA", (world.SIDE * FINER, world.SIDE * FINER))
     layer.paste(flag, (round(center[0] * FINER - flag.width / 2), round(center[1] * FINER - flag.height / 2)))
-    layer = layer.resize(picture.size, Image.Resampling.BOX)
-    picture.paste(layer, mask=layer.getchannel("A"))
-    return picture
+    layer = layer.resize(image.size, Image.Resampling.BOX)
+    image.paste(layer, mask=layer.getchannel("A"))
+    return image
 
 
 def cloth(width: float) -> Image.Image:
-    """The cloth on its pole, `FINER` times as large as it will be, transparent around; `width` in pixels of the picture
-    to come, the height two thirds of it."""
+    """The flag with its pole on a transparent background, `FINER` times enlarged. `width` is in pixels of the final
+    image; the cloth's height is two thirds of it."""
     wide, high = round(width * FINER), round(width * FINER * 2 / 3)
     pole = wide // 16
     flag = Image.new("RGBA", (wide, high + high // 6))
@@ -113,14 +113,14 @@ def cloth(width: float) -> Image.Image:
 
 
 EXAMPLES: dict[str, Callable[[Path], None]] = {"tiny-lora": render_flags}
-"""Every example, and what draws its pictures."""
+"""The function that draws the training images of each example."""
 
 
 def materialize(name: str, folder: Path) -> None:
-    """Put the pictures of example `name` into `folder`, whole or not at all. One that is there stays.
+    """Draw the images of example `name` into `folder`, atomically. An existing folder is not changed.
 
     Raises:
-        KeyError: no such example.
+        KeyError: there is no such example.
         DiskError: no space, or a read-only disk.
     """
     draw = EXAMPLES[name]

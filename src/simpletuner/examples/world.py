@@ -1,4 +1,4 @@
-"""The small world that the embedded model has seen: one shape on a background, and the words for both."""
+"""The scenes on which the embedded model was trained: one shape on a background, and their captions."""
 
 import math
 import random
@@ -13,10 +13,10 @@ from PIL import Image, ImageChops, ImageDraw
 from simpletuner.base.files import file_errors_reported
 
 SIDE = 128
-"""Of a picture, in pixels."""
+"""Side of an image in pixels."""
 
 FINER = 4
-"""Shapes are drawn this many times larger, then shrunk, so that edges are smooth."""
+"""Factor by which shapes are drawn larger before they are shrunk, so that edges are smooth."""
 
 Rgb = tuple[int, int, int]
 Point = tuple[float, float]
@@ -41,7 +41,7 @@ PLACES: Mapping[str, Point] = {
     "bottom": (0.5, 0.66),
     "middle": (0.5, 0.5),
 }
-"""Of the shape's middle, as shares of the side."""
+"""Center of the shape, as shares of the side."""
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 HELD_OUT_ONE_IN = 6
@@ -54,7 +54,7 @@ _CAPTION = re.compile(
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, in the words of its caption."""
+    """Content of an image, in the words of its caption."""
 
     size: str
     color: str
@@ -64,17 +64,17 @@ class Scene:
 
     @classmethod
     def of(cls, caption: str) -> "Scene":
-        """The scene that has this caption.
+        """The scene with this caption.
 
         Raises:
-            ValueError: none has.
+            ValueError: no scene has it.
         """
         words = _CAPTION.fullmatch(caption.strip())
         if words is None:
-            raise ValueError(f"no scene is called {caption.strip()!r}")
+            raise ValueError(f"no scene has the caption {caption.strip()!r}")
         scene = cls(**words.groupdict())
         if scene.caption != caption.strip():
-            raise ValueError(f"no scene is called {caption.strip()!r}")
+            raise ValueError(f"no scene has the caption {caption.strip()!r}")
         return scene
 
     @property
@@ -83,23 +83,23 @@ class Scene:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether no training picture has this shape in this color on this background, in any size or place.
+        """Whether no training image has this shape in this color on this background, in any size or place.
 
-        The rule is a Latin square, so every shape is still seen in every color, and both on every background.
+        The rule is a Latin square: training images still have every shape in every color, and both on every background.
         """
         colors = list(COLORS)
-        place = SHAPES.index(self.shape) + colors.index(self.color) + 2 * colors.index(self.background)
-        return place % HELD_OUT_ONE_IN == 0
+        number = SHAPES.index(self.shape) + colors.index(self.color) + 2 * colors.index(self.background)
+        return number % HELD_OUT_ONE_IN == 0
 
 
 def setting(background: str, place: str) -> str:
-    """How a caption ends."""
+    """The end of a caption."""
     article = "an" if background[0] in "aeiou" else "a"
     return f"on {article} {background} background, {place}"
 
 
 def scenes() -> Iterator[Scene]:
-    """All that there are, in one order."""
+    """All scenes, in a fixed order."""
     for size, color, shape, background, place in product(SIZES, COLORS, SHAPES, COLORS, PLACES):
         if color != background:
             yield Scene(size, color, shape, background, place)
@@ -114,38 +114,38 @@ def held_out_scenes() -> list[Scene]:
 
 
 def render_scenes(folder: Path, count: int, seed: int = 0, *, held_out: bool = False) -> None:
-    """Draw `count` pictures into `folder`, each with its caption in a .txt file; every scene comes equally often.
+    """Draw `count` images into `folder`, each with its caption in a .txt file. Every scene is drawn equally often.
 
     Raises:
         DiskError: no space, or a read-only disk.
     """
-    chosen = held_out_scenes() if held_out else training_scenes()
+    pool = held_out_scenes() if held_out else training_scenes()
     order = random.Random(f"{seed}/order")
     deck: list[Scene] = []
     with file_errors_reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             if not deck:
-                deck = order.sample(chosen, len(chosen))
+                deck = order.sample(pool, len(pool))
             scene = deck.pop()
-            picture = draw_scene(scene, random.Random(f"{seed}/{'held-out' if held_out else 'train'}/{index}"))
-            picture.save(folder / f"{index:05d}.png")
+            image = draw_scene(scene, random.Random(f"{seed}/{'held-out' if held_out else 'train'}/{index}"))
+            image.save(folder / f"{index:05d}.png")
             (folder / f"{index:05d}.txt").write_text(f"{scene.caption}\n", encoding="utf-8")
 
 
-def draw_scene(scene: Scene, chance: random.Random) -> Image.Image:
-    """A picture of `scene`, 128x128; `chance` decides what its caption leaves open."""
-    picture = background(COLORS[scene.background], chance)
+def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
+    """An image of `scene`, 128x128; `rng` draws the details that the caption does not determine."""
+    image = background(COLORS[scene.background], rng)
     x, y = PLACES[scene.place]
-    center = (x * SIDE + chance.uniform(-2, 2), y * SIDE + chance.uniform(-2, 2))
-    mask = silhouette(scene.shape, center, SIZES[scene.size] * chance.uniform(0.96, 1.04))
-    color = tuple(min(max(round(part + chance.uniform(-8, 8)), 0), 255) for part in COLORS[scene.color])
-    picture.paste(Image.new("RGB", picture.size, color), mask=mask)
-    return picture
+    center = (x * SIDE + rng.uniform(-2, 2), y * SIDE + rng.uniform(-2, 2))
+    mask = silhouette(scene.shape, center, SIZES[scene.size] * rng.uniform(0.96, 1.04))
+    color = tuple(min(max(round(part + rng.uniform(-8, 8)), 0), 255) for part in COLORS[scene.color])
+    image.paste(Image.new("RGB", image.size, color), mask=mask)
+    return image
 
 
 def silhouette(shape: str, center: Point, diameter: float) -> Image.Image:
-    """The shape as a mask of 128x128, 255 inside; `diameter` is that of the circle around it, in pixels."""
+    """The shape as a 128x128 mask, 255 inside. `diameter` is that of its circumscribed circle, in pixels."""
     mask = Image.new("L", (SIDE * FINER, SIDE * FINER))
     pen = ImageDraw.Draw(mask)
     x, y = center[0] * FINER, center[1] * FINER
@@ -181,14 +181,14 @@ def silhouette(shape: str, center: Point, diameter: float) -> Image.Image:
     return mask.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
-def background(color: Rgb, chance: random.Random) -> Image.Image:
-    """A slope of light over `color`, in a direction that `chance` decides, with soft clouds on it."""
-    slope = Image.linear_gradient("L").rotate(chance.uniform(0, 360), Image.Resampling.BILINEAR, fillcolor=128)
+def background(color: Rgb, rng: random.Random) -> Image.Image:
+    """A background of `color` with a brightness gradient in a direction that `rng` draws, and soft clouds."""
+    slope = Image.linear_gradient("L").rotate(rng.uniform(0, 360), Image.Resampling.BILINEAR, fillcolor=128)
     left = top = (slope.width - SIDE) // 2
     light = slope.crop((left, top, left + SIDE, top + SIDE))
     cells = 4
     noise = Image.new("L", (cells, cells))
-    noise.putdata([chance.randrange(256) for _ in range(cells * cells)])
+    noise.putdata([rng.randrange(256) for _ in range(cells * cells)])
     clouds = noise.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     dark = Image.new("RGB", (SIDE, SIDE), _shaded(color, -40))
     bright = Image.new("RGB", (SIDE, SIDE), _shaded(color, 40))

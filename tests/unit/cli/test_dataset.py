@@ -45,7 +45,7 @@ def test_scan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "6 images, each used 2 times (repeats = 1): 12 samples per epoch" in text
     assert "    size     images\n    96x176   1\n" in text
     assert "left out: 1 not an image\n" in text
-    assert "    broken.jpg  not an image  no picture format that is read here\n" in text
+    assert "    broken.jpg  not an image  no supported image format\n" in text
 
 
 @pytest.mark.usefixtures("project")

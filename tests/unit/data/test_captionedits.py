@@ -57,7 +57,7 @@ def test_an_edit_changes_each_caption_of_a_text(edit: TextEdit, before: str, aft
 
 @pytest.mark.parametrize(("find", "replace"), [("(", ""), ("cat", r"\1")])
 def test_what_is_no_regular_expression_is_said(find: str, replace: str) -> None:
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match="not a regular expression"):
         TextEdit(find, replace, is_regex=True)
 
 

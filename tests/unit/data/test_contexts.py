@@ -243,7 +243,7 @@ def test_contexts_for_which_the_disk_has_no_room_are_refused_before_the_encoder_
         raise AssertionError("loaded")
 
     with pytest.raises(
-        DiskError, match=r"The contexts of 3 captions take .* are free for .* give the data set a cache_d"
+        DiskError, match=r"The contexts of 3 captions take .* are free for .* set the dataset's cache_d"
     ):
         fill_contexts(["a", "b", "c"], store, codec, load, **states)  # type: ignore[arg-type]
 

@@ -128,7 +128,7 @@ def test_filters() -> None:
         placed((100, 200), minimum_aspect_ratio=0.6)
     with pytest.raises(Rejected, match=r"is 2\.000, the maximum is 1\.5") as wide:
         placed((200, 100), maximum_aspect_ratio=1.5)
-    with pytest.raises(Rejected, match=r"×1.28 to cover 1024x1024, the most is ×1.25") as small:
+    with pytest.raises(Rejected, match=r"×1.28 to cover 1024x1024, the maximum is ×1.25") as small:
         placed((800, 800), max_upscale_threshold=0.25)
     reasons = [caught.value.reason for caught in (narrow, wide, small)]
     assert reasons == ["below minimum_aspect_ratio", "above maximum_aspect_ratio", "above max_upscale_threshold"]

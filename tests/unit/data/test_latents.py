@@ -147,7 +147,7 @@ def test_copies_are_encoded_once(save: Save, scanned: Scanned) -> None:
 
 def test_a_file_that_changed_after_the_scan_is_named(manifest: Manifest, save: Save) -> None:
     save("wide-3.png", (128, 64), "white")
-    with pytest.raises(DataError, match=r"wide-3\.png changed while this was running: it is another file"):
+    with pytest.raises(DataError, match=r"wide-3\.png changed while this was running: its content is diff"):
         fill([manifest], BatchVae())
     save("wide-3.png").unlink()
     with pytest.raises(DataError, match=r"wide-3\.png changed while .* No such file"):
@@ -158,7 +158,7 @@ def test_a_file_that_changed_after_the_scan_is_named(manifest: Manifest, save: S
 
 
 def test_a_latent_that_is_not_finite_is_named_and_not_kept(manifest: Manifest) -> None:
-    with pytest.raises(DataError, match=r"tall-0\.png: the VAE gave numbers that are not finite"):
+    with pytest.raises(DataError, match=r"tall-0\.png: the VAE returned numbers that are not finite"):
         fill([manifest], lambda images: torch.full((images.shape[0], 128, 5, 3), torch.nan))
     assert files(Path(manifest.image_set.cache_dir_vae)) == {}
 

@@ -62,8 +62,8 @@ def test_every_odd_file_has_its_reason_and_the_rest_is_trained(folder: Path, sav
     assert found.summary()["rejected"]["not an image"] == 2
     assert json.loads(json.dumps(found.summary()))["pictures"] == 4
     said = "\n".join(found.notices)
-    assert "1 of 4 pictures have transparency, which is laid on white (clear.png)" in said
-    assert "1 caption files have no picture (orphan.txt)" in said
+    assert "1 of 4 images have transparency, which is composited on white (clear.png)" in said
+    assert "1 caption files have no image (orphan.txt)" in said
     assert str(folder) not in json.dumps(found.summary())
 
 
@@ -73,18 +73,18 @@ def test_pictures_without_a_caption_are_counted_and_named_with_the_line_to_add(
     for number in range(7):
         save(f"cat-{number}.png", (80, 80 + number))
     remedy = (
-        "Write each into a file of its own (cat-0.txt for cat-0.png), or have them share one: put the line "
+        "Write one caption file per image (cat-0.txt for cat-0.png), or one caption for all images: put the line "
         '"instance_prompt": "what they show", into the entry "photos" of the dataset file.'
     )
     with pytest.raises(DataError) as caught:
         scanned(caption_strategy="textfile")
     named = "cat-0.png, cat-1.png, cat-2.png, cat-3.png, cat-4.png, …"
-    assert caught.value.problems[1].found == f"photos: 7 pictures have no caption and are left out ({named}). {remedy}"
+    assert caught.value.problems[1].found == f"photos: 7 images have no caption and are left out ({named}). {remedy}"
     (folder / "cat-0.txt").write_text(" \n")
     for number in range(1, 7):
         (folder / f"cat-{number}.txt").write_text("a cat")
     found = scanned(caption_strategy="textfile")
-    assert f"photos: 1 picture has no caption and is left out (cat-0.png). {remedy}" in found.notices
+    assert f"photos: 1 image has no caption and is left out (cat-0.png). {remedy}" in found.notices
     # As the message says.
     mended = scanned(caption_strategy="textfile", instance_prompt="what they show")
     assert len(mended.samples) == 7
@@ -103,7 +103,7 @@ def test_two_pictures_with_one_stem_share_a_caption_and_nothing_else(
 
 
 def test_a_set_that_ends_empty_shows_the_counts(folder: Path, scanned: Scanned) -> None:
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         scanned()
     for name in ("a.png", "b.png", "c.png", "d.png"):
         (folder / name).touch()
@@ -220,10 +220,10 @@ def test_what_a_person_should_know_is_said_once(save: Save, scanned: Scanned) ->
     save("small.png", (32, 32))
     said = scanned(crop=True, maximum_image_size=64, caption_strategy="textfile", instance_prompt="x").notices
     assert said == (
-        "photos: 1 of 2 pictures are enlarged to reach `resolution`, by up to ×2.00 (small.png).",
-        "photos: 1 of 2 pictures are above maximum_image_size, which changes nothing: 64² pixels would not cover "
-        "what is trained of them (large.png).",
-        "photos: 2 of 2 pictures have no caption of their own and use instance_prompt, 'x' (large.png, small.png).",
+        "photos: 1 of 2 images are enlarged to reach `resolution`, by up to ×2.00 (small.png).",
+        "photos: 1 of 2 images are above maximum_image_size, which has no effect: 64² pixels would not cover "
+        "their training size (large.png).",
+        "photos: 2 of 2 images have no caption of their own and use instance_prompt, 'x' (large.png, small.png).",
     )
 
 
@@ -261,7 +261,7 @@ def test_a_caption_beside_a_txt_is_told_and_not_read(folder: Path, save: Save, s
     manifest = scanned(caption_strategy="textfile")
     assert [sample.captions for sample in manifest.samples] == [("a from .txt",), ("b from .caption",)]
     assert manifest.rejections == ()
-    assert manifest.notices == ("photos: 1 .caption files are not read, for the .txt beside them (a.caption).",)
+    assert manifest.notices == ("photos: 1 .caption files are not read, since .txt files replace them (a.caption).",)
 
 
 def test_what_is_no_regular_file_is_left_out_by_name(folder: Path, save: Save, scanned: Scanned) -> None:
@@ -332,7 +332,7 @@ def test_shuffled_captions_are_counted(scanned: Scanned, save: Callable[..., Pat
     keys = {"caption_strategy": "textfile", "caption_shuffle": {"enable": True, "count": 20}}
     found = scanned(**keys)
     assert found.notices[-1] == (
-        "photos: with caption_shuffle, 2 pictures have 2 different captions, each of which is encoded and cached."
+        "photos: with caption_shuffle, 2 images have 2 different captions, each of which is encoded and cached."
     )
     assert {len(sample.captions) for sample in found.samples} == {20}
     assert scanned(**keys).fingerprint == found.fingerprint != scanned(seed=1, **keys).fingerprint

@@ -66,7 +66,7 @@ def test_a_batch_is_of_one_bucket_and_incomplete_ones_are_filled_within_it(manif
             most = 1 if batch.bucket == (80, 48) else 2
             assert max(Counter(batch.visits).values()) <= most, "other pictures first"
     (notice,) = order.notices
-    assert "2 of 2 buckets do not divide into batches of 4; 2 visits an epoch are drawn again" in notice
+    assert "2 of 2 buckets do not divide into batches of 4; 2 extra images per epoch are drawn" in notice
     assert "smaller than one batch: 48x80" in notice
 
 

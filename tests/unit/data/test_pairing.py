@@ -61,8 +61,8 @@ def test_references_come_by_stem_in_the_order_of_the_sets_and_of_their_numbers(
     }
     assert found.notices == (
         "photos: references: 1 with none, 1 with 1, 1 with 2, 1 with 4.",
-        "photos: 3 of 4 pictures have no partner in style and are trained without (dog.1.png, dog.png, hen.png).",
-        "photos: 1 of 4 pictures have no partner in before and are trained without (hen.png).",
+        "photos: 3 of 4 images have no partner in style and are trained without one (dog.1.png, dog.png, hen.png).",
+        "photos: 1 of 4 images have no partner in before and are trained without one (hen.png).",
         "before: 1 of 7 files belong to no image of photos (cat.png).",
     )
     again = Manifest.of_record(found.image_set, json.loads(json.dumps(found.record())), found.conditions)
@@ -160,16 +160,16 @@ def test_a_partner_that_cannot_be_used_rejects_its_image(tmp_path: Path, save: S
     found = paired(make_set(), before, style)
     assert [sample.name for sample in found.samples] == ["alone.png", "fine.png"]
     assert {(each.name, each.reason, each.detail) for each in found.rejections} == {
-        ("broken.png", "before: not an image", "broken.png: no picture format that is read here"),
+        ("broken.png", "before: not an image", "broken.png: no supported image format"),
         (
             "shape.png",
             "before: another aspect than its image",
             "shape.png: 80x100, its image is 100x80; make them of one shape",
         ),
         ("two.png", "more than one partner", "before has two.jpg and two.png: keep one of them"),
-        ("small.png", "style: reference is too small", "small.png: 100x63, the least side is 64 pixels"),
-        ("narrow.png", "style: reference is too narrow", "narrow.png: 1000x100, the most is 8:1"),
-        ("many.png", "too many references", "11, the most is 10"),
+        ("small.png", "style: reference is too small", "small.png: 100x63, the minimum side is 64 pixels"),
+        ("narrow.png", "style: reference is too narrow", "narrow.png: 1000x100, the maximum is 8:1"),
+        ("many.png", "too many references", "11, the maximum is 10"),
     }
     required = paired(make_set(conditioning_required=True), before)
     assert [sample.name for sample in required.samples] == ["fine.png"]
@@ -185,7 +185,7 @@ def test_a_set_that_has_no_partner_at_all_is_an_error(tmp_path: Path, save: Save
     assert [str(problem) for problem in caught.value.problems] == [
         "photos: no image has a partner in before: it has a_before.png: "
         "expected files of the same names, such as a.png for a.png.",
-        "photos: no image has a partner in empty: it has no pictures: "
+        "photos: no image has a partner in empty: it has no images: "
         "expected files of the same names, such as a.png for a.png.",
     ]
 

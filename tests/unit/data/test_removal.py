@@ -34,7 +34,7 @@ def test_an_image_goes_with_its_captions_and_comes_back(folder: Path) -> None:
     assert bring_back(folder) == (2, [])
     assert bring_back(folder) == (6, [])
     assert listed(folder) == before
-    with pytest.raises(DataError, match="nothing was deleted"):
+    with pytest.raises(DataError, match="no deleted files to restore"):
         bring_back(folder)
 
 

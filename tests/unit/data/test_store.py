@@ -121,7 +121,7 @@ def unread(store: Store) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     ledger = store_module._Ledger(store)
-    ledger._read[KEY] = store.storage.stat(store.name(KEY)).stamp
+    ledger._verified_now[KEY] = store.storage.stat(store.name(KEY)).stamp
     ledger.save()
 
 

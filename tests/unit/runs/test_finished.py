@@ -56,8 +56,8 @@ def made_a_folder(run: RunDirectory) -> None:
 @pytest.mark.parametrize(
     ("hurt", "reason"),
     [
-        (lambda run: run.lora.write_bytes(b"lorA"), f"{LORA_NAME} is not what was exported"),
-        (lambda run: run.lora.write_bytes(b""), f"{LORA_NAME} is not what was exported"),
+        (lambda run: run.lora.write_bytes(b"lorA"), f"{LORA_NAME} differs from the exported file"),
+        (lambda run: run.lora.write_bytes(b""), f"{LORA_NAME} differs from the exported file"),
         (lambda run: run.lora.unlink(), f"{LORA_NAME} is missing"),
         (made_a_folder, f"{LORA_NAME} is missing"),
         (lambda run: (run.model / "tokens.json").unlink(), "model/tokens.json is missing"),
@@ -66,8 +66,8 @@ def made_a_folder(run: RunDirectory) -> None:
         (lambda run: run.finished.write_text("[]"), "finished.json cannot be read"),
         (changed(products={"a": 1}), "finished.json cannot be read"),
         (changed(version=9), "version 9, this program reads version 1"),
-        (changed(step=2), "of step 2, the last checkpoint of step 3"),
-        (changed(products={"../x": {"sha256": "", "bytes": 0, "mtime_ns": 0}}), "../x does not lie in the run"),
+        (changed(step=2), "belongs to step 2, the last checkpoint to step 3"),
+        (changed(products={"../x": {"sha256": "", "bytes": 0, "mtime_ns": 0}}), "../x is outside the run directory"),
     ],
     ids=[
         "changed",
@@ -108,6 +108,6 @@ def test_a_large_file_is_read_again_only_where_its_time_has_changed(
     os.utime(run.lora, ns=(recorded, recorded))
     assert lacking(run, 3) is None
     os.utime(run.lora, ns=(recorded, recorded + 1))
-    assert "is not what was exported" in str(lacking(run, 3))
+    assert "differs from the exported file" in str(lacking(run, 3))
     run.lora.write_bytes(b"lora")
     assert lacking(run, 3) is None

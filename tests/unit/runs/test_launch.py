@@ -39,5 +39,5 @@ def test_other_endings_name_themselves(run: RunDirectory) -> None:
     assert isinstance(exit_error(6, None, "other settings", run), CheckpointError)
     bug = exit_error(1, None, "Traceback\n  line\nThis is a bug", run)
     assert type(bug) is UserError
-    assert f"exit code 1: This is a bug. {run.console} has all of it." in str(bug)
-    assert "signal 9: it said nothing" in str(exit_error(-9, None, "", run))
+    assert f"exit code 1: This is a bug. {run.console} has its whole output." in str(bug)
+    assert "signal 9: it printed nothing" in str(exit_error(-9, None, "", run))

@@ -54,7 +54,7 @@ def test_three_machines_meet_whoever_else_comes(
         assert stranger.recv(100) == b""
     twins = {second, come(pool, 2, port)}
     later = next(as_completed(twins, 20))
-    with pytest.raises(ConfigError, match=f"machine_rank = 2: {HERE} has that number: expected one for each"):
+    with pytest.raises(ConfigError, match=f"machine_rank = 2: {HERE} has that number: expected a different number"):
         later.result()
     (second,) = twins - {later}
     assert not first.done()
@@ -77,7 +77,7 @@ def test_three_machines_meet_whoever_else_comes(
     assert [*together[0].unreachable()] == [(1, "closed its connection")]
     assert [*together[0].unreachable()] == []
     together[0].timeout_s = -1
-    assert [*together[0].unreachable()] == [(2, "gave no sign of life for -1 s")]
+    assert [*together[0].unreachable()] == [(2, "sent no message for -1 s")]
     for each in together:
         each.close(0)
 
@@ -102,7 +102,7 @@ def test_who_does_not_come_is_named(pool: ThreadPoolExecutor, port: int) -> None
     with pytest.raises(RanksError) as error:
         come(pool, 0, port, timeout_s=0.3).result(20)
     assert str(error.value) == (
-        f"machine 1, 2 did not come to {HERE}, port {port}, for 0 s. "
+        f"machine 1, 2 did not connect to {HERE}, port {port}, for 0 s. "
         "Start the same command there with --machine_rank=1."
     )
     with pytest.raises(RanksError, match=r"port \d+ did not answer for 0 s \(Connection refused\)"):
@@ -115,7 +115,7 @@ def test_a_port_that_is_taken_is_named(port: int) -> None:
         pytest.raises(ConfigError, match=f"main_process_port = {port} at {HERE}: Address already in use"),
     ):
         meet(0, 2, HERE, port, TERMS, 1)
-    with pytest.raises(ConfigError, match=r"main_process_ip = 192\.0\.2\.1 is no address of this machine"):
+    with pytest.raises(ConfigError, match=r"main_process_ip = 192\.0\.2\.1 is not an address of this machine"):
         meet(0, 2, "192.0.2.1", port, TERMS, 1)
 
 
@@ -123,8 +123,8 @@ def test_an_address_that_only_this_machine_reaches_is_refused(monkeypatch: pytes
     monkeypatch.undo()
     monkeypatch.setattr(machines, "own_address", lambda _: "10.0.0.5")
     for host in (HERE, "localhost"):
-        with pytest.raises(ConfigError, match="which no other machine reaches: expected machine 0's address") as error:
+        with pytest.raises(ConfigError, match="no other machine can reach: expected machine 0's address") as error:
             meet(0, 2, host, port, TERMS, 1)
-        assert "give --main_process_ip=10.0.0.5 on all of them." in str(error.value)
+        assert "give --main_process_ip=10.0.0.5 on all machines." in str(error.value)
     with pytest.raises(ConfigError, match=r"main_process_ip = 'no\.such\.host\.invalid': "):
         meet(0, 2, "no.such.host.invalid", port, TERMS, 1)

@@ -92,7 +92,7 @@ def test_what_runs_or_ended_has_no_turn(queue: Queue) -> None:
     with queue.process_lock(1):
         pretend_running(queue, first)
         assert states(queue) == [(1, "running"), (2, "waiting")]
-        with pytest.raises(ConfigError, match="queue entry 1: it is running: expected one that waits: 2"):
+        with pytest.raises(ConfigError, match="queue entry 1: it is running: expected a waiting entry: 2"):
             queue.move(1, "down")
         queue.add(DONE, "output/c")
         queue.move(3, "top")
@@ -149,7 +149,7 @@ def test_many_may_add_at_once(queue: Queue) -> None:
 
 def test_two_that_have_not_ended_may_not_share_a_directory(queue: Queue) -> None:
     queue.add(DONE, "output/one")
-    with pytest.raises(ConfigError, match=r"output_dir = output/../output/one is that of queue entry 1"):
+    with pytest.raises(ConfigError, match=r"output_dir = output/../output/one belongs to queue entry 1"):
         queue.add(DONE, "output/../output/one")
     queue.work("", say_nothing)
     assert queue.add(DONE, "output/one").id == 2
@@ -277,7 +277,7 @@ def test_a_run_that_outlives_its_worker_is_waited_for(queue: Queue, reason: str,
     process.communicate()
     (entry,) = queue.entries()
     assert (entry.state, entry.exit_code, entry.error) == (state, code, "too large" if reason == "error" else None)
-    assert said == ["1: output/one goes on without its worker; waiting for it"]
+    assert said == ["1: output/one still runs without its worker; waiting for it"]
 
 
 def test_no_entry_is_left_where_the_disk_is_full(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,8 +92,8 @@ time.sleep(0.1)
 raise RanksError.of("connection closed by peer")
 """,
         8,
-        "rank 1 was killed by signal 9 (SIGKILL). Where nobody sent it, the machine was out of memory: the system's "
-        "log (dmesg) says so.",
+        "rank 1 was killed by signal 9 (SIGKILL). If nobody sent it, the machine ran out of memory: check the system's "
+        "log (dmesg).",
     ),
     "rank 1 is killed, and a collective of FSDP breaks": (
         """
@@ -103,8 +103,8 @@ time.sleep(0.1)
 raise RuntimeError("[/src/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:26733")
 """,
         8,
-        "rank 1 was killed by signal 9 (SIGKILL). Where nobody sent it, the machine was out of memory: the system's "
-        "log (dmesg) says so.",
+        "rank 1 was killed by signal 9 (SIGKILL). If nobody sent it, the machine ran out of memory: check the system's "
+        "log (dmesg).",
     ),
     "rank 0 notices, and a collective breaks all the same": (
         """
@@ -331,7 +331,7 @@ def test_a_place_is_that_of_our_supervisor_or_of_torchrun() -> None:
         ({**TORCHRUN, "RANK": "one", "WORLD_SIZE": "-2"}, "RANK=one"),
         ({**TORCHRUN, "RANK": "one", "WORLD_SIZE": "-2"}, "WORLD_SIZE=-2"),
         ({**TORCHRUN, "RANK": "2"}, "RANK=2 in the environment: expected a number below WORLD_SIZE, 2"),
-        ({**TORCHRUN, "WORLD_SIZE": "3"}, "expected as many processes on each machine, numbered machine by machine"),
+        ({**TORCHRUN, "WORLD_SIZE": "3"}, "expected the same number of processes on each machine"),
         ({**TORCHRUN, "RANK": "2", "WORLD_SIZE": "4"}, "RANK=2 with WORLD_SIZE=4, LOCAL_RANK=1 and LOCAL_WORLD_SIZE=2"),
         ({**TORCHRUN, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0"),
         ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT=http"),
@@ -377,8 +377,10 @@ def endings(machines: list[subprocess.Popen[bytes]]) -> list[tuple[int, str]]:
     return [(machine.returncode, text) for machine, text in zip(machines, printed, strict=True)]
 
 
-STOPPED_WITH_MACHINE_0 = "stopped with machine 0, which says what is saved. Give the same commands again to go on."
-KILLED = "rank 3 was killed by signal 9 (SIGKILL). Where nobody sent it, the machine was out of memory: the system's "
+STOPPED_WITH_MACHINE_0 = "stopped with machine 0, which reports what is saved. Run the same commands again to resume."
+KILLED = (
+    "rank 3 was killed by signal 9 (SIGKILL). If nobody sent it, the machine ran out of memory: check the system's "
+)
 ON_TWO_MACHINES: dict[str, tuple[str, int, str]] = {
     "an error that rank 0 notices": ("wait_for_others() if rank < 3 else fail()", 3, "rank 3: no images."),
     "an error that nobody notices": ("time.sleep(60) if rank < 3 else fail()", 3, "rank 3: no images."),
@@ -386,7 +388,7 @@ ON_TWO_MACHINES: dict[str, tuple[str, int, str]] = {
     "a rank is killed": (
         "wait_for_others() if rank < 3 else os.kill(os.getpid(), 9)",
         8,
-        f"{KILLED}log (dmesg) says so.",
+        f"{KILLED}log (dmesg).",
     ),
     "all is well": ("meet()", 0, ""),
     "rank 0 was stopped": ("wait_for_others() if rank else exec(\"raise Stopped.of('as asked')\")", 75, "as asked."),
@@ -426,7 +428,7 @@ def test_a_machine_that_is_gone_or_silent_is_named_by_the_other(machines: Starte
 def test_a_machine_that_gives_no_sign_of_life_is_named_by_the_other(machines: Started) -> None:
     first, second = machines("wait_for_others()")
     first.send_signal(signal.SIGSTOP)
-    assert endings([second]) == [(8, "rank 0 does not answer: machine 0 gave no sign of life for 2 s.")]
+    assert endings([second]) == [(8, "rank 0 does not answer: machine 0 sent no message for 2 s.")]
 
 
 def test_a_signal_to_any_machine_stops_all(machines: Started, tmp_path: Path) -> None:
@@ -450,4 +452,5 @@ raise Stopped.of(f"stopped by {deferred_signals.first}")
     assert [first.returncode, second.returncode] == [STOPPED, STOPPED]
     assert printed[0][0] == "Machine 1 was asked to stop."
     assert printed[0][-1] == f"stopped by {signal.SIGTERM.value}."
-    assert printed[1] == ["Machine 0 is asked to stop the run; once more to leave at once.", STOPPED_WITH_MACHINE_0]
+    asked = "Asked machine 0 to stop the run. A second signal stops this machine at once."
+    assert printed[1] == [asked, STOPPED_WITH_MACHINE_0]

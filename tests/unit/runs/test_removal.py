@@ -36,7 +36,7 @@ def test_what_a_run_holds_is_counted_and_hard_links_once(run: RunDirectory) -> N
 def test_what_is_not_of_the_run_is_named(run: RunDirectory) -> None:
     (run.root / "cats").mkdir()
     (run.root / "mine.txt").write_text("mine")
-    assert contents_of(run).text.endswith("5 files in all, also what is not of the run: cats, mine.txt")
+    assert contents_of(run).text.endswith("5 files in all, also files that do not belong to the run: cats, mine.txt")
     for number in range(7):
         (run.root / f"more-{number}").touch()
     assert contents_of(run).text.endswith("cats, mine.txt, more-0, more-1, more-2 and 4 more")
@@ -73,12 +73,12 @@ def test_a_folder_that_is_more_than_a_run_is_kept(run: RunDirectory, tmp_path: P
     (tmp_path / "link").symlink_to(run.root)
     with pytest.raises(ConfigError, match="is a link"):
         delete_run(RunDirectory(tmp_path / "link"), tmp_path)
-    with pytest.raises(ConfigError, match="no run is there"):
+    with pytest.raises(ConfigError, match="is not a run"):
         delete_run(RunDirectory(run.root / "checkpoints"), tmp_path)
     shutil.copy(run.events, run.root.parent)
-    with pytest.raises(ConfigError, match="holds another run"):
+    with pytest.raises(ConfigError, match="contains another run"):
         delete_run(RunDirectory(run.root.parent), tmp_path)
-    with pytest.raises(ConfigError, match="the folder that you work in"):
+    with pytest.raises(ConfigError, match="the working directory"):
         delete_run(run, run.root / "checkpoints")
     assert run.lora.exists()
 

@@ -101,7 +101,7 @@ def test_captions_change_together_and_go_back(client: TestClient, folder: Path) 
     assert undone == {"undone": 2, "left_out": []}
     assert not listed(client)["can_undo"]
     wrong = client.post("/api/images/captions", json={"folder": FOLDER, "find": "(", "regex": True, "dry_run": True})
-    assert "no regular expression" in wrong.json()["problems"][0]["text"]
+    assert "not a regular expression" in wrong.json()["problems"][0]["text"]
 
 
 @pytest.mark.slow
