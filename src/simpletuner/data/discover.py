@@ -11,11 +11,11 @@ from simpletuner.data.storages import own_folder_kind
 
 
 @dataclass(frozen=True)
-class FoundFiles:
+class FolderFiles:
     """The files of a dataset, by name."""
 
-    pictures: dict[str, Stamp]
-    """Sorted by name."""
+    images: dict[str, Stamp]
+    """Stamps of the images, sorted by name."""
     captions: dict[str, str]
     """Caption files by `caption_key`."""
     unused_captions: tuple[str, ...]
@@ -23,7 +23,7 @@ class FoundFiles:
     rejections: tuple[Rejection, ...]
 
 
-def discover(images: Storage) -> FoundFiles:
+def discover(images: Storage) -> FolderFiles:
     """List all files of a storage, subfolders included.
 
     Hidden files and folders (a leading dot: `.DS_Store`, `._x.jpg`, `.git`) are skipped silently. `.txt` and
@@ -42,7 +42,7 @@ def discover(images: Storage) -> FoundFiles:
             "a folder of images",
             f"Relative paths start at {Path.cwd()}: correct the path or make the folder.",
         ) from error
-    pictures: dict[str, Stamp] = {}
+    image_stamps: dict[str, Stamp] = {}
     captions: dict[str, str] = {}
     second_captions: dict[str, str] = {}
     rejections: list[Rejection] = []
@@ -54,14 +54,14 @@ def discover(images: Storage) -> FoundFiles:
             continue
         suffix = PurePosixPath(file.name).suffix.lower()
         if suffix in PICTURE_SUFFIXES:
-            pictures[file.name] = file.stamp
+            image_stamps[file.name] = file.stamp
         elif suffix in CAPTION_SUFFIXES:
             captions_of_suffix = captions if suffix == CAPTION_SUFFIXES[0] else second_captions
             captions_of_suffix.setdefault(caption_key(file.name), file.name)
         else:
             rejections.append(Rejection(file.name, "not an image", f"{suffix or 'no suffix'} is not an image's"))
     unused = tuple(second_captions[key] for key in sorted(second_captions.keys() & captions.keys()))
-    return FoundFiles(dict(sorted(pictures.items())), second_captions | captions, unused, tuple(rejections))
+    return FolderFiles(dict(sorted(image_stamps.items())), second_captions | captions, unused, tuple(rejections))
 
 
 def _not_a_dataset(images: Storage, folder: UnlistedFile) -> DataError:

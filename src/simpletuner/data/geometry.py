@@ -91,7 +91,7 @@ def reference_geometry(size: Size, conditioning_set: ConditioningSet, *, seed: i
     unit = conditioning_set.resolution_type
     max_area, area = _area(conditioning_set.resolution, unit), _measured(size, unit)
     if area > max_area:
-        # int(side · √(cap / area)), without the rounding of a float.
+        # int(side · √(max_area / area)) in integers, without float rounding.
         width, height = (math.isqrt(side * side * max_area // area) for side in size)
     target = (width // ALIGNMENT * ALIGNMENT, height // ALIGNMENT * ALIGNMENT)
     if 0 in target:
@@ -99,9 +99,9 @@ def reference_geometry(size: Size, conditioning_set: ConditioningSet, *, seed: i
     return Geometry(target, (width, height), ((width - target[0]) // 2, (height - target[1]) // 2))
 
 
-def has_aspect_of(size: Size, other: Size) -> bool:
+def has_aspect_of(size: Size, other_size: Size) -> bool:
     """Whether the aspects of two sizes differ by at most a pixel of the smaller size, the error of rounded sizes."""
-    return abs(size[0] * other[1] - size[1] * other[0]) <= max(*size, *other)
+    return abs(size[0] * other_size[1] - size[1] * other_size[0]) <= max(*size, *other_size)
 
 
 def downsample_is_idle(size: Size, geometry: Geometry, picture_set: PictureSet) -> bool:

@@ -37,15 +37,16 @@ class IndexEntry:
     remarks: tuple[Remark, ...]
 
 
-def read_pictures(
-    pictures: Mapping[str, Stamp],
+def read_images(
+    stamps: Mapping[str, Stamp],
     images: Storage,
     cache: Storage,
     *,
     workers: int,
     report: Callable[[int, int], None],
 ) -> dict[str, IndexEntry | Rejected]:
-    """Return the facts or the rejection of each of `pictures`, by name; `workers` threads decode new and changed files.
+    """Return the facts or the rejection of each image in `stamps`, by name. `workers` threads decode new and changed
+    files.
 
     A file counts as unchanged if its stamp is the same. The index is saved in `cache` if that is writable.
     """
@@ -54,7 +55,7 @@ def read_pictures(
     saved_rows: dict[str, IndexRow] = {}
     results_by_name: dict[str, IndexEntry | Rejected] = {}
     unread: list[str] = []
-    for name, stamp in pictures.items():
+    for name, stamp in stamps.items():
         try:
             require_plugin(name)
         except Rejected as rejected:  # not saved: the plug-in may be installed next time
@@ -64,15 +65,15 @@ def read_pictures(
                 saved_rows[name], results_by_name[name] = known_rows[name], _entry_of(known_rows[name])
             else:
                 unread.append(name)
-    report(len(results_by_name), len(pictures))
-    decoded = map_ahead(lambda name: _read(images, name, pictures[name]), unread, workers=workers, ahead=2 * workers)
+    report(len(results_by_name), len(stamps))
+    decoded = map_ahead(lambda name: _read(images, name, stamps[name]), unread, workers=workers, ahead=2 * workers)
     saved_at = time.monotonic()
     with contextlib.closing(decoded):
         for name, entry in zip(unread, decoded, strict=True):
             results_by_name[name] = entry
             if not (isinstance(entry, Rejected) and entry.reason in TRANSIENT):
-                saved_rows[name] = _row_of(pictures[name], entry)
-            report(len(results_by_name), len(pictures))
+                saved_rows[name] = _row_of(stamps[name], entry)
+            report(len(results_by_name), len(stamps))
             if time.monotonic() - saved_at > SAVE_EVERY_S:
                 _save(cache, index, saved_rows)
                 saved_at = time.monotonic()
@@ -81,10 +82,10 @@ def read_pictures(
     return results_by_name
 
 
-def count_unknown(pictures: Mapping[str, Stamp], images: Storage, cache: Storage) -> int:
-    """Number of `pictures` that `read_pictures` would have to decode."""
+def count_unknown(stamps: Mapping[str, Stamp], images: Storage, cache: Storage) -> int:
+    """Number of images in `stamps` that `read_images` would have to decode."""
     known_rows = _load(cache, _index_name(images))
-    return sum(not _is_known(name, stamp, known_rows) for name, stamp in pictures.items())
+    return sum(not _is_known(name, stamp, known_rows) for name, stamp in stamps.items())
 
 
 IndexRow = dict[str, Any]

@@ -16,9 +16,9 @@ from simpletuner.base.imagefiles import caption_key
 from simpletuner.config.datasets import MOST_REFERENCES, ConditioningSet, ImageSet
 from simpletuner.config.load import Loaded
 from simpletuner.data.captions import LACKS_CAPTION, captions_of
-from simpletuner.data.discover import FoundFiles, discover
+from simpletuner.data.discover import FolderFiles, discover
 from simpletuner.data.geometry import Geometry, Size, describe, downsample_is_idle, enlargement, image_geometry
-from simpletuner.data.index import IndexEntry, count_unknown, read_pictures
+from simpletuner.data.index import IndexEntry, count_unknown, read_images
 from simpletuner.data.pairing import Pairing, pair
 from simpletuner.data.pixels import Remark
 from simpletuner.data.rejected import Rejected
@@ -204,12 +204,12 @@ def scan(
     """
     images = image_storage(image_set)
     files = discover(images)
-    entries = read_pictures(files.pictures, images, latent_storage(image_set), workers=workers, report=report)
-    pairings = [pair(each, files.pictures, workers=workers, report=report) for each in conditions]
+    entries = read_images(files.images, images, latent_storage(image_set), workers=workers, report=report)
+    pairings = [pair(each, files.images, workers=workers, report=report) for each in conditions]
     _check_pairings(image_set, files, pairings)
     samples: list[Sample] = []
     rejections = list(files.rejections)
-    for name in files.pictures:
+    for name in files.images:
         entry = entries[name]
         try:
             if isinstance(entry, Rejected):
@@ -241,7 +241,7 @@ def count_new(image_set: ImageSet, conditions: Sequence[ConditioningSet] = ()) -
         DataError: no such folder.
     """
     return sum(
-        count_unknown(discover(images).pictures, images, latent_storage(each))
+        count_unknown(discover(images).images, images, latent_storage(each))
         for each, images in ((each, image_storage(each)) for each in (image_set, *conditions))
     )
 
@@ -271,12 +271,12 @@ def _partners(image: Crop, image_set: ImageSet, pairing: Pairing, seed: int) -> 
     return crops
 
 
-def _check_pairings(image_set: ImageSet, files: FoundFiles, pairings: Sequence[Pairing]) -> None:
+def _check_pairings(image_set: ImageSet, files: FolderFiles, pairings: Sequence[Pairing]) -> None:
     """Raise a DataError if a conditioning set has no partner of any image in the dataset."""
     problems = []
     for pairing in pairings:
-        if files.pictures and not pairing.partners:
-            partner_set, image = pairing.conditioning_set, next(iter(files.pictures))
+        if files.images and not pairing.partners:
+            partner_set, image = pairing.conditioning_set, next(iter(files.images))
             has = f"it has {_named(pairing.unpaired, 3)}" if pairing.unpaired else "it has no images"
             expected = f"files of the same names, such as {PurePosixPath(image).with_suffix('.png')} for {image}"
             problems.append(Problem(f"{image_set.id}: no image has a partner in {partner_set.id}: {has}", expected))
@@ -344,7 +344,7 @@ def _named(names: Sequence[str], limit: int = 5) -> str:
 
 
 def _notices(
-    image_set: ImageSet, samples: Sequence[Sample], entries: dict[str, IndexEntry | Rejected], folder_files: FoundFiles
+    image_set: ImageSet, samples: Sequence[Sample], entries: dict[str, IndexEntry | Rejected], folder_files: FolderFiles
 ) -> tuple[str, ...]:
     notices = []
 
@@ -397,7 +397,7 @@ def _notices(
             notices.append(
                 f"{image_set.id}: {count} .caption files are not read, since .txt files replace them ({named})."
             )
-        orphans = sorted(set(folder_files.captions) - {caption_key(name) for name in folder_files.pictures})
+        orphans = sorted(set(folder_files.captions) - {caption_key(name) for name in folder_files.images})
         if orphans:
             files = [folder_files.captions[key] for key in orphans]
             notices.append(f"{image_set.id}: {len(files)} caption files have no image ({_named(files)}).")

@@ -9,7 +9,7 @@ from simpletuner.base.storage import Storage
 from simpletuner.config.datasets import ConditioningSet
 from simpletuner.data.discover import discover
 from simpletuner.data.geometry import has_aspect_of, reference_geometry
-from simpletuner.data.index import IndexEntry, read_pictures
+from simpletuner.data.index import IndexEntry, read_images
 from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Crop
 from simpletuner.data.storages import image_storage, latent_storage
@@ -82,6 +82,6 @@ def pair(
     """
     files = image_storage(conditioning_set)
     listed = discover(files)
-    entries = read_pictures(listed.pictures, files, latent_storage(conditioning_set), workers=workers, report=report)
+    entries = read_images(listed.images, files, latent_storage(conditioning_set), workers=workers, report=report)
     partners = find_partners(names, entries, is_numbered=conditioning_set.is_reference)
     return Pairing(conditioning_set, files, entries, partners)

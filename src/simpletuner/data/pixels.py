@@ -96,7 +96,7 @@ Image.MAX_IMAGE_PIXELS = None
 # Training does not need metadata: ignore warnings about, for example, a corrupt EXIF block beside sound pixels.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-_one_large_picture = threading.RLock()
+_one_large_image = threading.RLock()
 _srgb = ImageCms.createProfile("sRGB")
 
 
@@ -134,7 +134,7 @@ def _plugin_is_loaded(module: str) -> bool:
 
 def one_at_a_time(size: int) -> contextlib.AbstractContextManager[object]:
     """Lock to hold while a file of `size` bytes is in memory: large files wait for each other, which bounds memory."""
-    return _one_large_picture if size > LARGE_FILE else contextlib.nullcontext()
+    return _one_large_image if size > LARGE_FILE else contextlib.nullcontext()
 
 
 def check_size(size: int) -> None:
@@ -271,7 +271,7 @@ def _opened(data: bytes, draft_px: int | None = None) -> Iterator[ImageFile.Imag
             raise Rejected("too large", f"{image.width}x{image.height}: {limit}")
         if image.format == "PNG" and pixels > 8 * MAX_INFLATION * len(data):  # a pixel takes at least a bit
             raise Rejected("truncated", f"{len(data)} bytes cannot hold {image.width}x{image.height} pixels")
-        with _one_large_picture if pixels > LARGE_PIXELS else contextlib.nullcontext():
+        with _one_large_image if pixels > LARGE_PIXELS else contextlib.nullcontext():
             try:
                 if draft_px is not None:
                     image.draft("RGB", (draft_px, draft_px))

@@ -45,10 +45,10 @@ def contact_sheet(
     sides = [_wrapped(label, LABEL_WIDTH_PX, font) for label in row_labels]
     left = GAP_PX + (LABEL_WIDTH_PX + GAP_PX if any(row_labels) else 0)
     top = GAP_PX + (max(map(_height, heads)) + GAP_PX if any(column_labels) else 0)
-    picture_heights = [max((thumb.height for thumb in row if thumb), default=LINE_PX * MAX_LINES) for row in thumbs]
+    image_heights = [max((thumb.height for thumb in row if thumb), default=LINE_PX * MAX_LINES) for row in thumbs]
     heights = [
         max(height + max(map(_height, row), default=0), _height(side)) + 2 * GAP_PX
-        for height, row, side in zip(picture_heights, texts, sides, strict=True)
+        for height, row, side in zip(image_heights, texts, sides, strict=True)
     ]
     tops = list(accumulate(heights, initial=top))
     step = cell_px + GAP_PX
@@ -66,9 +66,9 @@ def contact_sheet(
             x = left + step * column
             if thumb is not None:
                 sheet.paste(thumb, (x, y))
-                write(x, y + picture_heights[row] + GAP_PX // 3, texts[row][column])
+                write(x, y + image_heights[row] + GAP_PX // 3, texts[row][column])
             else:
-                draw.rectangle((x, y, x + cell_px - 1, y + picture_heights[row] - 1), fill=EMPTY_FRAME_COLOR)
+                draw.rectangle((x, y, x + cell_px - 1, y + image_heights[row] - 1), fill=EMPTY_FRAME_COLOR)
     return sheet
 
 

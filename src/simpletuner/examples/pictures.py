@@ -33,12 +33,12 @@ def render_flags(folder: Path, seed: int = 0) -> None:
         DiskError: no space, or a read-only disk.
     """
     with file_errors_reported(folder):
-        for part, scenes in (("train", training_flags(seed)), ("held-out", held_out_flags(seed)[:HELD_OUT])):
-            (folder / part).mkdir(parents=True)
+        for subset, scenes in (("train", training_flags(seed)), ("held-out", held_out_flags(seed)[:HELD_OUT])):
+            (folder / subset).mkdir(parents=True)
             for index, scene in enumerate(scenes):
-                image = zorblat_flag(scene, random.Random(f"{seed}/{part}/{index}"))
-                image.save(folder / part / f"flag-{index:02d}.png")
-                (folder / part / f"flag-{index:02d}.txt").write_text(f"{scene.caption}\n", encoding="utf-8")
+                image = zorblat_flag(scene, random.Random(f"{seed}/{subset}/{index}"))
+                image.save(folder / subset / f"flag-{index:02d}.png")
+                (folder / subset / f"flag-{index:02d}.txt").write_text(f"{scene.caption}\n", encoding="utf-8")
         world.render_scenes(folder / "prior", PRIOR, seed)
 
 
@@ -128,10 +128,10 @@ def materialize(name: str, folder: Path) -> None:
         return
     with file_errors_reported(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            draw(part)
-            part.chmod(0o755)
-            os.replace(part, folder)
+            draw(temporary)
+            temporary.chmod(0o755)
+            os.replace(temporary, folder)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -151,7 +151,7 @@ def silhouette(shape: str, center: Point, diameter: float) -> Image.Image:
     x, y = center[0] * FINER, center[1] * FINER
     radius = diameter * FINER / 2
 
-    def at(turn: float, reach: float = 1.0) -> Point:
+    def point(turn: float, reach: float = 1.0) -> Point:
         """The point at `turn` of a full circle from the top, clockwise."""
         angle = 2 * math.pi * turn
         return x + math.sin(angle) * radius * reach, y - math.cos(angle) * radius * reach
@@ -166,11 +166,11 @@ def silhouette(shape: str, center: Point, diameter: float) -> Image.Image:
             disc(1.0, 255)
             disc(0.52, 0)
         case "square":
-            pen.polygon([at(turn) for turn in (1 / 8, 3 / 8, 5 / 8, 7 / 8)], 255)
+            pen.polygon([point(turn) for turn in (1 / 8, 3 / 8, 5 / 8, 7 / 8)], 255)
         case "triangle":
-            pen.polygon([at(turn) for turn in (0, 1 / 3, 2 / 3)], 255)
+            pen.polygon([point(turn) for turn in (0, 1 / 3, 2 / 3)], 255)
         case "star":
-            pen.polygon([at(turn / 10, 0.42 if turn % 2 else 1.0) for turn in range(10)], 255)
+            pen.polygon([point(turn / 10, 0.42 if turn % 2 else 1.0) for turn in range(10)], 255)
         case "cross":
             arm = radius * 0.3
             reach = math.sqrt(radius**2 - arm**2)

@@ -215,12 +215,12 @@ class RankErrors(ABC):
         """The other rank's error that caused `error`; if there is none, `error` with the ranks that do not answer."""
         self._echo(error)
         deadline = time.monotonic() + BLAME_PATIENCE_S
-        others = set(range(self.size)) - {self.rank}
+        other_ranks = set(range(self.size)) - {self.rank}
         while True:
             failed = self.first()
             if failed is not None and failed.rank != self.rank:
                 return self._echoed(failed)
-            silent = others - set(self.read())
+            silent = other_ranks - set(self.read())
             if not silent or time.monotonic() > deadline:
                 break
             time.sleep(LOOK_AT_RANKS_EVERY_S)
@@ -595,7 +595,7 @@ class Supervisor:
         """Forward signals to stop to rank 0, and Ctrl-Z of the terminal to all ranks, inside the context."""
         handlers: dict[int, Callable[[int, FrameType | None], None]]
         handlers = {**dict.fromkeys((*AT_ONCE, *WARNINGS, ASKED_ELSEWHERE), self._forward), signal.SIGTSTP: self._pause}
-        before = {
+        previous_handlers = {
             number: signal.signal(number, handler)
             for number, handler in handlers.items()
             if signal.getsignal(number) != signal.SIG_IGN  # `nohup` ignores it; the ranks inherit that
@@ -603,7 +603,7 @@ class Supervisor:
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
 
     def _forward(self, number: int, _: FrameType | None) -> None:

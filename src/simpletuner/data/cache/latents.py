@@ -221,9 +221,9 @@ def rendered_crop(crop: Crop, render_file: Callable[[bytes], np.ndarray]) -> np.
         raise DataError.of(f"{crop.shown}: {rejected}", remedy=remedy) from rejected
 
 
-def _changed(crop: Crop, how: str) -> DataError:
+def _changed(crop: Crop, change: str) -> DataError:
     return DataError.of(
-        f"{crop.shown} changed while this was running: {how}",
+        f"{crop.shown} changed while this was running: {change}",
         remedy="Do not change the dataset during a run; start again.",
     )
 
