@@ -14,7 +14,7 @@ from simpletuner.data.storages import own_folder_kind
 class FolderFiles:
     """The files of a dataset, by name."""
 
-    images: dict[str, Stamp]
+    pictures: dict[str, Stamp]
     """Stamps of the images, sorted by name."""
     captions: dict[str, str]
     """Caption files by `caption_key`."""

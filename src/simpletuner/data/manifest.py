@@ -204,12 +204,12 @@ def scan(
     """
     images = image_storage(image_set)
     files = discover(images)
-    entries = read_images(files.images, images, latent_storage(image_set), workers=workers, report=report)
-    pairings = [pair(each, files.images, workers=workers, report=report) for each in conditions]
+    entries = read_images(files.pictures, images, latent_storage(image_set), workers=workers, report=report)
+    pairings = [pair(each, files.pictures, workers=workers, report=report) for each in conditions]
     _check_pairings(image_set, files, pairings)
     samples: list[Sample] = []
     rejections = list(files.rejections)
-    for name in files.images:
+    for name in files.pictures:
         entry = entries[name]
         try:
             if isinstance(entry, Rejected):
@@ -241,7 +241,7 @@ def count_new(image_set: ImageSet, conditions: Sequence[ConditioningSet] = ()) -
         DataError: no such folder.
     """
     return sum(
-        count_unknown(discover(images).images, images, latent_storage(each))
+        count_unknown(discover(images).pictures, images, latent_storage(each))
         for each, images in ((each, image_storage(each)) for each in (image_set, *conditions))
     )
 
@@ -275,8 +275,8 @@ def _check_pairings(image_set: ImageSet, files: FolderFiles, pairings: Sequence[
     """Raise a DataError if a conditioning set has no partner of any image in the dataset."""
     problems = []
     for pairing in pairings:
-        if files.images and not pairing.partners:
-            partner_set, image = pairing.conditioning_set, next(iter(files.images))
+        if files.pictures and not pairing.partners:
+            partner_set, image = pairing.conditioning_set, next(iter(files.pictures))
             has = f"it has {_named(pairing.unpaired, 3)}" if pairing.unpaired else "it has no images"
             expected = f"files of the same names, such as {PurePosixPath(image).with_suffix('.png')} for {image}"
             problems.append(Problem(f"{image_set.id}: no image has a partner in {partner_set.id}: {has}", expected))
@@ -397,7 +397,7 @@ def _notices(
             notices.append(
                 f"{image_set.id}: {count} .caption files are not read, since .txt files replace them ({named})."
             )
-        orphans = sorted(set(folder_files.captions) - {caption_key(name) for name in folder_files.images})
+        orphans = sorted(set(folder_files.captions) - {caption_key(name) for name in folder_files.pictures})
         if orphans:
             files = [folder_files.captions[key] for key in orphans]
             notices.append(f"{image_set.id}: {len(files)} caption files have no image ({_named(files)}).")

@@ -82,6 +82,6 @@ def pair(
     """
     files = image_storage(conditioning_set)
     listed = discover(files)
-    entries = read_images(listed.images, files, latent_storage(conditioning_set), workers=workers, report=report)
+    entries = read_images(listed.pictures, files, latent_storage(conditioning_set), workers=workers, report=report)
     partners = find_partners(names, entries, is_numbered=conditioning_set.is_reference)
     return Pairing(conditioning_set, files, entries, partners)

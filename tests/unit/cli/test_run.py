@@ -152,7 +152,7 @@ def test_a_run_is_deleted_after_asking(capsys: pytest.CaptureFixture[str]) -> No
     assert run(["delete", "output/cats", "--yes"]) == 0
     assert capsys.readouterr().out.startswith("output/cats is deleted: ")
     assert not directory.root.exists()
-    with pytest.raises(ConfigError, match="output/cats: no run is there"):
+    with pytest.raises(ConfigError, match="output/cats is not a run"):
         run(["delete", "output/cats", "--yes"])
 
 

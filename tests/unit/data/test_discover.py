@@ -19,7 +19,7 @@ def test_files_are_sorted_into_pictures_captions_and_the_rest(folder: Path) -> N
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     found = discover(LocalStorage(folder))
-    assert tuple(found.images) == ("a.png", "b.JPG", "sub/deep/c.webp")
+    assert tuple(found.pictures) == ("a.png", "b.JPG", "sub/deep/c.webp")
     assert found.captions == {"a": "a.txt", "sub/notes": "sub/notes.txt"}
     assert [(r.name, r.reason) for r in found.rejections] == [("README", "not an image"), ("clip.mp4", "not an image")]
 
@@ -29,7 +29,7 @@ def test_hidden_files_and_folders_are_passed_over(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     found = discover(LocalStorage(folder))
-    assert tuple(found.images) == ()
+    assert tuple(found.pictures) == ()
     assert found.rejections == ()
 
 
@@ -45,7 +45,7 @@ def test_links_are_followed_once(folder: Path, tmp_path: Path, save: Callable[..
     (folder / "broken.png").symlink_to(tmp_path / "nothing")
     (folder / "self").symlink_to(folder / "self")
     found = discover(LocalStorage(folder))
-    assert tuple(found.images) == ("0-outside/b.png", "real/a.png")
+    assert tuple(found.pictures) == ("0-outside/b.png", "real/a.png")
     assert {(r.name, r.reason) for r in found.rejections} == {
         ("1-outside-again", "link followed already"),
         ("2-copy.png", "link followed already"),
@@ -60,7 +60,7 @@ def test_a_folder_that_is_itself_a_link_is_entered(folder: Path, tmp_path: Path,
     (folder / "loop").symlink_to(folder)
     (tmp_path / "link").symlink_to(folder)
     found = discover(LocalStorage(tmp_path / "link"))
-    assert tuple(found.images) == ("a.png",)
+    assert tuple(found.pictures) == ("a.png",)
     assert [(r.name, r.reason) for r in found.rejections] == [("loop", "link followed already")]
 
 
