@@ -338,8 +338,8 @@ class Order:
         return EpochRemainder(epoch, first, due, EpochOrder(buckets, padded))
 
     def _batch_size(self, manifest: Manifest) -> int:
-        dataset_size = manifest.image_set.train_batch_size
-        return self.batch_size if dataset_size is None else dataset_size
+        dataset_batch_size = manifest.image_set.train_batch_size
+        return self.batch_size if dataset_batch_size is None else dataset_batch_size
 
     def _batches(self, manifest: Manifest) -> int:
         """Number of micro-batches of a dataset in an epoch with `probability` 1."""

@@ -41,8 +41,8 @@ def test_a_run_ends_the_samplers_of_its_gpu_alone(tmp_path: Path) -> None:
         assert mine.wait(timeout=5) == -15
         assert other.poll() is None, "it has another GPU"
         assert foreign.poll() is None, "its number may be that of any process, where a disk is shared"
-        process = f"process {mine.pid}, which keeps a model to generate images"
-        assert told == [f"Ending {process}: this run needs its memory."]
+        described = f"process {mine.pid}, which keeps a model to generate images"
+        assert told == [f"Ending {described}: this run needs its memory."]
         left = sorted(path.name for path in (tmp_path / SAMPLERS_FOLDER).iterdir())
         assert left == [f"0.{other.pid}.lock", f"1.{foreign.pid}.lock"]
     finally:
