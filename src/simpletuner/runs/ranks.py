@@ -1,7 +1,7 @@
 """The processes of one run: a supervisor starts the ranks, forwards signals, and reports the rank that failed first.
 
-Rank 0 uses the terminal and writes the run's files. The supervisor keeps the output of the other ranks and prints it if it
-explains an error. The ranks share a private folder, into which each writes the error that ended it.
+Rank 0 uses the terminal and writes the run's files. The supervisor keeps the output of the other ranks and prints it
+if it explains an error. The ranks share a private folder, into which each writes the error that ended it.
 """
 
 import contextlib
