@@ -48,7 +48,7 @@ from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.flux2.rotary import Rotary
 from simpletuner.flux2.transformer import Flux2Transformer, ReferenceAttention, attend
 from simpletuner.memory import recompute
-from simpletuner.memory.planner import Machine
+from simpletuner.memory.planner import MachineMemory
 from simpletuner.memory.rendezvous import join
 from simpletuner.memory.shard import Sharding, shard
 from simpletuner.memory.trace import Ledger
@@ -343,15 +343,22 @@ def published() -> None:
         config = RunConfig.model_validate({"model_type": "lora"})
         architecture = replace(Architecture.of(config), transformer=spec)
         for side, references in SIZES:
-            footprint = Footprint(config, architecture, Workload((side, side), 1, draws=False), Machine(None, 0, None))
-            whole = footprint.passing((side, side), 1, references)
+            footprint = Footprint(
+                config, architecture, Workload((side, side), 1, samples_images=False), MachineMemory(None, 0, None)
+            )
+            whole = footprint.transformer_pass((side, side), 1, references)
             cells = [f"{training(whole).total / GIB:.2f}", f"{training(whole, offloaded=True).total / GIB:.2f}"]
             for size in RANKS:
-                split = TokenSplit(whole.text, whole.image, ReferenceAttention(references), 0, size)
-                own = replace(whole, text=whole.text // size, image=whole.image // size, references=references // size)
+                split = TokenSplit(whole.text_tokens, whole.image_tokens, ReferenceAttention(references), 0, size)
+                own = replace(
+                    whole,
+                    text_tokens=whole.text_tokens // size,
+                    image_tokens=whole.image_tokens // size,
+                    reference_tokens=references // size,
+                )
                 with attending(split):
                     part = training(own).total
-                sent = attention_bytes(spec, own.joint, size, whole.dtype.itemsize, passes=3)
+                sent = attention_bytes(spec, own.total_tokens, size, whole.dtype.itemsize, passes=3)
                 cells.append(f"{part / GIB:.2f} ({sent / 1e9:.1f})")
             flop = training_flop(whole).hardware / 1e15
             print(f"{name}, {side}x{side}, {references} reference tokens: {' / '.join(cells)}; {flop:.2f}", flush=True)

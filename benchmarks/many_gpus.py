@@ -359,12 +359,12 @@ def bare_zero(world: Any, stage: int) -> Loop:
 
 def sharded(world: Any) -> tuple[Loop, int, int]:
     """The program's step with the base sharded; bytes of the base that this rank holds, and of the whole base."""
-    from simpletuner.memory.shard import Sharding, held_bytes, shard
+    from simpletuner.memory.shard import Sharding, local_bytes, shard
 
     transformer = base()
     whole = sum(parameter.nbytes for parameter in transformer.parameters())
     shard(transformer, transformer.blocks, Sharding(world.device))
-    held = held_bytes(transformer.parameters())  # before an adapter is among them
+    held = local_bytes(transformer.parameters())  # before an adapter is among them
     return stepping(transformer, world), held, whole
 
 

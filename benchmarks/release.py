@@ -16,7 +16,7 @@ import torch
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.flow.condition import Condition, TextContext
-from simpletuner.flux2.activations import Pass, training
+from simpletuner.flux2.activations import TransformerPass, training
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.footprint import STEP_BYTES
 from simpletuner.flux2.full import unfreeze
@@ -63,11 +63,11 @@ class Variant:
             return
         loss.backward()
         if self.trained.masters is not None:
-            self.trained.masters.collect()
+            self.trained.masters.take_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.trained.masters is not None:
-            self.trained.masters.settle()
+            self.trained.masters.update_weights()
 
     @property
     def state_bytes(self) -> int:
@@ -106,7 +106,7 @@ def main() -> None:
 
 def row(variant: Variant, seconds: Sequence[float], count: int) -> str:
     is_released = variant.release is not None
-    at = Pass(
+    at = TransformerPass(
         SPEC, torch.bfloat16, 1, TEXT, SIDE**2, is_full=True, is_released=is_released, recomputed=(True,) * SPEC.blocks
     )
     has_masters = variant.trained.masters is not None

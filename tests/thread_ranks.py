@@ -68,7 +68,9 @@ def on_ranks(size: int, work: Callable[[World], T], *, machines: int = 1) -> lis
         machine, local = divmod(number, each)
         here = ThreadWorld(local, each, device, machine=machine, meeting=of_machine[machine])
         others = here if machines > 1 else None
-        return ThreadWorld(number, size, device, machine=machine, machines=machines, of_machine=others, meeting=meeting)
+        return ThreadWorld(
+            number, size, device, machine=machine, machines=machines, machine_world=others, meeting=meeting
+        )
 
     def rank(number: int) -> T | None:
         try:

@@ -91,7 +91,7 @@ class Verdict:
 
     @property
     def place(self) -> bool:
-        return self.seen.place == self.wanted.place
+        return self.seen.place == self.wanted.position
 
     @property
     def background(self) -> bool:

@@ -34,7 +34,7 @@ from simpletuner.base.files import write_atomic, write_json
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.data.sheet import contact_sheet
 from simpletuner.examples import world
-from simpletuner.flux2.tiny.make import make_start
+from simpletuner.flux2.tiny.make import write_untrained
 from simpletuner.runs.layout import EMA_FOLDER, TRANSFORMER_NAME
 
 PICTURES = 8400
@@ -68,7 +68,7 @@ def main() -> int:
 
     draw_world(work, arguments.seed, arguments.pictures, say)
     learn_to_see(work, embedded_autoencoder.Recipe(arguments.seed, arguments.autoencoder_steps), say)
-    make_start(work / "base", arguments.seed, work / "learned")
+    write_untrained(work / "base", arguments.seed, work / "learned")
     configure(work, arguments.seed, arguments.steps)
     began = time.monotonic()
     # -P: the folder `datasets` of a working folder must not be taken for the library of that name.
@@ -192,7 +192,7 @@ def keep(work: Path) -> None:
 
 def examine(work: Path, seed: int, prompts: int, say: Say) -> None:
     """Draw held-out prompts with what is shipped, as `simpletuner sample` would, and judge them."""
-    folder = make_start(work / "model", seed, work / "learned")
+    folder = write_untrained(work / "model", seed, work / "learned")
     scenes = random.Random(seed).sample(world.held_out_scenes(), prompts)
     began = time.monotonic()
     candidate = Candidate.load(

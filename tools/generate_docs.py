@@ -32,12 +32,12 @@ from simpletuner.config.other_keys import (
     OtherKeys,
 )
 from simpletuner.config.precisions import NO_CHANGE
-from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES, Card, recipe
+from simpletuner.config.recipes import CARDS, MIN_STEPS, RECIPES, Card, recipe
 from simpletuner.config.run import OPTION_NAMES, SLICES, RunConfig
 from simpletuner.config.values import kinds
 from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
-from simpletuner.memory.planner import ENGINES, Engine, Machine
+from simpletuner.memory.planner import ENGINES, Engine, MachineMemory
 from simpletuner.runs.events import EVENTS, Event, Picture
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -264,7 +264,7 @@ def events_page() -> str:
 
 TABLE_BEGIN, TABLE_END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 PUBLISHED: Mapping[str, TransformerSpec] = {"dev": DEV, "klein-9b": KLEIN_9B, "klein-4b": KLEIN_4B}
-ANY_SIZE = Machine(1 << 62, 1 << 62, None)
+ANY_SIZE = MachineMemory(1 << 62, 1 << 62, None)
 KLEIN_CARDS_GIB = 24.0
 """The largest card of docs/klein.md."""
 
@@ -280,7 +280,7 @@ def plan_row(name: str, spec: TransformerSpec, precision: str, size: tuple[int, 
     for options in ({}, streamed, {**streamed, "activation_offload": True}):
         config = RunConfig.model_validate({"base_model_precision": precision, **options})
         architecture = replace(Architecture.of(config), transformer=spec)
-        estimate = Footprint(config, architecture, Workload(size, 1, draws=False), ANY_SIZE).train()
+        estimate = Footprint(config, architecture, Workload(size, 1, samples_images=False), ANY_SIZE).train()
         cells += [f"{estimate.total(place) / GIB:.1f}" for place in ("accelerator", "ram")]
     return f"| {' | '.join(cells)} |"
 
@@ -316,7 +316,7 @@ def _many_gpus_row(name: str, spec: TransformerSpec, kind: str, base: str) -> st
         options = {"model_type": kind, "base_model_precision": base, "num_processes": processes, "fsdp_enable": shards}
         config = RunConfig.model_validate(options)
         architecture = replace(Architecture.of(config), transformer=spec)
-        return Footprint(config, architecture, Workload((1024, 1024), 1, draws=False), ANY_SIZE)
+        return Footprint(config, architecture, Workload((1024, 1024), 1, samples_images=False), ANY_SIZE)
 
     footprints = [footprint(8, shards=False), *(footprint(count, shards=True) for count in (2, 4, 8))]
     sizes = [f"{each.train().total('accelerator') / GIB:.1f}" for each in footprints]
@@ -382,11 +382,11 @@ def _many_machines_row(name: str, spec: TransformerSpec, kind: str, engine: Engi
         }
         config = RunConfig.model_validate(options)
         architecture = replace(Architecture.of(config), transformer=spec)
-        return Footprint(config, architecture, Workload((1024, 1024), 1, draws=False), ANY_SIZE)
+        return Footprint(config, architecture, Workload((1024, 1024), 1, samples_images=False), ANY_SIZE)
 
     footprints = {gpus: footprint(gpus) for gpus in (8, 64, 512)}
     cells = [f"{footprints[gpus].train().total('accelerator') / GIB:.1f}" for gpus in (8, 512)]
-    flop = training_flop(footprints[8].passing((1024, 1024), 1)).hardware
+    flop = training_flop(footprints[8].transformer_pass((1024, 1024), 1)).hardware
     wires = {gpus: each.wire for gpus, each in footprints.items() if each.wire is not None}
     cells.append(f"{wires[512].total / 1e9:.1f} GB")
     for gpus, link in ESTIMATED_SIZES:
@@ -410,7 +410,7 @@ def klein_table() -> str:
 
 def _fit_row(card: Card, flavour: FlavourName) -> str:
     footprint = _footprint(card, flavour)
-    flop = training_flop(footprint.passing((1024, 1024), 1)).hardware
+    flop = training_flop(footprint.transformer_pass((1024, 1024), 1)).hardware
     peak = footprint.plan().peak("accelerator") / GIB
     cells = (card.name, flavour, card.fits[flavour].summary, f"{peak:.1f} GiB")
     return f"| {' | '.join(cells)} | {flop / 1e15:.2f} |"
@@ -420,7 +420,7 @@ def _footprint(card: Card, flavour: FlavourName) -> Footprint:
     """Footprint of a recipe on a card, with one image of 1024x1024 a step."""
     options = {"model_flavour": flavour, **recipe("subject", flavour).options}
     config = RunConfig.model_validate(options | dict(card.fits[flavour].options))
-    machine = Machine.of_size(card.vram_gib * GIB, card.ram_gib * GIB)
+    machine = MachineMemory.of_size(card.vram_gib * GIB, card.ram_gib * GIB)
     return Footprint(config, Architecture.of(config), Workload((1024, 1024), 1), machine)
 
 
@@ -446,7 +446,7 @@ checkpoint that you like best.
 and klein come from SimpleTuner's quickstart and from others' published runs, most of them on klein. Only the recipe for
 the embedded model is measured here ([log.md](log.md)).
 
-`num_train_epochs` sets how often each image is seen. If that gives fewer than {LEAST_STEPS} steps, `simpletuner
+`num_train_epochs` sets how often each image is seen. If that gives fewer than {MIN_STEPS} steps, `simpletuner
 init` raises it.
 
 | recipe | purpose |

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from simpletuner.config.flavours import DEV, KLEIN_4B, KLEIN_9B, TransformerSpec
 from simpletuner.config.options.precision import PrecisionName
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.precision import make_room, targets
+from simpletuner.memory.precision import quantizable_linears, replace_by_empty
 
 SPECS = {"dev": DEV, "klein-9b": KLEIN_9B, "klein-4b": KLEIN_4B}
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
@@ -39,7 +39,9 @@ def transformer(
     with torch.device("meta"):
         model = Flux2Transformer(spec).bfloat16().requires_grad_(False)
         if precision != "bf16":
-            make_room(model, targets(model, BLOCKS, FORMATS[precision]), FORMATS[precision], torch.bfloat16)
+            replace_by_empty(
+                model, quantizable_linears(model, BLOCKS, FORMATS[precision]), FORMATS[precision], torch.bfloat16
+            )
     generator = torch.Generator(device).manual_seed(0)
     blocks = {block: index for index, block in enumerate(model.blocks)}
     for part in [*model.blocks, *(child for child in model.children() if not isinstance(child, nn.ModuleList))]:

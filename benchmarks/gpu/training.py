@@ -33,7 +33,7 @@ from results import GIB, report
 from simpletuner.config.run import RunConfig
 from simpletuner.data.batch import Batch, GlobalBatch
 from simpletuner.flow.condition import Condition, TextContext
-from simpletuner.flux2.activations import Pass
+from simpletuner.flux2.activations import TransformerPass
 from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
@@ -45,7 +45,7 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import compile as compilation
 from simpletuner.memory import offload, recompute
-from simpletuner.memory.planner import Machine
+from simpletuner.memory.planner import MachineMemory
 from simpletuner.train import optim
 from simpletuner.train.placement import stream_blocks
 from simpletuner.train.step import Objective, Stepper
@@ -185,7 +185,7 @@ class Model:
         self.ring = ring
         """Groups of streamed blocks on the device at once; 0 where all are resident."""
         device, spec = bench.device, spec_of(case.model, tiny=bench.tiny)
-        self.config = planned(configured(case, ring, bench.tiny), case, tiny=bench.tiny).settled
+        self.config = planned(configured(case, ring, bench.tiny), case, tiny=bench.tiny).resolved_config
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, device)
         resident = range(spec.blocks) if case.is_resident else resident_indices(spec, self.config.resident_blocks or 0)
@@ -270,16 +270,16 @@ class Model:
             if clock.left > 5 * seconds:
                 unchecked = self.step(case, UncheckedStepper)
                 # Adapters get no sense from weights of the wrong block: their own values come back afterwards.
-                with self.adapter.holding(self.adapter.state()):
+                with self.adapter.with_weights(self.adapter.state()):
                     fields |= overlap(self.streaming, unchecked, seconds, fields["copied_bytes"], device, clock)
         self.bench.report(case, residency, **fields)
         if case.is_profiled and clock.left > 10 * seconds:
             edge = TINY_EDGE if self.bench.tiny else case.edge
             profiled(step, device, self.bench.out, f"{case.model} {case.precision} {edge}²")
 
-    def passing(self, plan: Footprint, case: Case) -> Pass:
+    def passing(self, plan: Footprint, case: Case) -> TransformerPass:
         """The passes of a step, for counting their operations."""
-        passing = plan.passing(plan.work.bucket, case.batch)
+        passing = plan.transformer_pass(plan.workload.bucket, case.batch)
         routes = [route(self.transformer, case.kept)] if case.kept < 1 else []
         return replace(passing, routes=tuple(routes))
 
@@ -328,10 +328,10 @@ def planned(config: RunConfig, case: Case, *, goes_to_host: bool = False, tiny: 
     config = config.model_copy(update={"activation_offload": goes_to_host})
     architecture = replace(Architecture.of(config), transformer=spec, text_length=TINY_TEXT if tiny else TEXT)
     edge = TINY_EDGE if tiny else case.edge
-    work = Workload(bucket=(edge, edge), batch=case.batch, draws=False)
+    work = Workload(bucket=(edge, edge), batch=case.batch, samples_images=False)
     # Only where blocks stay resident does the plan depend on the room that there is.
     room = int(case.cap_gib * GIB) if case.keeps_blocks and case.cap_gib is not None else 2**50
-    return Footprint(config, architecture, work, Machine(accelerator=room, ram=2**50, disk=None))
+    return Footprint(config, architecture, work, MachineMemory(accelerator=room, ram=2**50, disk=None))
 
 
 def random_batch(case: Case, model: Flux2Transformer, tiny: bool) -> Batch:

@@ -13,7 +13,7 @@ import pytest
 
 from simpletuner.config.datasets import ConditioningSet, Datasets, ImageSet, TextStore
 from simpletuner.config.flags import SELECTORS
-from simpletuner.config.load import Loaded, load
+from simpletuner.config.load import LoadedConfig, load
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.other_keys import LATER_OPTIONS, OTHER_OPTIONS
 from simpletuner.config.run import SLICES, RunConfig
@@ -76,7 +76,7 @@ def quickstart(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def merged(folder: Path, snippet: str) -> Loaded:
+def merged(folder: Path, snippet: str) -> LoadedConfig:
     """The configuration with a fragment of the quickstart merged over its config."""
     path = folder / "config" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | json.loads((SNIPPETS / snippet).read_bytes())))

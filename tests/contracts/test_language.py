@@ -38,6 +38,12 @@ INHERITED = {
 """Keys that others' files and configurations spell so."""
 GENERIC = {"found", "place", "there", "own", "kept", "made", "told", "said", "seen", "asked", "brought", "here", "what"}
 """Names that say nothing of what they hold."""
+JSON_FIELDS = {
+    "Problem.found", "ProblemAnswer.found", "MachineCheck.found", "FileReport.what", "UndoRequest.what",
+    "NoteEdit.seen", "JobProgress.what", "PhasePlan.what", "MemoryPart.place", "Shortage.place", "Shortage.there",
+    "Remedy.place",
+}  # fmt: skip
+"""Fields whose names are keys of answers, events and `--json`."""
 SHORT_LIFE = 3
 """Lines over which a generic local name may live."""
 
@@ -74,7 +80,11 @@ def generic_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
             if isinstance(node, ast.ClassDef):
                 fields = [statement.target for statement in node.body if isinstance(statement, ast.AnnAssign)]
                 yield from (
-                    (field.lineno, field.id) for field in fields if isinstance(field, ast.Name) and field.id in GENERIC
+                    (field.lineno, field.id)
+                    for field in fields
+                    if isinstance(field, ast.Name)
+                    and field.id in GENERIC
+                    and f"{node.name}.{field.id}" not in JSON_FIELDS
                 )
             else:
                 yield from _long_lived(node)
@@ -97,7 +107,10 @@ def test_the_checks_find_what_they_look_for() -> None:
     long = "def load():\n    found = 1\n    a = 2\n    b = 3\n    return found\n"
     assert list(generic_names(ast.parse(long))) == [(2, "found")]
     assert list(generic_names(ast.parse("def load():\n    found = 1\n    return found\n"))) == []
-    assert sorted(generic_names(ast.parse("def load(told): ...\nclass A:\n    own: int\n"))) == [(1, "told"), (3, "own")]
+    assert sorted(generic_names(ast.parse("def load(told): ...\nclass A:\n    own: int\n"))) == [
+        (1, "told"),
+        (3, "own"),
+    ]
     assert re.search("|".join(PHRASES), "What is trained goes on from there", re.IGNORECASE)
     assert re.fullmatch(SPELLING, "optimisers")
     assert not re.fullmatch(SPELLING, "optimizers")

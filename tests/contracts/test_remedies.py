@@ -17,7 +17,7 @@ from simpletuner.base.commandline import command_text, flag, with_flags
 from simpletuner.cli.main import COMMANDS, main
 from simpletuner.config.datasets import ConditioningSet, ImageSet, TextStore
 from simpletuner.config.flags import SELECTORS
-from simpletuner.config.given import Checked, Given, check_givens
+from simpletuner.config.given import CheckedKeys, GivenValue, check_givens
 from simpletuner.config.load import RUN
 from simpletuner.config.options.checkpoint import CheckpointOptions
 from simpletuner.config.options.data import DataOptions
@@ -27,7 +27,7 @@ from simpletuner.config.options.ranks import RankOptions
 from simpletuner.config.options.tracking import TrackingOptions
 from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.config.other_keys import OPTION_ALIASES
-from simpletuner.config.record import CHANGE_THE_CURVE, LEFT_TO_THE_RUN, MAY_CHANGE, SPLIT, resolved
+from simpletuner.config.record import CHANGE_THE_CURVE, LEFT_TO_THE_RUN, MAY_CHANGE, SPLIT, recorded_options
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import kinds
 from simpletuner.data.pixels import PLUGINS
@@ -118,7 +118,7 @@ def faults_of_value(name: str, value: str) -> list[str]:
     name = OPTION_ALIASES.get(name, name)
     if name not in known:
         return []
-    checked = check_givens({name: Given(value, "flag", name)}, RUN, Checked())
+    checked = check_givens({name: GivenValue(value, "flag", name)}, RUN, CheckedKeys())
     return [str(problem) for problem in checked.problems.values()]
 
 
@@ -185,11 +185,11 @@ def test_every_package_that_is_named_is_one() -> None:
     assert all(re.fullmatch(r"[a-z0-9-]+", package) for _, package in PLUGINS.values())
 
 
-@pytest.mark.parametrize("name", [name for name, value in resolved(RunConfig()).items() if value is not None])
+@pytest.mark.parametrize("name", [name for name, value in recorded_options(RunConfig()).items() if value is not None])
 def test_a_recorded_value_can_be_given_back_as_a_flag(name: str) -> None:
-    value = resolved(RunConfig())[name]
+    value = recorded_options(RunConfig())[name]
     text = flag(name, value).partition("=")[2]
-    checked = check_givens({name: Given(text, "flag", name)}, RUN, Checked())
+    checked = check_givens({name: GivenValue(text, "flag", name)}, RUN, CheckedKeys())
     assert RunConfig(**checked.valid) == RunConfig(**{name: value})
 
 
@@ -206,7 +206,7 @@ def test_a_recorded_value_can_be_given_back_as_a_flag(name: str) -> None:
 )
 def test_a_structured_value_can_be_given_back_as_a_flag(name: str, value: object) -> None:
     text = flag(name, value).partition("=")[2]
-    checked = check_givens({name: Given(text, "flag", name)}, RUN, Checked())
+    checked = check_givens({name: GivenValue(text, "flag", name)}, RUN, CheckedKeys())
     assert not checked.problems
     assert RunConfig(**checked.valid) == RunConfig.model_validate({name: value})
 

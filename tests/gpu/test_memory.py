@@ -29,8 +29,8 @@ from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload, recompute
-from simpletuner.memory.planner import Machine
-from simpletuner.memory.precision import make_room, targets
+from simpletuner.memory.planner import MachineMemory
+from simpletuner.memory.precision import quantizable_linears, replace_by_empty
 from simpletuner.memory.tensors import save_tensors
 from simpletuner.runs.events import read_events
 
@@ -41,7 +41,7 @@ MIDDLE = replace(KLEIN_9B, heads=16, double_blocks=4, single_blocks=12, guidance
 """1.1 billion parameters: small enough to be made in seconds, large enough that fixed costs hardly count."""
 EDGE = {"cuda": 1024, "cpu": 64}
 TEXT = {"cuda": 512, "cpu": 32}
-ROOMY = Machine(accelerator=2**50, ram=2**50, disk=None)
+ROOMY = MachineMemory(accelerator=2**50, ram=2**50, disk=None)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def middle_model(spec: TransformerSpec, held: Held, device: torch.device) -> Flu
         model = Flux2Transformer(spec).bfloat16().requires_grad_(False)
         if held.precision != "no_change":
             within = ("transformer_blocks.", "single_transformer_blocks.")
-            make_room(model, targets(model, within, held.precision), held.precision, torch.bfloat16)
+            replace_by_empty(model, quantizable_linears(model, within, held.precision), held.precision, torch.bfloat16)
     blocks = set(model.blocks)
     others = [child for child in model.children() if not isinstance(child, torch.nn.ModuleList)]
     for part in (*model.blocks, *others):
@@ -130,7 +130,7 @@ def planned(spec: TransformerSpec, held: Held, edge: int, text: int) -> int:
     # A release without partial residency keeps no block resident anyway.
     config = RunConfig.model_validate({name: options[name] for name in options.keys() & RunConfig.model_fields.keys()})
     architecture = replace(Architecture.of(config), transformer=spec)
-    work = Workload(bucket=(edge, edge), batch=1, draws=False)
+    work = Workload(bucket=(edge, edge), batch=1, samples_images=False)
     return Footprint(config, architecture, work, ROOMY).train().total("accelerator")
 
 

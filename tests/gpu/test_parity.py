@@ -11,7 +11,7 @@ from simpletuner.flux2.rotary import rotary
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.tokens import context_ids, image_ids
 from simpletuner.flux2.transformer import attend
-from simpletuner.memory.precision import Layout
+from simpletuner.memory.precision import WeightLayout
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
 CPU = torch.device("cpu")
@@ -123,7 +123,7 @@ def test_a_product_in_eight_bits(cuda: torch.device, rows: int) -> None:
     if torch.cuda.get_device_capability(cuda) < (8, 9):
         pytest.skip("no products in 8 bits on this GPU")
     generator = torch.Generator().manual_seed(0)
-    layout = Layout("fp8-torchao", (64, 192))
+    layout = WeightLayout("fp8-torchao", (64, 192))
     weight = torch.randn(layout.shape, generator=generator)
     scale = weight.abs().amax(dim=1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
     data = (weight / scale).to(torch.float8_e4m3fn)

@@ -106,7 +106,7 @@ def test_a_compiled_step_is_as_exact_as_an_eager_one(device: torch.device, dtype
 
     torch._dynamo.reset()
     backend = "aot_eager" if device.type == "cpu" else "inductor"
-    installed: list[compilation.Compiled] = []
+    installed: list[compilation.CompiledBlocks] = []
 
     def install(model: Flux2Transformer) -> None:
         installed.append(compilation.install(model.blocks, backend=backend))

@@ -21,7 +21,7 @@ from simpletuner.flux2.lora import Adapter, attach
 from simpletuner.flux2.tiny.make import SHIPPED, TRANSFORMER
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory import offload
-from simpletuner.memory.precision import make_room, targets
+from simpletuner.memory.precision import quantizable_linears, replace_by_empty
 from simpletuner.memory.tensors import load_tensors
 from simpletuner.train import optim
 from simpletuner.train.step import Objective, Stepper
@@ -45,7 +45,7 @@ def random_model(
     with torch.device("meta"):
         model = Flux2Transformer(spec).to(dtype).requires_grad_(False)
         if precision != "no_change":
-            make_room(model, targets(model, _BLOCKS, precision), precision, dtype)
+            replace_by_empty(model, quantizable_linears(model, _BLOCKS, precision), precision, dtype)
     model.to_empty(device="cpu")
     fill_randomly(model, precision)
     return model, adapted(model)

@@ -18,7 +18,7 @@ from simpletuner.flux2.adapter_kinds import factors_of
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.dialects import AdapterFile
 from simpletuner.flux2.export import attach_saved, read_lora, save_lora
-from simpletuner.flux2.fixed import FixedLinear, attach_fixed, read_for_drawing
+from simpletuner.flux2.fixed import FixedLinear, attach_fixed, read_for_sampling
 from simpletuner.flux2.lora import PRESETS, Adapter, attach
 from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents
@@ -321,7 +321,7 @@ def test_a_lokr_of_fused_layers_means_what_it_does_in_diffusers(tmp_path: Path) 
     # Of a higher rank diffusers takes w2 to be whole.
     write_dialect(tmp_path / LORA_NAME, SMALL, row, draw=draw_square_lokr, ranks=(2,), blocks_only=True)
     ours, pipe = model(SMALL), pipeline(SMALL)
-    file = read_for_drawing(tmp_path / LORA_NAME)
+    file = read_for_sampling(tmp_path / LORA_NAME)
     assert isinstance(file, AdapterFile)
     attach_fixed(ours, file)
     pipe.load_lora_weights(tmp_path)

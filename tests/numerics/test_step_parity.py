@@ -20,7 +20,7 @@ from simpletuner.flux2.source import Source, locate
 from simpletuner.memory.world import World
 from simpletuner.train import optim
 from simpletuner.train.batches import BatchBuilder
-from simpletuner.train.caches import Prepared, prepare
+from simpletuner.train.caches import PreparedData, prepare
 from simpletuner.train.report import Reporter
 from simpletuner.train.step import Objective, Stepper
 
@@ -47,7 +47,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def prepared(place: Workplace) -> tuple[Prepared, Source]:
+def prepared(place: Workplace) -> tuple[PreparedData, Source]:
     loaded = load([], folder=place.folder, environ={})
     source = locate(loaded.config, report=print)
     return prepare(loaded, source, World(0, 1, CPU), Reporter()), source
@@ -68,7 +68,7 @@ def pixels_of(sample: Any) -> torch.Tensor:
     return torch.from_numpy(render(sample.read(), sample.geometry)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def test_what_is_cached_is_what_the_encoders_give(prepared: tuple[Prepared, Source]) -> None:
+def test_what_is_cached_is_what_the_encoders_give(prepared: tuple[PreparedData, Source]) -> None:
     """Bit for bit, with the batches of the fill: two captions, sorted by length, or two pictures of a bucket."""
     found, source = prepared
     (manifest,) = found.train
@@ -92,7 +92,7 @@ def test_what_is_cached_is_what_the_encoders_give(prepared: tuple[Prepared, Sour
             assert torch.equal(found.contexts([prompt]).expanded(), live_context.expanded())
 
 
-def trainer_of(prepared: tuple[Prepared, Source]) -> tuple[Adapter, Stepper, BatchBuilder]:
+def trainer_of(prepared: tuple[PreparedData, Source]) -> tuple[Adapter, Stepper, BatchBuilder]:
     """An adapter that acts, what computes its gradients, and what makes the batches."""
     found, source = prepared
     config = found.loaded.config
@@ -121,7 +121,7 @@ def trainer_of(prepared: tuple[Prepared, Source]) -> tuple[Adapter, Stepper, Bat
     return adapter, stepper, builder
 
 
-def test_a_batch_of_two_is_two_batches_of_one(prepared: tuple[Prepared, Source]) -> None:
+def test_a_batch_of_two_is_two_batches_of_one(prepared: tuple[PreparedData, Source]) -> None:
     """Of prompts of different lengths; to 1e-5, since matrix products of another height may add in another order."""
     (manifest,) = prepared[0].train
     indices = max(manifest.buckets.values(), key=len)[:2]
@@ -143,7 +143,9 @@ def test_a_batch_of_two_is_two_batches_of_one(prepared: tuple[Prepared, Source])
         assert_near(apart, together)
 
 
-def test_loss_and_gradients_are_those_of_diffusers_and_peft(prepared: tuple[Prepared, Source], pipeline: Any) -> None:
+def test_loss_and_gradients_are_those_of_diffusers_and_peft(
+    prepared: tuple[PreparedData, Source], pipeline: Any
+) -> None:
     from peft import LoraConfig
 
     found, source = prepared

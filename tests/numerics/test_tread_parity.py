@@ -6,7 +6,7 @@ from torch import Tensor
 
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
-from simpletuner.flow.choice import Choice
+from simpletuner.flow.choice import TokenChoice
 from simpletuner.flux2.lora import Adapter, attach
 from simpletuner.flux2.rotary import rotary
 from simpletuner.flux2.routes import Route
@@ -54,7 +54,7 @@ def plain_loop(
     context: Tensor,
     sigma: Tensor,
     guidance: Tensor,
-    choices: tuple[Choice, ...],
+    choices: tuple[TokenChoice, ...],
 ) -> Tensor:
     """The same, written as the paper says it, for one sample after the other."""
     answers = []
@@ -71,7 +71,7 @@ def plain_loop(
             places = list(range(HEIGHT * WIDTH))
             for choice in choices:
                 if choice.start <= index <= choice.end:
-                    places = choice.kept[sample].tolist()
+                    places = choice.kept_tokens[sample].tolist()
             angles = rotary(torch.cat([text_ids, *(all_ids[place : place + 1] for place in places)]), SPEC.axes, 2000.0)
             kept = torch.stack([image[place] for place in places], dim=1)
             if index < SPEC.double_blocks:
@@ -97,7 +97,7 @@ def with_gradients(answer: Tensor, adapter: Adapter) -> dict[str, Tensor]:
     return found
 
 
-def asked(transformer: Flux2Transformer, choices: tuple[Choice, ...], *, per_sample_ids: bool = False) -> Tensor:
+def asked(transformer: Flux2Transformer, choices: tuple[TokenChoice, ...], *, per_sample_ids: bool = False) -> Tensor:
     ids, text_ids = image_ids(HEIGHT, WIDTH), context_ids(LENGTH)
     if per_sample_ids:
         ids, text_ids = ids.expand(2, -1, -1), text_ids.expand(2, -1, -1)
@@ -110,7 +110,7 @@ def asked(transformer: Flux2Transformer, choices: tuple[Choice, ...], *, per_sam
 def test_velocity_and_every_gradient_are_those_of_the_plain_loop(routes: list[Route], recomputed: bool) -> None:
     choices = draw_choices(routes, seed=0, step=1, slots=[0, 1], tokens=HEIGHT * WIDTH)
     assert len(choices) == len(routes)
-    assert not torch.equal(choices[0].kept[0], choices[0].kept[1])
+    assert not torch.equal(choices[0].kept_tokens[0], choices[0].kept_tokens[1])
     transformer, adapter = model()
     expected = with_gradients(plain_loop(transformer, *inputs(), choices), adapter)
     if recomputed:
@@ -141,7 +141,7 @@ def test_recomputing_changes_no_bit() -> None:
 def test_keeping_all_by_way_of_a_route_changes_no_bit() -> None:
     """The draw leaves such a route out; gathering all tokens in their order would be as exact."""
     assert draw_choices([Route(1, 5, 1.0)], seed=0, step=1, slots=[0, 1], tokens=HEIGHT * WIDTH) == ()
-    everything = Choice(1, 5, torch.arange(HEIGHT * WIDTH).expand(2, -1))
+    everything = TokenChoice(1, 5, torch.arange(HEIGHT * WIDTH).expand(2, -1))
     transformer, adapter = model()
     plain = with_gradients(asked(transformer, ()), adapter)
     routed = with_gradients(asked(transformer, (everything,)), adapter)
@@ -158,7 +158,7 @@ def test_what_goes_around_comes_back_unchanged() -> None:
         block.forward = lambda x, *_: x + 1
     after = asked(transformer, (choice,)).detach()
     for sample in range(2):
-        kept = set(choice.kept[sample].tolist())
+        kept = set(choice.kept_tokens[sample].tolist())
         for place in range(HEIGHT * WIDTH):
             assert torch.equal(before[sample, place], after[sample, place]) == (place not in kept)
 

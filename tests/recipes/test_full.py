@@ -20,7 +20,7 @@ from simpletuner.cli.main import main
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.source import locate
-from simpletuner.runs.finished import lacking
+from simpletuner.runs.finished import missing_result
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FULL = {"model_type": "full", "learning_rate": 1e-4}
@@ -216,7 +216,7 @@ def test_killed_while_it_exports_it_is_complete_at_the_next_start(workplace: Wor
     run = workplace.run()
     assert not run.finished.exists()
     assert workplace.train() == 0
-    assert lacking(run, 1) is None
+    assert missing_result(run, 1) is None
     products = json.loads(run.finished.read_text())["products"]
     for folder in ("", "ema/"):
         assert {f"{folder}transformer.safetensors", f"{folder}model/model_index.json"} <= products.keys()
@@ -358,7 +358,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     free = 20 * 2**20
-    monkeypatch.setattr(machine, "disk_room", lambda path: free)
+    monkeypatch.setattr(machine, "free_disk_bytes", lambda path: free)
     assert workplace.train("--disk_low_threshold=1MB") == 7
     told = capsys.readouterr().err
     assert "a checkpoint takes about 65.0 MiB and the finished model's single file 21.7 MiB, but only 20.0 MiB" in told

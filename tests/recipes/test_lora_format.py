@@ -46,4 +46,4 @@ def test_a_run_exports_in_its_format_and_checkpoints_keep_diffusers_names(workpl
         product.unlink()
     assert workplace.train() == 0
     assert {product: product.read_bytes() for product in made} == made
-    assert finished.lacking(run, 1) is None
+    assert finished.missing_result(run, 1) is None

@@ -25,7 +25,7 @@ from simpletuner.flux2.source import locate
 from simpletuner.runs import disk
 from simpletuner.runs.events import EVENTS
 from simpletuner.runs.status import status_of
-from simpletuner.train.caches import Encoders
+from simpletuner.train.caches import EncoderKeys
 
 # Losses of CONFIG's three steps. In fp32 they hold to 1e-5, in bf16 to 1e-3: instruction sets round differently.
 PINNED = {"no": [1.3900223, 1.2224635, 1.6412856], "bf16": [1.3881238, 1.2261445, 1.6526977]}
@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_saves_what_is_good_and_names_the_samples(
     order = Order([manifest], seed=42, batch_size=1)
     seen = [manifest.samples[order.micro_batch(index)[1].visits[0].sample_index] for index in range(4)]
     victim = next(sample for sample in seen[2:] if sample not in seen[:2])
-    key = latent_key(victim, Encoders.of(loaded.config, locate(loaded.config, report=print)).latents)
+    key = latent_key(victim, EncoderKeys.of(loaded.config, locate(loaded.config, report=print)).latents)
     store = Store(LocalStorage(workplace.folder / "cache" / "vae"))
     store.write(key, {"latent": store.read(key)["latent"] * math.inf}, {"kind": "latent"})
     assert workplace.train() == 3
@@ -203,12 +203,12 @@ def test_a_disk_that_fills_up_saves_and_stops(
 ) -> None:
     monkeypatch.setattr(disk, "CHECK_SPACE_EVERY_S", 0.0)
     workplace.config |= {"checkpoint_step_interval": 100}
-    disk_room = machine.disk_room
-    monkeypatch.setattr(machine, "disk_room", lambda path: 0 if workplace.events("step") else disk_room(path))
+    disk_room = machine.free_disk_bytes
+    monkeypatch.setattr(machine, "free_disk_bytes", lambda path: 0 if workplace.events("step") else disk_room(path))
     assert workplace.train() == 7
     assert "saved at step 1" in capsys.readouterr().err
     assert workplace.run().checkpoint(1).is_dir()
-    monkeypatch.setattr(machine, "disk_room", disk_room)
+    monkeypatch.setattr(machine, "free_disk_bytes", disk_room)
     assert workplace.train() == 0
 
 
@@ -297,8 +297,8 @@ def test_few_pictures_and_many_steps_get_a_word(
 ) -> None:
     monkeypatch.setattr(disk, "CHECK_SPACE_EVERY_S", 0.0)
     workplace.config |= {"max_train_steps": 10_000}
-    disk_room = machine.disk_room
-    monkeypatch.setattr(machine, "disk_room", lambda path: 0 if workplace.events("step") else disk_room(path))
+    disk_room = machine.free_disk_bytes
+    monkeypatch.setattr(machine, "free_disk_bytes", lambda path: 0 if workplace.events("step") else disk_room(path))
     assert workplace.train() == 7
     assert "10000 steps on 6 images show each image about 3333 times" in capsys.readouterr().out
 

@@ -127,7 +127,7 @@ class GuardedStream(io.TextIOBase):
         raise DiskError.of(f"cannot write to standard output: {reason}", remedy="Redirect it elsewhere.")
 
 
-def hold_standard_descriptors() -> None:
+def open_standard_descriptors() -> None:
     """Open /dev/null for each of the descriptors 0, 1 and 2 that is closed (`>&-`).
 
     Otherwise the next opened file would get that number, and the prints of libraries and child processes with it.
@@ -146,9 +146,10 @@ def hold_standard_descriptors() -> None:
 def guarded() -> Iterator[None]:
     """Guard `sys.stdout` and `sys.stderr` inside this context, even if they were closed.
 
-    A failed write to standard output ends the command, except inside `work_goes_on`; one to standard error never does.
+    A failed write to standard output ends the command, except inside `output_failures_ignored`; one to standard error
+    never does.
     """
-    hold_standard_descriptors()
+    open_standard_descriptors()
     original_streams = sys.stdout, sys.stderr
     out, err = GuardedStream(sys.stdout, is_output=True), GuardedStream(sys.stderr, is_output=False)
     sys.stdout, sys.stderr = out, err
@@ -161,7 +162,7 @@ def guarded() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def work_goes_on() -> Iterator[None]:
+def output_failures_ignored() -> Iterator[None]:
     """Ignore failed writes to standard output inside this context, because the output only reports on the work."""
     stream = sys.stdout
     if not isinstance(stream, GuardedStream) or not stream.is_output:
@@ -184,17 +185,17 @@ def complain(text: str, *, end: str = "\n") -> None:
     print(text, end=end, file=sys.stderr, flush=True)
 
 
-def interject(text: str) -> None:
+def say_in_handler(text: str) -> None:
     """Print `text` and a newline to standard error from a signal handler, even if it interrupted another print."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
 
 
-deferred_signals.tell = interject
+deferred_signals.tell = say_in_handler
 
 
-def answer_to(question: str) -> str | None:
+def ask_user(question: str) -> str | None:
     """Ask `question` and return the typed line; None if standard input is no terminal, or ends (Ctrl-D)."""
     if sys.stdin is None or not sys.stdin.isatty():
         return None

@@ -44,9 +44,9 @@ class UserError(Exception):
         super().__init__(str(self))
 
     @classmethod
-    def of(cls, found: str, expected: str = "", remedy: str = "") -> Self:
+    def of(cls, finding: str, expected: str = "", remedy: str = "") -> Self:
         """An error with a single problem."""
-        return cls(Problem(found, expected, remedy))
+        return cls(Problem(finding, expected, remedy))
 
     @classmethod
     def raise_if(cls, problems: Iterable[Problem]) -> None:

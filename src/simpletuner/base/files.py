@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Self
 from simpletuner.base.errors import CheckpointError, ConfigError, DiskError, Problem, UserError
 from simpletuner.base.parts import locked_part
 
-KIND_OF_FILE = frozenset({errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO, errno.ENODEV})
+WRONG_FILE_TYPE = frozenset({errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO, errno.ENODEV})
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 DISK = NO_SPACE | {errno.EROFS, errno.EIO, errno.ESTALE}
 """Errors of the disk itself, for any access: always a `DiskError`."""
@@ -24,7 +24,7 @@ PERMISSION = frozenset({errno.EACCES, errno.EPERM})
 FILE_FAULTS = (
     DISK
     | PERMISSION
-    | KIND_OF_FILE
+    | WRONG_FILE_TYPE
     | {errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ETXTBSY, errno.EBUSY}
     | {errno.EXDEV, errno.EMLINK, errno.EINVAL}
 )
@@ -49,7 +49,7 @@ def file_problem(error: OSError, path: Path | None = None, *, doing: str = "acce
         )
     elif error.errno in PERMISSION:
         remedy = f"Give the user that runs this command the right to {doing} it, or name another path."
-    elif error.errno in KIND_OF_FILE:
+    elif error.errno in WRONG_FILE_TYPE:
         remedy = "Move away the file or folder there, or name another path."
     else:
         remedy = "Correct the path or make it accessible, then run the same command again."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simpletuner.base.storage import LocalStorage, Stamp, StoredFile
 
-PICTURE_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".heic", ".heif", ".hif"}
     | {".jxl", ".jp2", ".j2k", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".tga", ".ppm", ".pgm", ".pnm"}
 )
@@ -20,11 +20,11 @@ NUMBERED_KEY = re.compile(r"(.+)\.([0-9]{1,9})", re.DOTALL)
 UNNUMBERED = -1
 """Number of a partner with the same key as the image."""
 
-OWN_FOLDER = ".simpletuner"
+SIMPLETUNER_FOLDER = ".simpletuner"
 """Hidden folder in a folder of images, for deleted images and the captions before the last change."""
 UNDO_FILE = "captions.json"
 TRASH_FOLDER = "trash"
-"""Folder in `OWN_FOLDER` with one numbered folder per deletion."""
+"""Folder in `SIMPLETUNER_FOLDER` with one numbered folder per deletion."""
 
 
 def caption_key(name: str) -> str:
@@ -81,7 +81,7 @@ def list_images(folder: Path) -> ImageFolder:
         if not isinstance(file, StoredFile):
             continue
         suffix = _suffix(file.name)
-        if suffix in PICTURE_SUFFIXES:
+        if suffix in IMAGE_SUFFIXES:
             images[file.name] = file.stamp
         elif suffix in CAPTION_SUFFIXES:
             key = caption_key(file.name)

@@ -60,12 +60,12 @@ def host_memory() -> HostMemory | None:
     return HostMemory(total, max(available, 0))
 
 
-def disk_room(path: Path) -> int:
+def free_disk_bytes(path: Path) -> int:
     """Free bytes on the disk of `path`, or of its nearest parent that exists."""
     return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if os.path.isdir(folder))).free
 
 
-def own_address(elsewhere: str) -> str:
+def source_address(elsewhere: str) -> str:
     """The address of this machine on its route to the address `elsewhere`. Sends nothing; only asks for the route.
 
     Raises:

@@ -39,12 +39,12 @@ def locked_part(path: Path, *, is_folder: bool = False, mode: int = 0o777) -> It
         yield part
     finally:
         if _is_same(handle, part):
-            discard(part)
+            delete_path(part)
         os.close(handle)
 
 
 @contextlib.contextmanager
-def editing(path: Path, wait_s: float = 10.0) -> Iterator[None]:
+def folder_locked(path: Path, wait_s: float = 10.0) -> Iterator[None]:
     """Lock out other processes that edit files in the folder of `path`. Read, decide and replace inside this context.
 
     It locks the folder itself, or the nearest parent that exists, so no lock file remains, and the lock ends with the
@@ -72,7 +72,7 @@ def editing(path: Path, wait_s: float = 10.0) -> Iterator[None]:
         os.close(handle)
 
 
-def sweep_parts(folder: Path, pattern: str) -> None:
+def remove_abandoned_parts(folder: Path, pattern: str) -> None:
     """Remove parts in `folder` that no process has locked: leftovers of killed processes.
 
     `pattern` must match only our parts, and no file of another program. Parts that cannot be removed stay.
@@ -82,7 +82,7 @@ def sweep_parts(folder: Path, pattern: str) -> None:
             _sweep(part)
 
 
-def discard(path: Path) -> None:
+def delete_path(path: Path) -> None:
     """Delete a file, a link or a folder with its content, if it exists. Errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -113,7 +113,7 @@ def _sweep(part: Path) -> None:
     try:
         has_locks = _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if (has_locks or time.time() - os.fstat(handle).st_mtime > ABANDONED_S) and _is_same(handle, part):
-            discard(part)
+            delete_path(part)
     finally:
         os.close(handle)
 

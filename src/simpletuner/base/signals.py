@@ -14,11 +14,11 @@ from typing import Any, Self
 
 STOPPED = 75
 """Exit code of a run that was stopped and can be resumed."""
-AT_ONCE = (signal.SIGINT, signal.SIGTERM)
+EXIT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Signals of which the second one ends the process at once."""
-WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
+WARNING_SIGNALS = (signal.SIGHUP, signal.SIGUSR1)
 """Signals of a closed terminal, and of a cluster whose time limit is near. Repeating them has no effect."""
-ASKED_ELSEWHERE = signal.SIGUSR2
+STOP_FROM_OTHER_MACHINE = signal.SIGUSR2
 """Signal that another machine of the run was asked to stop. The next signal to this process still counts as the first:
 a cluster signals all machines, but not in the same second."""
 REPEAT_S = 1.0
@@ -47,7 +47,7 @@ class DeferredSignals:
     def __enter__(self) -> Self:
         self._depth += 1
         if self._depth == 1:
-            for number in (*AT_ONCE, *WARNINGS, ASKED_ELSEWHERE):
+            for number in (*EXIT_SIGNALS, *WARNING_SIGNALS, STOP_FROM_OTHER_MACHINE):
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._record)
         return self
@@ -75,8 +75,8 @@ class DeferredSignals:
         if not self.is_obeying:
             return
         now = time.monotonic()
-        if self.first not in (None, ASKED_ELSEWHERE):
-            if number in AT_ONCE and now - self._first_at >= REPEAT_S:
+        if self.first not in (None, STOP_FROM_OTHER_MACHINE):
+            if number in EXIT_SIGNALS and now - self._first_at >= REPEAT_S:
                 os._exit(STOPPED)
             return
         self.first, self._first_at = number, now

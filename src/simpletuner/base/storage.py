@@ -19,7 +19,7 @@ Stamp = tuple[int | str, ...]
 
 NO_FILE = "not a regular file"
 """Reason of an `UnlistedFile` that might block a reader or never end."""
-PASSED_OVER = "skipped, with everything in it"
+SKIPPED_FOLDER = "skipped, with everything in it"
 """Detail of an `UnlistedFile` that is a folder which was not entered."""
 
 FSSPEC_STAMPS = ("ETag", "etag", "LastModified", "mtime", "created")
@@ -47,7 +47,7 @@ class UnlistedFile(NamedTuple):
     detail: str
 
 
-PassOver = Callable[[Collection[str]], str | None]
+SkipReason = Callable[[Collection[str]], str | None]
 """Takes the names in a folder; returns why the folder is not entered, or None to enter it."""
 
 
@@ -60,7 +60,7 @@ def enter_all(_names: Collection[str]) -> str | None:
 class Storage(Protocol):
     """A tree of files. Names are relative paths with forward slashes. Storages of the same folder or URL are equal."""
 
-    def list(self, prefix: str = "", *, pass_over: PassOver = enter_all) -> Iterator[StoredFile | UnlistedFile]:
+    def list(self, prefix: str = "", *, pass_over: SkipReason = enter_all) -> Iterator[StoredFile | UnlistedFile]:
         """Yield every file below the folder `prefix`, one folder at a time.
 
         Hidden files and folders, whose names start with a dot, are left out. A folder for which `pass_over` returns a
@@ -110,7 +110,7 @@ class Storage(Protocol):
         """The path of `name` on this machine; None if it has none."""
         ...
 
-    def shown(self, name: str = "") -> str:
+    def text(self, name: str = "") -> str:
         """The full path or URL of `name`, for messages."""
         ...
 
@@ -126,7 +126,7 @@ class LocalStorage:
 
     folder: Path
 
-    def list(self, prefix: str = "", *, pass_over: PassOver = enter_all) -> Iterator[StoredFile | UnlistedFile]:
+    def list(self, prefix: str = "", *, pass_over: SkipReason = enter_all) -> Iterator[StoredFile | UnlistedFile]:
         """`Storage.list`, following links.
 
         Links to folders and files are followed after all others, each target once: a link to something already listed
@@ -137,7 +137,7 @@ class LocalStorage:
             raise _no_folder(str(folder), folder.exists())
         return self._walk(prefix, pass_over)
 
-    def _walk(self, prefix: str, pass_over: PassOver) -> Iterator[StoredFile | UnlistedFile]:
+    def _walk(self, prefix: str, pass_over: SkipReason) -> Iterator[StoredFile | UnlistedFile]:
         visited = {_identity((self.folder / prefix).stat())}
         folders, links = deque([prefix]), deque[str]()
         while folders or links:
@@ -163,7 +163,7 @@ class LocalStorage:
                 continue
             reason = pass_over([entry.name for entry in entries])
             if reason is not None:
-                yield UnlistedFile(name, reason, PASSED_OVER)
+                yield UnlistedFile(name, reason, SKIPPED_FOLDER)
                 continue
             for entry in entries:
                 if entry.name.startswith("."):
@@ -221,7 +221,7 @@ class LocalStorage:
     def local_path(self, name: str = "") -> Path:
         return self.folder / name
 
-    def shown(self, name: str = "") -> str:
+    def text(self, name: str = "") -> str:
         return str(self.folder / name)
 
 
@@ -248,13 +248,13 @@ class FsspecStorage:
         root = self._opened[1]
         return f"{root}/{name}" if name else root
 
-    def list(self, prefix: str = "", *, pass_over: PassOver = enter_all) -> Iterator[StoredFile | UnlistedFile]:
+    def list(self, prefix: str = "", *, pass_over: SkipReason = enter_all) -> Iterator[StoredFile | UnlistedFile]:
         path = self._path(prefix)
         if not self._filesystem.isdir(path):
-            raise _no_folder(self.shown(prefix), self._filesystem.exists(path))
+            raise _no_folder(self.text(prefix), self._filesystem.exists(path))
         return self._walk(prefix, pass_over)
 
-    def _walk(self, prefix: str, pass_over: PassOver) -> Iterator[StoredFile | UnlistedFile]:
+    def _walk(self, prefix: str, pass_over: SkipReason) -> Iterator[StoredFile | UnlistedFile]:
         folders = deque([prefix])
         while folders:
             folder = folders.popleft()
@@ -266,7 +266,7 @@ class FsspecStorage:
             entry_names = [info["name"].rstrip("/").rpartition("/")[2] for info in infos]
             reason = pass_over(entry_names)
             if reason is not None:
-                yield UnlistedFile(folder, reason, PASSED_OVER)
+                yield UnlistedFile(folder, reason, SKIPPED_FOLDER)
                 continue
             for entry_name, info in sorted(zip(entry_names, infos, strict=True), key=lambda pair: pair[0]):
                 if entry_name.startswith("."):
@@ -302,7 +302,7 @@ class FsspecStorage:
 
         return Path(self._path(name)) if isinstance(self._filesystem, LocalFileSystem) else None
 
-    def shown(self, name: str = "") -> str:
+    def text(self, name: str = "") -> str:
         return f"{self.url.rstrip('/')}/{name}" if name else self.url
 
 

@@ -35,7 +35,7 @@ def stray_characters(text: str) -> list[str]:
     return [char for char in text if unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n"]
 
 
-def does_as_file_name(name: str) -> bool:
+def is_file_name(name: str) -> bool:
     """Whether `name`, even with suffixes appended, is a valid file name on any file system."""
     return (
         is_visible(name)
@@ -50,4 +50,4 @@ def does_as_file_name(name: str) -> bool:
 
 
 FILE_NAME = f'at most {NAME_BYTES} bytes in UTF-8, none of / \\ : * ? " < > |, no dot or space at its ends'
-"""The requirements of `does_as_file_name`, for messages."""
+"""The requirements of `is_file_name`, for messages."""

@@ -8,8 +8,8 @@ from simpletuner.base.errors import ConfigError
 from simpletuner.cli.arguments import Flag, parse_command, verb_of
 from simpletuner.cli.loading import examine_here, load_here
 from simpletuner.cli.printing import json_text
-from simpletuner.config.load import Examined, Loaded
-from simpletuner.config.values import shown
+from simpletuner.config.load import ExaminedConfig, LoadedConfig
+from simpletuner.config.values import value_text
 
 USAGE = """usage: simpletuner config check|show [--json] [options of `simpletuner train`]
 
@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _as_json(examined: Examined) -> dict[str, Any]:
+def _as_json(examined: ExaminedConfig) -> dict[str, Any]:
     values = examined.config.model_dump(mode="json")
     return {
         "problems": [problem.parts for problem in examined.problems],
@@ -57,13 +57,15 @@ def _as_json(examined: Examined) -> dict[str, Any]:
     }
 
 
-def _table(loaded: Loaded) -> str:
+def _table(loaded: LoadedConfig) -> str:
     values = loaded.config.model_dump(mode="json")
     width = max(map(len, values))
-    return "\n".join(f"{name:<{width}}  {origin:<11}  {shown(values[name])}" for name, origin in loaded.origins.items())
+    return "\n".join(
+        f"{name:<{width}}  {origin:<11}  {value_text(values[name])}" for name, origin in loaded.origins.items()
+    )
 
 
-def _summary(loaded: Loaded) -> str:
+def _summary(loaded: LoadedConfig) -> str:
     datasets = loaded.datasets
     changed = sum(origin != "default" for origin in loaded.origins.values())
     return "\n".join(

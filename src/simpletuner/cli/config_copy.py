@@ -8,12 +8,12 @@ from pathlib import Path
 from simpletuner.base.files import file_errors_reported
 from simpletuner.cli.loading import examine_here
 from simpletuner.config.flags import SELECTORS, parse
-from simpletuner.config.load import Loaded
+from simpletuner.config.load import LoadedConfig
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import kinds
 
 
-def config_copier(loaded: Loaded) -> Callable[[Path], list[str]]:
+def config_copier(loaded: LoadedConfig) -> Callable[[Path], list[str]]:
     """A function that copies the configuration of `loaded` into a folder and returns the arguments that train it.
 
     It copies the config, datasets and prompts files and turns values from the environment into flags, so the arguments
@@ -43,7 +43,7 @@ def one_word_flags(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _fixed(loaded: Loaded) -> list[str]:
+def _fixed(loaded: LoadedConfig) -> list[str]:
     """Options whose value comes from the environment, or from a file that the config or the command line names."""
     return [
         key
@@ -57,7 +57,7 @@ def _flag_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _files(loaded: Loaded) -> list[tuple[str, Path, str]]:
+def _files(loaded: LoadedConfig) -> list[tuple[str, Path, str]]:
     """The files of the configuration: the flag that names each, its path, and the name of its copy."""
     files = [("data_backend_config", loaded.datasets_file, f"datasets{loaded.datasets_file.suffix}")]
     if loaded.config_file is not None:

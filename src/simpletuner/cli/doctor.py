@@ -13,17 +13,17 @@ from typing import Literal
 from simpletuner.base.commandline import command_text
 from simpletuner.base.console import say
 from simpletuner.base.errors import AccessError, ConfigError, DataError, DiskError, MemoryBudgetError
-from simpletuner.base.machine import Gpu, disk_room, gpus
+from simpletuner.base.machine import Gpu, free_disk_bytes, gpus
 from simpletuner.base.sizes import GIB, format_size
 from simpletuner.base.storage import storage_of
 from simpletuner.cli.arguments import Flag, parse_command
 from simpletuner.cli.env import installed_version
 from simpletuner.cli.loading import examine_here
 from simpletuner.cli.printing import json_text, table
-from simpletuner.config.deepspeed import deepspeed_lack
+from simpletuner.config.deepspeed import deepspeed_problem
 from simpletuner.config.flavours import FLAVOURS
-from simpletuner.config.load import NO_CONFIGURATION, Examined
-from simpletuner.config.previews import preview_download
+from simpletuner.config.load import NO_CONFIGURATION, ExaminedConfig
+from simpletuner.config.previews import preview_source
 from simpletuner.config.recipes import card_of, recipe, resident_flavour
 from simpletuner.config.rules import precision_findings
 from simpletuner.config.run import RunConfig
@@ -150,7 +150,7 @@ def _python() -> MachineCheck:
     return MachineCheck("Python", "ok", f"{platform.python_version()}, {platform.system()}, {sys.prefix}")
 
 
-def _config(examined: Examined, train_options: Sequence[str]) -> MachineCheck:
+def _config(examined: ExaminedConfig, train_options: Sequence[str]) -> MachineCheck:
     file = str(examined.config_file or examined.datasets_file)
     if not examined.problems:
         return MachineCheck("config", "ok", file)
@@ -159,7 +159,7 @@ def _config(examined: Examined, train_options: Sequence[str]) -> MachineCheck:
     return MachineCheck("config", "missing", finding, remedy, ConfigError.exit_code)
 
 
-def _data(examined: Examined) -> Iterator[MachineCheck]:
+def _data(examined: ExaminedConfig) -> Iterator[MachineCheck]:
     """The number of images in each training dataset; no image is decoded."""
     sets = () if examined.datasets is None else examined.datasets.train_sets
     for image_set in sets:
@@ -248,32 +248,32 @@ def _extras(config: RunConfig) -> MachineCheck:
 
 
 def _deepspeed() -> MachineCheck:
-    lack = deepspeed_lack()
+    lack = deepspeed_problem()
     if lack is None:
         return MachineCheck("DeepSpeed", "ok", f"deepspeed {installed_version('deepspeed')}")
     return MachineCheck("DeepSpeed", "missing", lack.found, lack.remedy, ConfigError.exit_code)
 
 
-def _memory(examined: Examined, cards: Sequence[Gpu], train_options: Sequence[str]) -> Iterator[MachineCheck]:
+def _memory(examined: ExaminedConfig, cards: Sequence[Gpu], train_options: Sequence[str]) -> Iterator[MachineCheck]:
     """The planned memory, compared with the free memory."""
     try:
         from simpletuner.flux2.footprint import Workload
         from simpletuner.memory.device import choose_device
-        from simpletuner.train.budget import MEMORY_WORDS, Budget, configured, this_machine, with_processes
+        from simpletuner.train.budget import TIER_WORDS, Budget, configured_workload, free_resources, with_processes
     except (ImportError, OSError):  # `_torch` reports this
         return
     config = examined.config
-    machine = this_machine(choose_device(), Path(config.output_dir))
+    machine = free_resources(choose_device(), Path(config.output_dir))
     if cards and machine.accelerator is None:  # torch cannot use the GPU yet
         machine = machine.of_size(_largest(cards) * GIB, float(machine.ram))
     work = Workload((1024, 1024), config.train_batch_size)
     if examined.datasets is not None:
-        work = configured(replace(examined, problems=()).loaded())
+        work = configured_workload(replace(examined, problems=()).loaded())
     plan = Budget(with_processes(config, len(cards)), work, machine).plan
     exceeded = {lack.place for lack in plan.lacks}
     remedy = "simpletuner init" if examined.datasets is None else command_text("simpletuner", "plan", *train_options)
-    for memory, name in MEMORY_WORDS.items():
-        free = machine.has(memory)
+    for memory, name in TIER_WORDS.items():
+        free = machine.available(memory)
         if free is None:
             continue
         finding = f"needs {format_size(plan.peak(memory))} of {format_size(free)} free"
@@ -288,13 +288,13 @@ def _memory(examined: Examined, cards: Sequence[Gpu], train_options: Sequence[st
 def _disk(config: RunConfig) -> Iterator[MachineCheck]:
     """Disk space for the download and for the run, and write permission."""
     for name, folder, needed in (
-        ("download", hub_cache(config), missing_download(config, preview_download(config))),
+        ("download", hub_cache(config), missing_download(config, preview_source(config))),
         ("output", Path(config.output_dir), config.disk_low_bytes),
     ):
         if not needed:
             continue
         existing_folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(path))
-        free = disk_room(folder)
+        free = free_disk_bytes(folder)
         finding = f"needs {format_size(needed)} of {format_size(free)} free in {folder}"
         option = "--cache_dir" if name == "download" else "--output_dir"
         if not os.access(existing_folder, os.W_OK, effective_ids=True):

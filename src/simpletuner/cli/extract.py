@@ -66,11 +66,11 @@ def run(arguments: list[str]) -> int:
         dtype = command.torch_dtype or difference.dtype
         written = write_layers(command.output, difference.layers, command.to, header, dtype)
     notices = []
-    if difference.others:
-        name, largest = max(difference.others.items(), key=lambda item: item[1])
+    if difference.other_differences:
+        name, largest = max(difference.other_differences.items(), key=lambda item: item[1])
         notices.append(
-            f"{len(difference.others)} weights differ that a LoRA cannot hold, by at most {largest:.3g} ({name}): "
-            "the base with the LoRA is not exactly the tuned model."
+            f"{len(difference.other_differences)} weights differ that a LoRA cannot hold, by at most {largest:.3g} "
+            f"({name}): the base with the LoRA is not exactly the tuned model."
         )
     print_lora(written, command.json, {"base": str(command.base), "tuned": str(command.tuned)}, notices)
     return 0

@@ -13,7 +13,7 @@ from simpletuner.cli.printing import fitted, items_of, plain, rows_text, wrapped
 from simpletuner.config.flags import SELECTORS
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.run import OPTION_NAMES, SLICES
-from simpletuner.config.values import kinds, nearest, shown
+from simpletuner.config.values import kinds, nearest, value_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -128,7 +128,7 @@ def _with_groups(groups: Sequence[type[Slice]], names: Sequence[str]) -> Iterato
 def _entry(group: type[Slice], name: str, *, is_short: bool) -> str:
     field = group.model_fields[name]
     has_default = not field.is_required() and field.default not in (None, "", ())
-    default = f" (default {shown(field.default)})" if has_default else ""
+    default = f" (default {value_text(field.default)})" if has_default else ""
     text = plain(_texts(group)[name])
     if is_short:
         text = re.split(r"(?<=\.)\s", text, maxsplit=1)[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.base.commandline import command_text
-from simpletuner.base.console import answer_to, complain, say
+from simpletuner.base.console import ask_user, complain, say
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported
 from simpletuner.cli.arguments import Flag, Positional, parse_command
@@ -23,7 +23,7 @@ from simpletuner.data.captionedits import (
     without_caption,
 )
 from simpletuner.data.ownfolder import listed_images
-from simpletuner.data.removal import bring_back, empty_trash, plan_partner_removal, plan_removal, remove_images
+from simpletuner.data.removal import empty_trash, plan_partner_removal, plan_removal, remove_images, restore_images
 from simpletuner.data.sample import Rejection
 
 SHOWN = 10
@@ -206,7 +206,7 @@ def _duplicates(folder: Path, command: FolderCommand) -> Result:
 
 def _delete(folder: Path, command: FolderCommand) -> Result:
     if command.undo:
-        restored, left_out = bring_back(folder)
+        restored, left_out = restore_images(folder)
         text = f"{restored} files are restored."
         return {"undone": restored, "left_out": _as_rows(left_out)}, _with_left_out(text, left_out)
     if command.empty_trash:
@@ -248,7 +248,7 @@ def _ask(question: str, command: FolderCommand) -> None:
     Raises:
         ConfigError: the answer is no, or there is no terminal.
     """
-    if not command.yes and answer_to(f"{question} [y/N] ") not in ("y", "Y", "yes"):
+    if not command.yes and ask_user(f"{question} [y/N] ") not in ("y", "Y", "yes"):
         raise ConfigError.of("not deleted", remedy="Type y to delete, or give --yes.")
 
 

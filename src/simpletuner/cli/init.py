@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import TypeVar
 
 from simpletuner.base.commandline import command_text
-from simpletuner.base.console import answer_to, say
+from simpletuner.base.console import ask_user, say
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported, json_bytes, with_home, write_atomic
-from simpletuner.base.imagefiles import PICTURE_SUFFIXES, caption_key
+from simpletuner.base.imagefiles import IMAGE_SUFFIXES, caption_key
 from simpletuner.base.machine import gpus, host_memory
 from simpletuner.base.sizes import GIB
 from simpletuner.base.storage import storage_of
-from simpletuner.base.text import does_as_file_name, is_visible
+from simpletuner.base.text import is_file_name, is_visible
 from simpletuner.cli.arguments import Flag, one_of, parse_command
 from simpletuner.cli.printing import table
 from simpletuner.config.flavours import FLAVOURS, FlavourName
-from simpletuner.config.load import CONFIG_NAMES, Examined, examine
+from simpletuner.config.load import CONFIG_NAMES, ExaminedConfig, examine
 from simpletuner.config.recipes import CARDS, RECIPES, Card, RecipeName, card_of, resident_flavour
-from simpletuner.config.starter import FoundImages, Starter
+from simpletuner.config.starter import ImageStatistics, Starter
 from simpletuner.config.values import join_names
 from simpletuner.data.discover import discover
 from simpletuner.data.manifest import Manifest, scan
@@ -125,7 +125,7 @@ class InitCommand:
 
     def problems(self) -> Iterator[Problem]:
         """Problems that parsing alone does not find."""
-        if self.env and not does_as_file_name(self.env):
+        if self.env and not is_file_name(self.env):
             yield Problem(f"--env = {self.env!r}", "a valid name of a folder")
 
 
@@ -180,7 +180,7 @@ def _ask_questions(command: InitCommand) -> Starter:
         if value is not None:
             return value
         while not command.yes:
-            typed = answer_to(f"{question} [{proposed}]: " if proposed else f"{question}: ")
+            typed = ask_user(f"{question} [{proposed}]: " if proposed else f"{question}: ")
             if typed is None:
                 missing.append(flag)
                 return None
@@ -221,13 +221,13 @@ def _ask_questions(command: InitCommand) -> Starter:
     )
     if word is None:
         raise ConfigError.of("--trigger WORD: not given, and there is no terminal to ask at", remedy=WRITTEN_NOTHING)
-    return Starter(folder, card.card, flavour, name, word, command.env, FoundImages(0, 0, 0, 0.0))
+    return Starter(folder, card.card, flavour, name, word, command.env, ImageStatistics(0, 0, 0, 0.0))
 
 
 def _likely_folder() -> str:
     """The first folder in datasets/ that contains images; "" if there is none."""
     for folder in sorted(Path("datasets").glob("*/")):
-        if any(file.suffix.lower() in PICTURE_SUFFIXES for file in folder.iterdir()):
+        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir()):
             return str(folder)
     return ""
 
@@ -251,17 +251,19 @@ def _with_images(starter: Starter) -> tuple[Starter, tuple[str, ...]]:
     files = discover(storage_of(str(starter.folder)))
     with_text = {name for name in files.pictures if caption_key(name) in files.captions}
     # These counts determine which captions the scan reads.
-    starter = replace(starter, found=FoundImages(len(files.pictures), len(with_text), len(with_text), 0.0))
+    starter = replace(
+        starter, image_statistics=ImageStatistics(len(files.pictures), len(with_text), len(with_text), 0.0)
+    )
     manifest = _scan(starter)
     trigger = starter.trigger.lower()
     captioned = [sample for sample in manifest.samples if sample.name in with_text]
-    images = FoundImages(
+    images = ImageStatistics(
         images=len(manifest.samples),
         captions=len(captioned),
         with_trigger=sum(any(trigger in caption.lower() for caption in sample.captions) for sample in captioned),
         median_side=statistics.median((sample.width * sample.height) ** 0.5 for sample in manifest.samples),
     )
-    starter = replace(starter, found=images)
+    starter = replace(starter, image_statistics=images)
     manifest = _scan(starter)  # at the resolution that the images' sizes determine
     left_out = [f"{each.name} is left out: {each.reason} ({each.detail})." for each in manifest.rejections]
     return starter, (*left_out, *manifest.notices)
@@ -274,7 +276,7 @@ def _scan(starter: Starter) -> Manifest:
     return scan(image_set, seed=examined.config.seed, workers=examined.config.workers)
 
 
-def _examined(starter: Starter) -> Examined:
+def _examined(starter: Starter) -> ExaminedConfig:
     """The configuration of the files to write, read from a temporary folder as `train` reads them."""
     with tempfile.TemporaryDirectory() as folder, file_errors_reported(Path(folder)):
         for name, content in starter.files().items():
@@ -286,7 +288,7 @@ def _examined(starter: Starter) -> Examined:
 
 
 def _print_images(starter: Starter, notices: tuple[str, ...]) -> None:
-    stats = starter.found
+    stats = starter.image_statistics
     say(f"{stats.images} images in {starter.folder}, {stats.captions} with a caption; resolution {starter.resolution}.")
     without = stats.images - stats.captions
     if without:
@@ -319,15 +321,15 @@ def _print_images(starter: Starter, notices: tuple[str, ...]) -> None:
 def _training_preview(starter: Starter) -> Iterator[str]:
     """The planned training and its memory, and the requirements that this machine lacks."""
     # Imported late, because it loads torch, which the questions do not need.
-    from simpletuner.memory.planner import Machine
-    from simpletuner.train.budget import Budget, looked_at
+    from simpletuner.memory.planner import MachineMemory
+    from simpletuner.train.budget import Budget, quick_workload
 
     examined = _examined(starter)
     loaded = replace(examined, problems=()).loaded()
     memory = host_memory()
     vram = None if starter.card is None else starter.card.vram_gib * GIB
-    machine = Machine.of_size(vram, float(memory.total_bytes if memory else 32 * GIB))
-    yield Budget(loaded.config, looked_at(loaded), machine).sentence()
+    machine = MachineMemory.of_size(vram, float(memory.total_bytes if memory else 32 * GIB))
+    yield Budget(loaded.config, quick_workload(loaded), machine).sentence()
     for problem in examined.problems:
         yield f"Missing on this machine: {problem}"
 
@@ -339,7 +341,7 @@ def _may_write(starter: Starter, folder: Path, command: InitCommand) -> bool:
     names = [folder / name for name in starter.files()]
     existing = [path for path in (*names, folder / CONFIG_NAMES[1]) if path.exists()]
     listed = join_names(map(str, existing or names), "and")
-    answer = answer_to(f"Replace {listed}? [y/N] " if existing else f"Write {listed}? [Y/n] ")
+    answer = ask_user(f"Replace {listed}? [y/N] " if existing else f"Write {listed}? [Y/n] ")
     if answer is None:
         raise ConfigError.of("there is no terminal to ask for confirmation", remedy=f"{WRITTEN_NOTHING} Add --yes.")
     return answer.lower() in ("y", "yes") if existing else answer.lower() in ("", "y", "yes")

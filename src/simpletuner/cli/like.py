@@ -14,7 +14,7 @@ from simpletuner.config.flags import LIKE
 from simpletuner.config.flavours import FLAVOURS, flavour_of_base
 from simpletuner.config.other_keys import OPTION_ALIASES
 from simpletuner.config.run import RunConfig
-from simpletuner.config.values import join_names, shown
+from simpletuner.config.values import join_names, value_text
 from simpletuner.runs.layout import LORA_NAME, TRANSFORMER_NAME
 
 _SHOWN_NAME = 80
@@ -48,8 +48,10 @@ class Likeness:
 
     def lines(self, local_options: Mapping[str, object]) -> tuple[str, ...]:
         """Lines of text that tell which options come from the file, and that list `local_options`, which do not."""
-        from_file = ", ".join(f"{name} = {shown(v)}" for name, v in self.options.items() if name not in local_options)
-        from_here = ", ".join(f"{name} = {shown(value)}" for name, value in local_options.items())
+        from_file = ", ".join(
+            f"{name} = {value_text(v)}" for name, v in self.options.items() if name not in local_options
+        )
+        from_here = ", ".join(f"{name} = {value_text(value)}" for name, value in local_options.items())
         lines = [
             f"From {self.file}: {from_file or 'only defaults'}.",
             f"Set here: {from_here or 'nothing'}.",
@@ -89,11 +91,11 @@ def likeness(arguments: Sequence[str]) -> Likeness | None:
             raise ConfigError.of(f"--{LIKE} {file}: no such file", "a LoRA or model that simpletuner trained")
         header = read_metadata(file)
     # Imported late, so that mistakes in a configuration are reported at once.
-    from simpletuner.config.record import resolved, reusable
+    from simpletuner.config.record import adoptable_options, recorded_options
 
-    recorded, left_out = reusable(_recorded(file, header))
+    recorded, left_out = adoptable_options(_recorded(file, header))
     flavour = FLAVOURS.get(str(recorded.get("model_flavour")))
-    defaults = resolved(RunConfig(**({} if flavour is None else flavour.option_defaults)))
+    defaults = recorded_options(RunConfig(**({} if flavour is None else flavour.option_defaults)))
     changed = {
         name: value
         for name, value in recorded.items()

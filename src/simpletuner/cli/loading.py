@@ -6,17 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from simpletuner.base.commandline import flag, split_arguments
-from simpletuner.base.console import answer_to, complain
+from simpletuner.base.console import ask_user, complain
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported
 from simpletuner.cli.like import Likeness, likeness
 from simpletuner.config.flags import parse
-from simpletuner.config.load import DATASETS_NAME, NO_CONFIGURATION, Examined, Loaded, examine
+from simpletuner.config.load import DATASETS_NAME, NO_CONFIGURATION, ExaminedConfig, LoadedConfig, examine
 from simpletuner.flux2 import routes
-from simpletuner.server.reach import of_the_page
+from simpletuner.server.reach import page_reach
 
 
-def load_here(arguments: Sequence[str]) -> Loaded:
+def load_here(arguments: Sequence[str]) -> LoadedConfig:
     """The configuration that `arguments` select in the working folder.
 
     `--example NAME` first writes the example's images to `datasets/NAME`, unless they exist. `--like FILE` asks at a
@@ -45,7 +45,7 @@ def load_here(arguments: Sequence[str]) -> Loaded:
     return loaded
 
 
-def _answers(like: Likeness, examined: Examined) -> list[str]:
+def _answers(like: Likeness, examined: ExaminedConfig) -> list[str]:
     """Flags with the paths that the user types when asked; empty without a terminal."""
     questions: list[tuple[str, str, str]] = []
     if examined.datasets_file is None:
@@ -59,7 +59,7 @@ def _answers(like: Likeness, examined: Examined) -> list[str]:
         questions.append(("pretrained_model_name_or_path", f"Base weights, if not those of {weights}", ""))
     answers = []
     for name, question, proposed in questions:
-        typed = answer_to(f"{question} [{proposed}]: " if proposed else f"{question}: ")
+        typed = ask_user(f"{question} [{proposed}]: " if proposed else f"{question}: ")
         if typed is None:
             break
         if typed or (proposed and name == "data_backend_config"):
@@ -67,18 +67,18 @@ def _answers(like: Likeness, examined: Examined) -> list[str]:
     return answers
 
 
-def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> Examined:
+def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> ExaminedConfig:
     """The same as `load_here`, but with the problems in the result instead of raised, and without questions. A command
     that the page started may also name paths in the folders `also`.
 
     Raises:
         DiskError: no space for the example's images.
     """
-    reach = of_the_page(os.environ)
+    reach = page_reach(os.environ)
     like = likeness(arguments)
     if like is not None:
         if reach is not None:
-            reach.real(str(like.file))
+            reach.checked_path(str(like.file))
         arguments = like.arguments
     example = parse(arguments).selectors.get("example")
     if example is not None:
@@ -87,9 +87,9 @@ def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> Exam
 
         if example in EXAMPLES:
             folder = Path("datasets") / example
-            materialize(example, folder if reach is None else reach.real(str(folder)))
+            materialize(example, folder if reach is None else reach.checked_path(str(folder)))
     with file_errors_reported(Path(), ConfigError, doing="read"):
-        rule = None if reach is None else replace(reach, others=(*reach.others, *also)).refusal
+        rule = None if reach is None else replace(reach, extra_roots=(*reach.extra_roots, *also)).refusal
         examined = examine(arguments, folder=Path(), environ=os.environ, rule=rule)
     if like is not None:
         examined = replace(examined, problems=tuple(map(_without_datasets, examined.problems)))

@@ -124,8 +124,8 @@ def print_lora(written: "WrittenLora", is_json: bool, inputs: dict[str, Any], no
             "bytes": size,
             "layers": written.layers,
             "ranks": [low, high],
-            "kept": written.kept,
-            "lost": written.lost,
+            "kept": written.kept_energy,
+            "lost": written.losses_by_loader,
             "notices": list(notices),
         }
         say(json_text(fields | inputs))
@@ -133,11 +133,11 @@ def print_lora(written: "WrittenLora", is_json: bool, inputs: dict[str, Any], no
     ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
     energy = (
         "all of its energy"
-        if written.kept > 1 - 1e-9
-        else f"at least {100 * written.kept:.2f} % of each layer's energy"
+        if written.kept_energy > 1 - 1e-9
+        else f"at least {100 * written.kept_energy:.2f} % of each layer's energy"
     )
     say(f"LoRA: {written.path} ({format_size(size)}), {written.layers} layers of {ranks}, with {energy}")
-    for loader, names in written.lost.items():
+    for loader, names in written.losses_by_loader.items():
         say(f"{loader} does not apply {len(names)} of its layers as trained, such as {names[0]}.")
     for notice in notices:
         say(notice)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from simpletuner.base.console import answer_to
+from simpletuner.base.console import ask_user
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.cli.arguments import Positional, refuse_extra
 from simpletuner.cli.loading import load_here
@@ -21,7 +21,7 @@ def confirm_deletion(target: str, contents: str) -> None:
     Raises:
         ConfigError: there is no terminal, or the answer is no.
     """
-    answer = answer_to(f"Delete {target} ({contents})? [y/N] ")
+    answer = ask_user(f"Delete {target} ({contents})? [y/N] ")
     if answer is None:
         raise ConfigError.of(
             f"there is no terminal to confirm the deletion of {target}",

@@ -16,12 +16,12 @@ from simpletuner.cli.arguments import Flag, parse_command
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import json_text
 from simpletuner.cli.sigma_density import ResolutionShift, SampledDensity, chart_image, terminal_chart
-from simpletuner.config.load import Loaded
+from simpletuner.config.load import LoadedConfig
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.config.values import join_names
 from simpletuner.data.manifest import scan_of
 from simpletuner.data.order import Order
-from simpletuner.train.length import Plan
+from simpletuner.train.length import RunSchedule
 from simpletuner.train.timesteps import Timesteps
 
 USAGE = """usage: simpletuner plan [--vram GIB] [--ram GIB] [--gpus N [--hosts M]] [--json]
@@ -117,27 +117,29 @@ def run(arguments: list[str]) -> int:
     return _plot(loaded, command) if command.show_timesteps else _plan(loaded, command)
 
 
-def _plan(loaded: Loaded, command: PlanCommand) -> int:
+def _plan(loaded: LoadedConfig, command: PlanCommand) -> int:
     # Imported late, because it loads torch, which --show-timesteps and mistakes in the arguments do not need.
     from simpletuner.memory.device import choose_device
-    from simpletuner.memory.planner import Machine
+    from simpletuner.memory.planner import MachineMemory
     from simpletuner.memory.precision import DTYPES
     from simpletuner.memory.rate import matmul_rate
-    from simpletuner.train.budget import Budget, looked_at, this_machine, with_processes
+    from simpletuner.train.budget import Budget, free_resources, quick_workload, with_processes
 
     device = choose_device()
     gpus = visible_gpus(os.environ)
     config = with_processes(loaded.config, gpus)
     loaded = replace(loaded, config=config)
-    machine = this_machine(device, Path(config.output_dir), config.ranks_per_machine)
-    hypothetical = Machine.of_size(None if command.vram is None else command.vram * GIB, (command.ram or 0.0) * GIB)
+    machine = free_resources(device, Path(config.output_dir), config.ranks_per_machine)
+    hypothetical = MachineMemory.of_size(
+        None if command.vram is None else command.vram * GIB, (command.ram or 0.0) * GIB
+    )
     if command.vram is not None:
         machine = replace(machine, accelerator=hypothetical.accelerator)
     if command.ram is not None:
         machine = replace(machine, ram=hypothetical.ram)
     if command.vram is not None or command.ram is not None:
         machine = replace(machine, disk=None)
-    budget = Budget(config, looked_at(loaded), machine)
+    budget = Budget(config, quick_workload(loaded), machine)
     is_local_gpu = command.vram is None
     rate = matmul_rate(device, DTYPES[config.base_dtype]) if is_local_gpu else None
     has_advice = command.gpus is not None or config.ranks > 1
@@ -151,7 +153,7 @@ def _plan(loaded: Loaded, command: PlanCommand) -> int:
     return 0 if budget.plan.fits else MemoryBudgetError.exit_code
 
 
-def _plot(loaded: Loaded, command: PlanCommand) -> int:
+def _plot(loaded: LoadedConfig, command: PlanCommand) -> int:
     density = _sampled_density(loaded)
     folder = Path(loaded.config.output_dir) if command.out is None else command.out
     path = folder / CHART_FILE
@@ -166,7 +168,7 @@ def _plot(loaded: Loaded, command: PlanCommand) -> int:
     return 0
 
 
-def _sampled_density(loaded: Loaded) -> SampledDensity:
+def _sampled_density(loaded: LoadedConfig) -> SampledDensity:
     """The density of the configuration, for each resolution. The images are scanned only if the density depends on
     them."""
     config = loaded.config
@@ -181,7 +183,7 @@ def _sampled_density(loaded: Loaded) -> SampledDensity:
         per_step = config.gradient_accumulation_steps * config.ranks
         order = Order(manifests, seed=config.seed, batch_size=config.train_batch_size, batches_per_step=per_step)
         strata = int(order.epoch(0).batch_sizes().sum()) if config.timestep_strata else None
-        for micro_batch, count in order.shown(Plan.of(config, order, per_step).steps * per_step):
+        for micro_batch, count in order.batches_shown(RunSchedule.of(config, order, per_step).steps * per_step):
             width, height = micro_batch.bucket
             offset = offsets[micro_batch.visits[0].set_index] if is_by_size and timesteps.offset_scale else 0.0
             name = f"{width}x{height}{f' {offset:+g}' if offset else ''}"

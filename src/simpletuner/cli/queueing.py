@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from simpletuner.base.console import say, work_goes_on
+from simpletuner.base.console import output_failures_ignored, say
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.cli.arguments import Flag, Positional, parse_command, refuse_extra, verb_of
 from simpletuner.cli.config_copy import config_copier, one_word_flags
@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     refuse_extra(command.train_options, f"simpletuner run queue {verb}")
     queue = Queue.of(Path.cwd())
     if verb == "work":
-        with work_goes_on():
+        with output_failures_ignored():
             queue.work(devices_of(command.devices), say=_log)
         return 0
     if verb == "remove":

@@ -13,36 +13,36 @@ from annotated_types import Ge, MinLen, MultipleOf
 from pydantic import BeforeValidator
 
 from simpletuner.base.commandline import command_text
-from simpletuner.base.console import complain, say, work_goes_on
+from simpletuner.base.console import complain, output_failures_ignored, say
 from simpletuner.base.errors import AccessError, ConfigError, Problem
 from simpletuner.base.files import with_home
 from simpletuner.base.tensorfile import read_metadata
 from simpletuner.cli.help import option_entries, requested_help
 from simpletuner.cli.printing import fitted
 from simpletuner.config.documents import read_document
-from simpletuner.config.flags import Flags, parse
+from simpletuner.config.flags import ParsedFlags, parse
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
-from simpletuner.config.given import Checked, Given, Known, check_givens
+from simpletuner.config.given import CheckedKeys, GivenValue, KnownKeys, check_givens
 from simpletuner.config.options.conditioning import ReferenceView
-from simpletuner.config.options.kinds import Count, NotNegative, PathText, Says, Slice, Text
+from simpletuner.config.options.kinds import Count, Expects, NotNegative, PathText, Slice, Text
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.options.validation import SIDE_MULTIPLE_PX, ValidationOptions
 from simpletuner.config.other_keys import LATER_OPTIONS, OTHER_OPTIONS, OtherKeys
-from simpletuner.config.paths import filled, is_local_model
+from simpletuner.config.paths import fill_placeholders, is_local_model
 from simpletuner.config.prompts import reference_faults
 from simpletuner.config.rules import (
     encoder_findings,
     guidance_findings,
-    guidance_without_effect,
+    idle_guidance_options,
     layer_findings,
     precision_findings,
 )
-from simpletuner.config.values import kinds, no_effect, shown
+from simpletuner.config.values import kinds, no_effect, value_text
 from simpletuner.flux2.origin import base_model_of
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
-from simpletuner.server.reach import Reach, of_the_page
+from simpletuner.server.reach import Reach, page_reach
 
 _USAGE = """usage: simpletuner sample --lora FILE[:STRENGTH] --prompt TEXT [--option value ...]
        simpletuner sample --run FOLDER --prompt TEXT [--option value ...]
@@ -63,7 +63,7 @@ _MODEL_HELP = """Model
   (simpletuner train --help model), precision (--help precision) and memory (--help memory)."""
 
 ImageSide = Annotated[
-    int, Ge(SIDE_MULTIPLE_PX), MultipleOf(SIDE_MULTIPLE_PX), Says(f"a multiple of {SIDE_MULTIPLE_PX} pixels")
+    int, Ge(SIDE_MULTIPLE_PX), MultipleOf(SIDE_MULTIPLE_PX), Expects(f"a multiple of {SIDE_MULTIPLE_PX} pixels")
 ]
 
 
@@ -82,10 +82,10 @@ def _factors(value: object) -> object:
 class SampleOptions(Slice):
     """Images to generate."""
 
-    prompt: Annotated[tuple[Text, ...], MinLen(1), Says("a text after it")]
+    prompt: Annotated[tuple[Text, ...], MinLen(1), Expects("a text after it")]
     """The prompt of an image. Repeat the option for several images."""
 
-    references: Annotated[tuple[Text, ...], Says("an image file after it")] = ()
+    references: Annotated[tuple[Text, ...], Expects("an image file after it")] = ()
     """A reference image for every generated image, such as the image to edit. Repeat the option for up to ten, in their
     order. A reference above 1024² pixels is scaled down to 1024²; `width` and `height` apply to the generated image."""
 
@@ -93,12 +93,12 @@ class SampleOptions(Slice):
     """The tokens that reference tokens attend to. Use the value with which the LoRA or model was trained; the run's
     config contains it."""
 
-    lora: Annotated[tuple[Text, ...], Says("a file after it")] = ()
+    lora: Annotated[tuple[Text, ...], Expects("a file after it")] = ()
     """A LoRA, LoKr or LoHa file, or a folder with `pytorch_lora_weights.safetensors`. `FILE:0.8` sets a strength other
     than 1. Repeat the option to add several. Without it, the base model generates the images. If no option names the
     model, the LoRA does: by the config of the run that it belongs to, or by its header."""
 
-    strength: Annotated[tuple[float, ...], BeforeValidator(_factors), Says("numbers such as 0,0.5,1")] = ()
+    strength: Annotated[tuple[float, ...], BeforeValidator(_factors), Expects("numbers such as 0,0.5,1")] = ()
     """Generate each image once at each of these strengths, as for a grid: `0,0.5,1`. They multiply the strengths of all
     LoRAs; at 0 the base model generates the image."""
 
@@ -140,7 +140,7 @@ class SampleConfig(ModelOptions, PrecisionOptions, OffloadOptions, SampleOptions
     """Every option of `sample`."""
 
 
-OPTIONS = Known(SampleConfig, OtherKeys(LATER_OPTIONS, values=OTHER_OPTIONS.values))
+OPTIONS = KnownKeys(SampleConfig, OtherKeys(LATER_OPTIONS, values=OTHER_OPTIONS.values))
 REPEATED = ("prompt", "references", "lora", "strength")
 FROM_RUN = (*ModelOptions.model_fields, *PrecisionOptions.model_fields, *OffloadOptions.model_fields)
 """Options of the model, its precision and its memory, which a config of `train` has under the same names."""
@@ -186,7 +186,7 @@ def run(arguments: list[str]) -> int:
     from simpletuner.cli.progress import progress_of
     from simpletuner.cli.sampler import Sampler
 
-    with work_goes_on(), progress_of(config) as report:
+    with output_failures_ignored(), progress_of(config) as report:
         for image in Sampler().sample(config, loras, report):
             say(json.dumps(image.fields, ensure_ascii=False) if AS_JSON in arguments else str(image.path))
     return 0
@@ -215,7 +215,7 @@ def read_request(
     """
     flags = parse(arguments, REPEATED)
     typed_options = flags.options | {
-        name: Given(tuple(value) if isinstance(value, list) else value, "file", name)
+        name: GivenValue(tuple(value) if isinstance(value, list) else value, "file", name)
         for name, value in (request or {}).items()
     }
     problems = list(flags.problems)
@@ -224,12 +224,12 @@ def read_request(
         for name in flags.selectors
         if name != "config"
     ]
-    files: dict[str, Given] = {}
-    reach = of_the_page(environ)
+    files: dict[str, GivenValue] = {}
+    reach = page_reach(environ)
     for path, label in _config_files(typed_options, flags, problems, report):
         try:
             if reach is not None:
-                reach.real(str(path))
+                reach.checked_path(str(path))
             files |= _from_config(path, label)
             if path == _config_of_run(typed_options):
                 files |= _finished_model(path.parent, files)
@@ -242,7 +242,7 @@ def read_request(
         of_config = files["model_flavour"].value if "model_flavour" in files else DEFAULT_FLAVOUR
         if typed_options["model_flavour"].value != of_config:
             files = {name: value for name, value in files.items() if name not in FLAVOUR_SETTINGS}
-    checked = check_givens({**files, **typed_options}, OPTIONS, Checked())
+    checked = check_givens({**files, **typed_options}, OPTIONS, CheckedKeys())
     paths = _filled_paths(checked, environ, reach)
     problems += checked.problems.values()
     references = _filled_references(checked, environ, reach, problems)
@@ -257,7 +257,7 @@ def read_request(
     )
     ConfigError.raise_if(problem for _, problem in findings)
     guidance = flavour.guidance if config.guidance is None else config.guidance
-    keys, reason = guidance_without_effect(flavour, guidance, config.guidance_real)
+    keys, reason = idle_guidance_options(flavour, guidance, config.guidance_real)
     typed = [key for key in keys if key in typed_options]
     if typed:
         report(no_effect(typed, reason))
@@ -265,7 +265,7 @@ def read_request(
 
 
 def _config_files(
-    typed_options: Mapping[str, Given], flags: Flags, problems: list[Problem], report: Callable[[str], None]
+    typed_options: Mapping[str, GivenValue], flags: ParsedFlags, problems: list[Problem], report: Callable[[str], None]
 ) -> list[tuple[Path, str]]:
     """The configs to read, each with its name for messages; a later config overrides an earlier one."""
     configs = []
@@ -287,12 +287,12 @@ def _config_files(
     return []
 
 
-def _loras_name_model(typed_options: Mapping[str, Given]) -> bool:
+def _loras_name_model(typed_options: Mapping[str, GivenValue]) -> bool:
     """Whether only a LoRA can name the model."""
     return not any(name in typed_options for name in ("run", *MODEL_NAMING_OPTIONS))
 
 
-def _loras_of(typed_options: Mapping[str, Given]) -> list[LoraWithStrength]:
+def _loras_of(typed_options: Mapping[str, GivenValue]) -> list[LoraWithStrength]:
     texts = typed_options["lora"].value if "lora" in typed_options else ()
     return [parse_lora(text) for text in texts if isinstance(text, str)] if isinstance(texts, tuple) else []
 
@@ -307,7 +307,7 @@ def _containing_run(lora: Path) -> RunDirectory | None:
     return None
 
 
-def _named_by_lora(typed_options: Mapping[str, Given], report: Callable[[str], None]) -> dict[str, Given]:
+def _named_by_lora(typed_options: Mapping[str, GivenValue], report: Callable[[str], None]) -> dict[str, GivenValue]:
     """The flavour of the base model that a LoRA's header names, if nothing else names a model. The LoRA may be of any
     program. A header that names another model contains only its folder's name, not its path, and is ignored.
     """
@@ -322,17 +322,17 @@ def _named_by_lora(typed_options: Mapping[str, Given], report: Callable[[str], N
             if (flavour := FLAVOURS.get(base_model_of(header) or "")) is not None:
                 base = header.get("simpletuner.base_model", flavour.title)
                 report(f"{lora.path} names {base} as its base model: sampling with --model_flavour {flavour.name}.")
-                return {"model_flavour": Given(flavour.name, "file", "model_flavour")}
+                return {"model_flavour": GivenValue(flavour.name, "file", "model_flavour")}
     return {}
 
 
-def _config_of_run(typed_options: Mapping[str, Given]) -> Path | None:
+def _config_of_run(typed_options: Mapping[str, GivenValue]) -> Path | None:
     if "run" not in typed_options or not isinstance(typed_options["run"].value, str):
         return None
     return RunDirectory(Path(with_home(typed_options["run"].value))).config
 
 
-def _finished_model(folder: Path, config: Mapping[str, Given]) -> dict[str, Given]:
+def _finished_model(folder: Path, config: Mapping[str, GivenValue]) -> dict[str, GivenValue]:
     """The option that names the model of a finished full run: a whole pipeline or, if the run could not write one, the
     transformer alone."""
     if "model_type" not in config or config["model_type"].value != "full":
@@ -341,19 +341,19 @@ def _finished_model(folder: Path, config: Mapping[str, Given]) -> dict[str, Give
     key, path = "pretrained_model_name_or_path", model
     if not (model / "model_index.json").is_file():
         key, path = "pretrained_transformer_model_name_or_path", model / "transformer"
-    return {key: Given(str(path), "file", key)}
+    return {key: GivenValue(str(path), "file", key)}
 
 
-def _from_config(path: Path, label: str) -> dict[str, Given]:
+def _from_config(path: Path, label: str) -> dict[str, GivenValue]:
     """The model options and validation settings of a config of `train`, under the names of `SampleConfig`."""
     document = read_document(path, label)
     if not isinstance(document, dict):
-        raise ConfigError.of(f"{label}: {shown(document)}", 'an object {"option": value}')
+        raise ConfigError.of(f"{label}: {value_text(document)}", 'an object {"option": value}')
     values: dict[str, Any] = {key.lstrip("-"): value for key, value in document.items()}
     # An option with a JSON value may name a file, and does not affect sampling.
     read = {key for key, kind in kinds(ValidationOptions).items() if not kind.is_json}
-    givens = {key: Given(value, "file", key) for key, value in values.items() if key in read}
-    checked = check_givens(givens, Known(ValidationOptions), Checked(), where=f"{label}: ")
+    givens = {key: GivenValue(value, "file", key) for key, value in values.items() if key in read}
+    checked = check_givens(givens, KnownKeys(ValidationOptions), CheckedKeys(), prefix=f"{label}: ")
     ConfigError.raise_if(checked.problems.values())
     named = values.get("model_flavour", DEFAULT_FLAVOUR)
     flavour = FLAVOURS[named if isinstance(named, str) and named in FLAVOURS else DEFAULT_FLAVOUR]
@@ -373,10 +373,10 @@ def _from_config(path: Path, label: str) -> dict[str, Given]:
         settings["reference_attention"] = values["reference_attention"]
     if validation.validation_seed is not None:
         settings["seed"] = validation.validation_seed
-    return {name: Given(value, "file", name) for name, value in settings.items()}
+    return {name: GivenValue(value, "file", name) for name, value in settings.items()}
 
 
-def _filled_paths(checked: Checked, environ: Mapping[str, str], reach: Reach | None) -> dict[str, Any]:
+def _filled_paths(checked: CheckedKeys, environ: Mapping[str, str], reach: Reach | None) -> dict[str, Any]:
     """Remove the paths from `checked.valid` and return them with placeholders and `~` filled in."""
     paths: dict[str, Any] = {}
     for name, kind in kinds(SampleConfig).items():
@@ -384,9 +384,11 @@ def _filled_paths(checked: Checked, environ: Mapping[str, str], reach: Reach | N
             continue
         text = checked.valid.pop(name)
         try:
-            paths[name] = with_home(filled(text, {"model_family": "flux2"}, environ if reach is None else None))
+            paths[name] = with_home(
+                fill_placeholders(text, {"model_family": "flux2"}, environ if reach is None else None)
+            )
         except ValueError as error:
-            checked.problems[name] = Problem(f"{name} = {shown(text)}: {error}")
+            checked.problems[name] = Problem(f"{name} = {value_text(text)}: {error}")
             continue
         if reach is not None and (kind.is_path or is_local_model(Path(), paths[name])):
             refused = reach.refusal(name, paths[name])
@@ -395,7 +397,7 @@ def _filled_paths(checked: Checked, environ: Mapping[str, str], reach: Reach | N
 
 
 def _filled_references(
-    checked: Checked, environ: Mapping[str, str], reach: Reach | None, problems: list[Problem]
+    checked: CheckedKeys, environ: Mapping[str, str], reach: Reach | None, problems: list[Problem]
 ) -> tuple[str, ...]:
     """Remove the references from `checked.valid` and return them with placeholders and `~` filled in. Their problems
     are added to `problems`.
@@ -403,9 +405,9 @@ def _filled_references(
     paths = []
     for text in checked.valid.pop("references", ()):
         try:
-            path = with_home(filled(text, {"model_family": "flux2"}, environ if reach is None else None))
+            path = with_home(fill_placeholders(text, {"model_family": "flux2"}, environ if reach is None else None))
         except ValueError as error:
-            problems.append(Problem(f"references = {shown(text)}: {error}"))
+            problems.append(Problem(f"references = {value_text(text)}: {error}"))
             continue
         refused = None if reach is None else reach.refusal("references", path)
         if refused is not None:

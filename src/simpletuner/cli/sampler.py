@@ -30,8 +30,8 @@ from simpletuner.flux2.components import check_precisions, load_base, open_autoe
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.dialects import AdapterFile
 from simpletuner.flux2.export import LoadedLora, attach_saved
-from simpletuner.flux2.fixed import attach_fixed, check_fixed, read_for_drawing
-from simpletuner.flux2.generate import fits_both, generate
+from simpletuner.flux2.fixed import attach_fixed, check_fixed, read_for_sampling
+from simpletuner.flux2.generate import fits_both_predictions, generate
 from simpletuner.flux2.load import checked_skeleton
 from simpletuner.flux2.lora import AdapterLayer, detach
 from simpletuner.flux2.source import Source, locate
@@ -138,7 +138,7 @@ class _LoadedModel:
         flavour = self.source.flavour
         steps = config.steps or flavour.steps
         guidance = flavour.guidance if config.guidance is None else config.guidance
-        scales = flavour.scales(guidance, config.guidance_real)
+        scales = flavour.guidance_scales(guidance, config.guidance_real)
         is_steered = scales.real != 1.0
         self.loras.check(loras, self.source)
         contexts = self.contexts_of(config, [*config.prompt, *([config.negative] if is_steered else [])])
@@ -153,7 +153,7 @@ class _LoadedModel:
         seeds = range(config.seed, config.seed + config.num)
         total = len(config.prompt) * len(seeds) * len(factors) * steps
         size = (config.width, config.height)
-        both_at_once = is_steered and fits_both(
+        both_at_once = is_steered and fits_both_predictions(
             transformer,
             self.source.text_length,
             size,
@@ -227,7 +227,9 @@ class _LoadedModel:
         """The text contexts of `prompts`; None if the encoder does not fit into memory beside the transformer."""
         try:
             folder = Path(tempfile.gettempdir())
-            encoder = open_text_encoder(config, config, config, self.source, self.device, folder=folder, say=complain)
+            encoder = open_text_encoder(
+                config, config, config, self.source, self.device, folder=folder, report=complain
+            )
             encoded = encoder.encode_batches([[prompt] for prompt in prompts])
             contexts = [context.to(torch.device("cpu")) for batch in encoded for context in batch]
         except (MemoryError, RuntimeError) as error:
@@ -300,7 +302,7 @@ class _AttachedLoras:
         self._contents = []
         if self._are_attached():
             return
-        contents = [read_for_drawing(file.path) for file in self._requested]
+        contents = [read_for_sampling(file.path) for file in self._requested]
         skeleton = checked_skeleton(source)
         for lora in contents:
             if isinstance(lora, LoadedLora):
@@ -319,7 +321,7 @@ class _AttachedLoras:
         """Attach the checked LoRAs to `transformer`, in place of those that are attached."""
         if self._are_attached():
             return
-        contents = self._contents or [read_for_drawing(file.path) for file in self._requested]
+        contents = self._contents or [read_for_sampling(file.path) for file in self._requested]
         self._contents = []
         while self._attached:
             detach(transformer, self._attached.pop().layers)

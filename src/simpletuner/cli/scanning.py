@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from simpletuner.base.console import complain, is_terminal, say_on_standard_error, work_goes_on
+from simpletuner.base.console import complain, is_terminal, output_failures_ignored, say_on_standard_error
 from simpletuner.base.errors import ConfigError, DataError, Problem
 from simpletuner.base.files import file_errors_reported
 from simpletuner.cli.dataset import DatasetCommand
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.printing import table
-from simpletuner.config.load import Loaded
+from simpletuner.config.load import LoadedConfig
 from simpletuner.data.manifest import Manifest, rejection_counts, scan_of
 from simpletuner.data.sample import Crop, Sample
 from simpletuner.data.sheet import contact_sheet
@@ -42,7 +42,7 @@ def execute(verb: str, command: DatasetCommand) -> tuple[dict[str, Any], str]:
     return result | {"notices": list(loaded.notices)}, "\n".join((*loaded.notices, text))
 
 
-def _scan(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]:
+def _scan(loaded: LoadedConfig, command: DatasetCommand) -> tuple[dict[str, Any], str]:
     manifests = _scanned(loaded, command)
     sets = [manifest.summary() for manifest in manifests]
     if command.pictures:
@@ -79,7 +79,7 @@ def _print_progress(phase: str, done: int, total: int) -> None:
     complain(json.dumps({"what": phase, "done": done, "total": total}))
 
 
-def _show(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]:
+def _show(loaded: LoadedConfig, command: DatasetCommand) -> tuple[dict[str, Any], str]:
     folder = Path(command.out or loaded.config.output_dir)
     sheets = []
     for manifest in _scanned(loaded, command):
@@ -94,7 +94,7 @@ def _show(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]
     return {"sheets": sheets}, text
 
 
-def _cache(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str]:
+def _cache(loaded: LoadedConfig, command: DatasetCommand) -> tuple[dict[str, Any], str]:
     if command.set:
         raise ConfigError.of("--set with dataset cache", "scan or show", "A run needs the caches of all its datasets.")
     # Imported late, because it loads torch, which the other verbs do not need.
@@ -107,7 +107,7 @@ def _cache(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str
     world = World.single()
     check_precisions(loaded.config, world.device)
     # Standard output is reserved for the JSON object.
-    with work_goes_on(), say_on_standard_error() if command.json else contextlib.nullcontext():
+    with output_failures_ignored(), say_on_standard_error() if command.json else contextlib.nullcontext():
         reporter = Reporter()
         if command.progress:
             # JSON lines replace the progress bar.
@@ -119,7 +119,7 @@ def _cache(loaded: Loaded, command: DatasetCommand) -> tuple[dict[str, Any], str
     return {"sets": [manifest.summary() for manifest in manifests]}, "The caches are complete."
 
 
-def _scanned(loaded: Loaded, command: DatasetCommand) -> list[Manifest]:
+def _scanned(loaded: LoadedConfig, command: DatasetCommand) -> list[Manifest]:
     """Scan the selected datasets; raises the problems of all of them together."""
     sets = (*loaded.datasets.train_sets, *loaded.datasets.eval_sets)
     selected = [image_set for image_set in sets if command.set in ("", image_set.id)]

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.base.commandline import command_text
-from simpletuner.base.console import say, work_goes_on
+from simpletuner.base.console import output_failures_ignored, say
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported, with_home
-from simpletuner.base.machine import own_address
+from simpletuner.base.machine import source_address
 from simpletuner.cli.arguments import Flag, parse_command
 from simpletuner.config.values import join_names
 
@@ -126,7 +126,7 @@ def run(arguments: list[str]) -> int:
         DiskError: no space for the token.
     """
     command = parse_command(ServerCommand, arguments, check=_tls_problems)
-    with contextlib.closing(_listen(command)) as listener, work_goes_on():
+    with contextlib.closing(_listen(command)) as listener, output_failures_ignored():
         return _serve(command, listener)
 
 
@@ -142,7 +142,7 @@ def _serve(command: ServerCommand, listener: socket.socket) -> int:
     access = _access(command, address)
     url = f"{'https' if access.is_tls else 'http'}://{_shown_host(command, address)}:{port}/"
     token_link = f"{url}?token={access.token}"
-    link = url if access.knows_owner else token_link
+    link = url if access.trusts_owner else token_link
     idle_s = 60 * command.sampler_idle_minutes
     app = create_app(Roots(Path.cwd().resolve(), command.root), access, sampler_idle_s=idle_s)
     logging.getLogger("uvicorn.error").addFilter(_is_relevant)
@@ -164,7 +164,7 @@ def _serve(command: ServerCommand, listener: socket.socket) -> int:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             say(f"The page is at {link}")
-            if access.knows_owner:
+            if access.trusts_owner:
                 say(f"Other users of this machine, and their proxies, need the token: {token_link}")
             if command.open:
                 asyncio.get_running_loop().run_in_executor(None, webbrowser.open, link)
@@ -215,7 +215,7 @@ def _access(command: ServerCommand, address: str) -> "Access":
         is_loopback,
         names,
         token,
-        knows_owner=not requires_token and knows_users(address),
+        trusts_owner=not requires_token and knows_users(address),
         is_tls=command.ssl_cert is not None,
     )
 
@@ -304,7 +304,7 @@ def _network_address(version: int) -> str:
     """This machine's address in its network."""
     remote, loopback = ("192.0.2.1", LOOPBACK) if version == 4 else ("2001:db8::1", "::1")
     try:
-        return own_address(remote)
+        return source_address(remote)
     except OSError:
         return loopback
 

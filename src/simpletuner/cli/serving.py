@@ -15,7 +15,7 @@ from simpletuner.cli.main import NOT_READ
 from simpletuner.cli.progress import progress_of_steps
 from simpletuner.cli.sample import SampleConfig, requested_loras
 from simpletuner.cli.sampler import Sampler
-from simpletuner.runs.samplers import known_as_sampler
+from simpletuner.runs.samplers import registered_as_sampler
 
 _POLL_OUTPUT_EVERY_S = 0.2
 
@@ -41,7 +41,7 @@ def serve(read: Callable[[SampleRequest], SampleConfig]) -> int:
     """
     inbox = _Inbox()
     sampler = Sampler()
-    with known_as_sampler(Path.cwd(), os.environ):
+    with registered_as_sampler(Path.cwd(), os.environ):
         threading.Thread(target=inbox.fill, daemon=True).start()
         _print_event("ready")
         while (request := inbox.requests.get()) is not None:

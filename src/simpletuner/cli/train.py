@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner import __version__
-from simpletuner.base.console import say, work_goes_on
+from simpletuner.base.console import output_failures_ignored, say
 from simpletuner.base.errors import ConfigError
 from simpletuner.base.files import read_json, sha256_json
 from simpletuner.base.machine import visible_gpus
@@ -15,16 +15,16 @@ from simpletuner.base.signals import deferred_signals
 from simpletuner.cli.help import requested_help, train_help
 from simpletuner.cli.loading import load_here
 from simpletuner.config.deepspeed import deepspeed_findings
-from simpletuner.config.load import Loaded
+from simpletuner.config.load import LoadedConfig
 from simpletuner.config.options.ranks import RankOptions
-from simpletuner.config.record import resolved
+from simpletuner.config.record import recorded_options
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import no_effect
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.machines import meet
 from simpletuner.runs.process import stop_if_asked
-from simpletuner.runs.ranks import Supervisor, as_rank, place_of, train_command
-from simpletuner.runs.samplers import end_samplers
+from simpletuner.runs.ranks import Supervisor, as_rank, read_rank_place, train_command
+from simpletuner.runs.samplers import stop_samplers
 
 MAY_DIFFER_BETWEEN_MACHINES = {"machine_rank", "main_process_port", "max_workers"}
 """Recorded options that may have another value on each machine."""
@@ -42,11 +42,11 @@ def run(arguments: list[str]) -> int:
     if word is not None:
         say(train_help(_USAGE, word))
         return 0
-    with deferred_signals, work_goes_on():
-        place = place_of(os.environ)
-        with as_rank(place):
+    with deferred_signals, output_failures_ignored():
+        rank_place = read_rank_place(os.environ)
+        with as_rank(rank_place):
             loaded = load_here(arguments)
-            if place is None:
+            if rank_place is None:
                 gpus = visible_gpus(os.environ)
                 size = processes(loaded.config, gpus)
                 notice = _idle_gpus(loaded.config, gpus)
@@ -57,8 +57,8 @@ def run(arguments: list[str]) -> int:
                     return _supervise(loaded.arguments, loaded, size)
                 if notice is not None:
                     loaded = replace(loaded, notices=(*loaded.notices, notice))
-            if place is None or place.rank == 0:
-                end_samplers(Path.cwd(), os.environ, say)
+            if rank_place is None or rank_place.rank == 0:
+                stop_samplers(Path.cwd(), os.environ, say)
             # Imported late, because it loads torch: mistakes in the configuration are reported first.
             from simpletuner.memory.rendezvous import join
             from simpletuner.train import job
@@ -87,11 +87,11 @@ def processes(options: RankOptions, gpus: int) -> int:
     return count
 
 
-def _supervise(arguments: Sequence[str], loaded: Loaded, size: int) -> int:
+def _supervise(arguments: Sequence[str], loaded: LoadedConfig, size: int) -> int:
     """Train as `size` processes, of which this machine runs its share; returns the exit code."""
     config = loaded.config
     local_size = size // config.num_machines
-    end_samplers(Path.cwd(), {**os.environ, "LOCAL_WORLD_SIZE": str(local_size)}, say)
+    stop_samplers(Path.cwd(), {**os.environ, "LOCAL_WORLD_SIZE": str(local_size)}, say)
     stop_if_asked()
     machines = None
     if config.num_machines > 1:
@@ -106,13 +106,13 @@ def _supervise(arguments: Sequence[str], loaded: Loaded, size: int) -> int:
     return Supervisor(local_size, RunDirectory(Path(config.output_dir)), machines)(train_command(arguments), os.environ)
 
 
-def _terms(loaded: Loaded, size: int) -> dict[str, Any]:
+def _terms(loaded: LoadedConfig, size: int) -> dict[str, Any]:
     """Everything that must be equal on all machines: the recorded options, the number of processes, and the prompts of
     the validation images."""
     config = loaded.config.model_copy(update={"num_processes": size})
     prompts = {name: prompt.text for name, prompt in loaded.prompts.items()}
     return {
-        **{name: value for name, value in resolved(config).items() if name not in MAY_DIFFER_BETWEEN_MACHINES},
+        **{name: value for name, value in recorded_options(config).items() if name not in MAY_DIFFER_BETWEEN_MACHINES},
         "deepspeed_config": config.deepspeed_config,
         "user_prompt_library": sha256_json(prompts),
         "version": __version__,
@@ -130,7 +130,7 @@ def _is_trained(config: RunConfig) -> bool:
     return isinstance(done, int) and done >= config.max_train_steps
 
 
-def _settled(loaded: Loaded, size: int) -> Loaded:
+def _settled(loaded: LoadedConfig, size: int) -> LoadedConfig:
     """`loaded` with its number of processes, on which `deepspeed_config` may depend.
 
     Raises:

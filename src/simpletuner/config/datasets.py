@@ -7,10 +7,10 @@ from pydantic import BeforeValidator
 
 from simpletuner.config.options.kinds import (
     Count,
+    Expects,
     NotNegative,
     PathText,
     Positive,
-    Says,
     Slice,
     Text,
     UnitInterval,
@@ -34,11 +34,11 @@ Windows = dict[str, tuple[int, int | None]]
 WHOLE_RUN: Windows = {"step": (1, None), "epoch": (1, None)}
 """Windows of a dataset that is trained in the whole run."""
 
-MOST_REFERENCES = 10
+MAX_REFERENCES = 10
 """Maximum number of reference images of a sample."""
 
 
-class PictureSet(Slice):
+class FolderDataset(Slice):
     """A folder of images, and how they are resized and cropped."""
 
     id: Text
@@ -75,7 +75,7 @@ class PictureSet(Slice):
             tuple[Positive, ...],
             MinLen(1),
             BeforeValidator(list_as_tuple),
-            Says("a list of ratios such as [1.0, 1.5]"),
+            Expects("a list of ratios such as [1.0, 1.5]"),
         ]
         | None
     ) = None
@@ -104,7 +104,7 @@ class PictureSet(Slice):
     """Leave out images that would be enlarged by more than this share: 0.25 allows a quarter."""
 
 
-class ConditioningSet(PictureSet):
+class ConditioningSet(FolderDataset):
     """A dataset of reference images or masks, paired with the images of the datasets that name it."""
 
     dataset_type: Literal["conditioning"]
@@ -143,7 +143,7 @@ class CaptionShuffle(Slice):
     """Also use the caption as it was written."""
 
 
-class ImageSet(PictureSet):
+class ImageSet(FolderDataset):
     """A dataset of images to train on, or to measure the held-out loss on."""
 
     dataset_type: Literal["image", "eval"] = "image"
@@ -175,9 +175,9 @@ class ImageSet(PictureSet):
 
     conditioning_data: Annotated[
         tuple[Text, ...],
-        MaxLen(MOST_REFERENCES + 1),
+        MaxLen(MAX_REFERENCES + 1),
         BeforeValidator(_one_as_tuple),
-        Says("the id of a conditioning set, or a list of ids"),
+        Expects("the id of a conditioning set, or a list of ids"),
     ] = ()
     """The id or ids of this dataset's conditioning sets. References are used in this order."""
 
@@ -204,7 +204,7 @@ class ImageSet(PictureSet):
     noisier inputs of this dataset."""
 
     caption_shuffle: (
-        Annotated[CaptionShuffle, Says('an object such as {"enable": true, "count": 3, "split_on": ","}')] | None
+        Annotated[CaptionShuffle, Expects('an object such as {"enable": true, "count": 3, "split_on": ","}')] | None
     ) = None
     """Shuffle the parts of captions, as
     `{"enable": true, "count": 3, "seed": 42, "split_on": ",", "position_start": 1}`."""
@@ -272,7 +272,9 @@ class TextStore(Slice):
     """Cache files to write per flush. By default the run's `write_batch_size`."""
 
     caption_filter_list: (
-        Annotated[tuple[Text, ...], BeforeValidator(list_as_tuple), Says("a list of texts, or the path of a text file")]
+        Annotated[
+            tuple[Text, ...], BeforeValidator(list_as_tuple), Expects("a list of texts, or the path of a text file")
+        ]
         | None
     ) = None
     """Texts to remove from the captions of this store: a list, or the path of a file with one text on each line."""

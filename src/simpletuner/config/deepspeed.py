@@ -12,17 +12,17 @@ from pydantic import BeforeValidator, create_model
 
 from simpletuner.base.commandline import command_text, flag
 from simpletuner.base.errors import Problem
-from simpletuner.config.given import Checked, Given, Known, check_givens, refused
+from simpletuner.config.given import CheckedKeys, GivenValue, KnownKeys, check_givens, refused
 from simpletuner.config.optimizers import known_optimizer
-from simpletuner.config.options.kinds import Says, Slice
+from simpletuner.config.options.kinds import Expects, Slice
 from simpletuner.config.other_keys import DEEPSPEED_KEYS
-from simpletuner.config.values import no_effect, shown
+from simpletuner.config.values import no_effect, value_text
 
 if TYPE_CHECKING:
     from simpletuner.config.run import RunConfig
 
 OPTION = "deepspeed_config"
-LEAST_VERSION = (0, 19, 8)
+MIN_VERSION = (0, 19, 8)
 """The tested version. Older ones silently ignore `managed_gradient_accumulation` and would step too often."""
 
 _WholeFloat = BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)
@@ -38,7 +38,7 @@ class ZeroOffload(Slice):
     pin_memory: bool = True
 
 
-_Offload = Annotated[ZeroOffload, Says('an object of "device", none or cpu, and "pin_memory", true or false')]
+_Offload = Annotated[ZeroOffload, Expects('an object of "device", none or cpu, and "pin_memory", true or false')]
 
 
 class ZeroSettings(Slice, extra="ignore"):
@@ -53,7 +53,7 @@ class ZeroSettings(Slice, extra="ignore"):
     reduce_bucket_size: Annotated[int, Ge(1), _WholeFloat] = 500_000_000
     use_multi_rank_bucket_allreduce: bool = True
     allgather_partitions: bool = True
-    allgather_bucket_size: Annotated[Numbers, MultipleOf(2), Says("an even whole number")] = 500_000_000
+    allgather_bucket_size: Annotated[Numbers, MultipleOf(2), Expects("an even whole number")] = 500_000_000
     stage3_prefetch_bucket_size: Numbers = 50_000_000
     stage3_param_persistence_threshold: Numbers = 100_000
     stage3_model_persistence_threshold: Numbers | None = None
@@ -95,15 +95,17 @@ _FIELDS: Any = {key.partition(".")[0]: (Any, None) for key in ("zero_optimizatio
 _DOCUMENT = create_model("_DOCUMENT", __base__=Slice, **_FIELDS)
 
 
-def _checks(config: "RunConfig") -> Iterator[Checked]:
+def _checks(config: "RunConfig") -> Iterator[CheckedKeys]:
     """Check the keys of the document, and those of its `zero_optimization`."""
     document = config.deepspeed_config or {}
     zero = document.get("zero_optimization")
     levels = (document, _DOCUMENT, OPTION), (zero, ZeroSettings, f"{OPTION}: zero_optimization")
     for values, model, prefix in levels:
-        givens = {key: Given(value, "file", key) for key, value in values.items()} if isinstance(values, dict) else {}
-        known = Known(model, DEEPSPEED_KEYS, "setting of DeepSpeed here")
-        yield check_givens(givens, known, Checked(), where=f"{prefix}: ")
+        givens = (
+            {key: GivenValue(value, "file", key) for key, value in values.items()} if isinstance(values, dict) else {}
+        )
+        known = KnownKeys(model, DEEPSPEED_KEYS, "setting of DeepSpeed here")
+        yield check_givens(givens, known, CheckedKeys(), prefix=f"{prefix}: ")
 
 
 def deepspeed_notices(config: "RunConfig") -> Iterator[str]:
@@ -120,20 +122,20 @@ def deepspeed_findings(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], P
         yield from (((OPTION,), problem) for problem in checked.problems.values())
     yield from _contradictions(config)
     stage = config.zero_stage
-    lack = deepspeed_lack() if stage else None
+    lack = deepspeed_problem() if stage else None
     if lack is not None:
         yield (OPTION,), replace(lack, found=f"{OPTION}: {lack.found}")
     for name, value, instead, why in _APART:
         if vars(config)[name] == value and stage >= (3 if name == "dynamo_backend" else 1):
-            found = f"{name} = {shown(value)} with {OPTION}, {why}"
-            yield (name, OPTION), Problem(found, remedy=f"Give {flag(name, instead)}, or take {OPTION} out.")
+            message = f"{name} = {value_text(value)} with {OPTION}, {why}"
+            yield (name, OPTION), Problem(message, remedy=f"Give {flag(name, instead)}, or take {OPTION} out.")
     fetches = "stage3_use_all_reduce_for_fetch_params"
     if stage == 3 and config.model_type != "full" and config.zero_optimization.get(fetches):
-        found = f"{OPTION}: {fetches} with a LoRA, whose dtype differs from the base's"
-        yield (OPTION,), Problem(found, remedy="Take it out.")
+        message = f"{OPTION}: {fetches} with a LoRA, whose dtype differs from the base's"
+        yield (OPTION,), Problem(message, remedy="Take it out.")
     if config.offloads("offload_param") and 0 < stage < 3:
-        found = f"{OPTION}: offload_param at stage {stage}, which does not shard the weights"
-        yield (OPTION,), Problem(found, "stage 3", f"Take offload_param out of {OPTION}, or change its stage.")
+        message = f"{OPTION}: offload_param at stage {stage}, which does not shard the weights"
+        yield (OPTION,), Problem(message, "stage 3", f"Take offload_param out of {OPTION}, or change its stage.")
 
 
 def _contradictions(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], Problem]]:
@@ -152,12 +154,14 @@ def _contradictions(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], Prob
         is_off = key.startswith("fp16.") and value is not True
         if requested == option_values.get(option) or is_off or (option == _BATCH and config.num_processes is None):
             continue
-        contradiction = f", and {option} is {shown(option_values[option])}" if option else ": this is not supported"
+        contradiction = (
+            f", and {option} is {value_text(option_values[option])}" if option else ": this is not supported"
+        )
         options = (OPTION, option) if option in vars(config) else (OPTION,)
         remedy = "Take it out"
         if option in vars(config) and option not in refused(type(config), {option: requested}):
             remedy += f", or give {command_text(flag(option, requested))}"
-        yield options, Problem(f"{OPTION}: {key} = {shown(value)}{contradiction}", remedy=f"{remedy}.")
+        yield options, Problem(f"{OPTION}: {key} = {value_text(value)}{contradiction}", remedy=f"{remedy}.")
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -169,7 +173,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def deepspeed_lack() -> Problem | None:
+def deepspeed_problem() -> Problem | None:
     """The problem that DeepSpeed is missing or too old; None if it is usable. Does not import DeepSpeed."""
     from importlib.metadata import PackageNotFoundError, version  # not on every start
 
@@ -177,7 +181,7 @@ def deepspeed_lack() -> Problem | None:
         installed = version("deepspeed")
     except PackageNotFoundError:
         installed = ""
-    if tuple(map(int, re.findall(r"\d+", installed)[:3])) >= LEAST_VERSION:
+    if tuple(map(int, re.findall(r"\d+", installed)[:3])) >= MIN_VERSION:
         return None
-    found = f"deepspeed {installed} is installed" if installed else "deepspeed is not installed"
-    return Problem(found, f"{'.'.join(map(str, LEAST_VERSION))} or newer", "pip install -e '.[deepspeed]'")
+    message = f"deepspeed {installed} is installed" if installed else "deepspeed is not installed"
+    return Problem(message, f"{'.'.join(map(str, MIN_VERSION))} or newer", "pip install -e '.[deepspeed]'")

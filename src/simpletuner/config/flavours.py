@@ -216,7 +216,7 @@ class Flavour:
     """Default denoising steps for sampling."""
     shift: float
     """Default of `flow_schedule_shift`."""
-    only_side: int | None
+    fixed_side: int | None
     """Side in pixels of the only image size that the model can generate; None if it can generate any usual size."""
     validation_steps: int
     """Default of `validation_num_inference_steps`; may be fewer than `steps`, since a run validates many times."""
@@ -234,7 +234,7 @@ class Flavour:
             return "embedded"
         return "none" if self.is_distilled else "classifier-free"
 
-    def scales(self, guidance: float, guidance_real: float) -> GuidanceScales:
+    def guidance_scales(self, guidance: float, guidance_real: float) -> GuidanceScales:
         """The scales that `validation_guidance` and `validation_guidance_real` set on this flavour."""
         if self.guidance_kind == "embedded":
             return GuidanceScales(guidance, guidance_real)
@@ -290,7 +290,7 @@ _KLEIN_9B_BASE = Flavour(
     guidance=4.0,
     steps=50,
     shift=3.0,
-    only_side=None,
+    fixed_side=None,
     validation_steps=50,
     family="klein-9b",
     preview="klein-9b-distilled",
@@ -325,7 +325,7 @@ _TINY_KLEIN_BASE = replace(
     text=replace(_KLEIN_9B_BASE.text, encoder=TINY_KLEIN_TEXT, length=64),
     autoencoder=TINY_AUTOENCODER,
     steps=20,
-    only_side=128,
+    fixed_side=128,
     validation_steps=20,
     family="tiny-klein",
     preview="tiny-klein-distilled",
@@ -375,7 +375,7 @@ FLAVOURS: Mapping[str, Flavour] = {
         guidance=4.0,
         steps=50,
         shift=3.0,
-        only_side=None,
+        fixed_side=None,
         validation_steps=20,
         family="dev",
     ),
@@ -412,7 +412,7 @@ FLAVOURS: Mapping[str, Flavour] = {
         guidance=4.0,
         steps=20,
         shift=3.0,
-        only_side=128,
+        fixed_side=128,
         validation_steps=20,
         family="tiny",
     ),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from simpletuner.config.datasets import ConditioningSet, ImageSet, TextStore
-from simpletuner.config.labels import LABELS, LABELS_OF_SETS
+from simpletuner.config.labels import DATASET_LABELS, LABELS
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.run import SLICES
 from simpletuner.config.values import OptionType, kinds
@@ -45,7 +45,7 @@ BASIC = frozenset(
 )
 """Options that a user with one GPU usually sets; the form shows the others as advanced."""
 
-BASIC_OF_SETS = frozenset(
+BASIC_DATASET_KEYS = frozenset(
     {
         "id",
         "dataset_type",
@@ -144,9 +144,9 @@ def form() -> Form:
         groups=[
             OptionGroup(title=str(group.__doc__).rstrip("."), fields=_fields(group, BASIC, LABELS)) for group in SLICES
         ],
-        image_set=_fields(ImageSet, BASIC_OF_SETS, LABELS_OF_SETS),
-        conditioning_set=_fields(ConditioningSet, BASIC_OF_SETS, LABELS_OF_SETS),
-        text_store=_fields(TextStore, BASIC_OF_SETS, LABELS_OF_SETS),
+        image_set=_fields(ImageSet, BASIC_DATASET_KEYS, DATASET_LABELS),
+        conditioning_set=_fields(ConditioningSet, BASIC_DATASET_KEYS, DATASET_LABELS),
+        text_store=_fields(TextStore, BASIC_DATASET_KEYS, DATASET_LABELS),
     )
 
 

@@ -18,8 +18,8 @@ from simpletuner.config.values import (
     kinds,
     nearest,
     no_effect,
-    shown,
     similar,
+    value_text,
 )
 
 Origin = Literal["default", "file", "environment", "flag"]
@@ -28,7 +28,7 @@ ORIGINS: tuple[Origin, ...] = ("default", "file", "environment", "flag")
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenValue:
     """A value that the user gave."""
 
     value: object
@@ -38,13 +38,13 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownKeys:
     """The keys that a mapping may hold: the fields of `model`, and other keys that are known but are no fields."""
 
     model: type[Slice]
     other_keys: OtherKeys = NO_OTHER_KEYS
     noun: str = "option"
-    elsewhere: Collection[str] = ()
+    foreign_keys: Collection[str] = ()
     """Keys that belong in `other_place` instead."""
 
     other_place: str = ""
@@ -56,7 +56,7 @@ class Known:
 
 
 @dataclass
-class Checked:
+class CheckedKeys:
     """Result of the check. `problems` has one entry for each faulty key, in the order given."""
 
     valid: dict[str, Any] = field(default_factory=dict)
@@ -65,10 +65,10 @@ class Checked:
 
 
 def unaliased(
-    source: Iterable[tuple[str, Given]], known_keys: Known, checked: Checked, *, prefix: str = ""
-) -> dict[str, Given]:
+    source: Iterable[tuple[str, GivenValue]], known_keys: KnownKeys, checked: CheckedKeys, *, prefix: str = ""
+) -> dict[str, GivenValue]:
     """One source's values by canonical key. A key that is given twice is a problem. `prefix` begins each message."""
-    givens: dict[str, Given] = {}
+    givens: dict[str, GivenValue] = {}
     for key, given_value in source:
         name = known_keys.other_keys.aliases.get(key, key)
         if name in givens:
@@ -83,17 +83,19 @@ def unaliased(
     return givens
 
 
-def check_givens(givens: Mapping[str, Given], known_keys: Known, checked: Checked, *, where: str = "") -> Checked:
+def check_givens(
+    givens: Mapping[str, GivenValue], known_keys: KnownKeys, checked: CheckedKeys, *, prefix: str = ""
+) -> CheckedKeys:
     """Add to `checked` the valid values in `givens`, and a problem for each faulty or missing key.
 
-    `where` begins each message: the file and the entry, if the key alone does not identify them.
+    `prefix` begins each message: the file and the entry, if the key alone does not identify them.
     """
     all_kinds = kinds(known_keys.model)
     values: dict[str, Any] = {}
     faulty: dict[str, Problem] = {}
     ignored: dict[str, list[str]] = {}
     for key, given_value in givens.items():
-        label = where + given_value.spelled
+        label = prefix + given_value.spelled
         if key not in all_kinds:
             other_key = known_keys.other_keys.of(key)
             if other_key is None:
@@ -115,17 +117,17 @@ def check_givens(givens: Mapping[str, Given], known_keys: Known, checked: Checke
                     if other_key.meaning.startswith(NOT_YET)
                     else other_key.remedy
                 )
-                faulty[key] = Problem(f"{label} = {shown(value)}: {other_key.meaning}", remedy=remedy)
+                faulty[key] = Problem(f"{label} = {value_text(value)}: {other_key.meaning}", remedy=remedy)
             else:
                 values[key] = value
-    checked.notices += [where + no_effect(keys, reason) for reason, keys in ignored.items()]
+    checked.notices += [prefix + no_effect(keys, reason) for reason, keys in ignored.items()]
     for key in refused(known_keys.model, values):
         if key in faulty:
             continue
         if key in givens:
-            faulty[key] = _not_expected(where, givens[key], all_kinds[key])
+            faulty[key] = _not_expected(prefix, givens[key], all_kinds[key])
         else:
-            faulty[key] = Problem(f"{where}{key} is missing", all_kinds[key].expects)
+            faulty[key] = Problem(f"{prefix}{key} is missing", all_kinds[key].expects)
         values.pop(key, None)
     checked.valid.update(values)
     order = [*givens, *(key for key in faulty if key not in givens)]
@@ -156,14 +158,14 @@ def refused(model: type[Slice], values: dict[str, Any]) -> list[str]:
     return []
 
 
-def _not_here(label: str, given_value: Given, other_key: OtherKey) -> Problem:
+def _not_here(label: str, given_value: GivenValue, other_key: OtherKey) -> Problem:
     # Show the value only if another value would be accepted; otherwise it may be a secret.
-    value = f" = {shown(_plain(given_value.value))}" if other_key.off else ""
+    value = f" = {value_text(_plain(given_value.value))}" if other_key.off else ""
     return Problem(f"{label}{value}: {other_key.meaning}", remedy=other_key.remedy)
 
 
-def _unknown(label: str, key: str, given_value: Given, known_keys: Known) -> Problem:
-    if key in known_keys.elsewhere and key not in known_keys.other_keys.nicknames:
+def _unknown(label: str, key: str, given_value: GivenValue, known_keys: KnownKeys) -> Problem:
+    if key in known_keys.foreign_keys and key not in known_keys.other_keys.nicknames:
         return Problem(f"{label}: no such {known_keys.noun}", remedy=f"It belongs in {known_keys.other_place}.")
     near = known_keys.other_keys.nicknames.get(key) or nearest(key, known_keys.names)
     if near is None:
@@ -172,20 +174,20 @@ def _unknown(label: str, key: str, given_value: Given, known_keys: Known) -> Pro
     return Problem(f"{label}: no such {known_keys.noun}", remedy=f"Did you mean {spelled}?")
 
 
-def _spelled_like(given_value: Given, name: str) -> str:
+def _spelled_like(given_value: GivenValue, name: str) -> str:
     """`name` in the spelling of `given_value`'s source: environment variable, flag or key."""
     if given_value.origin == "environment":
         return f"SIMPLETUNER_{name.upper()}"
     return f"--{name}" if given_value.spelled.startswith("--") else name
 
 
-def _read(given_value: Given, kind: OptionType) -> object:
+def _read(given_value: GivenValue, kind: OptionType) -> object:
     if isinstance(given_value.value, str) and given_value.origin in ("environment", "flag"):
         return from_text(given_value.value, kind)
     return from_file(given_value.value, kind)
 
 
-def _not_expected(prefix: str, given_value: Given, kind: OptionType) -> Problem:
+def _not_expected(prefix: str, given_value: GivenValue, kind: OptionType) -> Problem:
     if given_value.value is True and given_value.origin == "flag":
         return Problem(f"{given_value.spelled} has no value", kind.expects)
     value = _read(given_value, kind)
@@ -197,4 +199,4 @@ def _not_expected(prefix: str, given_value: Given, kind: OptionType) -> Problem:
     if isinstance(value, str) and len(kind.near) > 4:  # `expects` already lists a few names
         meant, alike = nearest(value, kind.near), similar(value, kind.near)
         remedy = f"Did you mean {meant}?" if meant else f"The nearest is {alike}." if alike else remedy
-    return Problem(f"{prefix}{given_value.spelled} = {shown(value)}", kind.expects, remedy)
+    return Problem(f"{prefix}{given_value.spelled} = {value_text(value)}", kind.expects, remedy)

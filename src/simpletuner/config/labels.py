@@ -174,7 +174,7 @@ LABELS = {
 }
 """Label of every option of a run; each is unique."""
 
-LABELS_OF_SETS = {
+DATASET_LABELS = {
     "id": "Name",
     "type": "Storage",
     "dataset_type": "Entry type",

@@ -8,47 +8,47 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.base.errors import ConfigError, Problem
-from simpletuner.base.text import CAPTION_BYTES, FILE_NAME, does_as_file_name, is_visible, size_in_bytes
+from simpletuner.base.text import CAPTION_BYTES, FILE_NAME, is_file_name, is_visible, size_in_bytes
 from simpletuner.config.datasets import (
-    MOST_REFERENCES,
+    MAX_REFERENCES,
     CaptionShuffle,
     ConditioningSet,
     Datasets,
+    FolderDataset,
     ImageSet,
-    PictureSet,
     TextStore,
 )
 from simpletuner.config.documents import document_text, read_document
-from simpletuner.config.given import Checked, Given, Known, check_givens, unaliased
+from simpletuner.config.given import CheckedKeys, GivenValue, KnownKeys, check_givens, unaliased
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.other_keys import OTHER_CONDITION_KEYS, OTHER_SET_KEYS, OTHER_STORE_KEYS
 from simpletuner.config.other_trainers import OUR_DATASETS, other_format, other_trainer_problem
-from simpletuner.config.paths import PathRule, filled, joined
+from simpletuner.config.paths import PathRule, fill_placeholders, join_working_folder
 from simpletuner.config.run import OPTION_NAMES
-from simpletuner.config.values import join_names, kinds, nearest, no_effect, shown
+from simpletuner.config.values import join_names, kinds, nearest, no_effect, value_text
 
-IMAGE_SET = Known(
-    ImageSet, OTHER_SET_KEYS, noun="key of an image set", elsewhere=OPTION_NAMES, other_place="the config"
+IMAGE_SET = KnownKeys(
+    ImageSet, OTHER_SET_KEYS, noun="key of an image set", foreign_keys=OPTION_NAMES, other_place="the config"
 )
-TEXT_STORE = Known(
+TEXT_STORE = KnownKeys(
     TextStore,
     OTHER_STORE_KEYS,
     noun="key of a text store",
-    elsewhere=ImageSet.model_fields,
+    foreign_keys=ImageSet.model_fields,
     other_place="an image set",
 )
-CONDITIONING_SET = Known(
+CONDITIONING_SET = KnownKeys(
     ConditioningSet,
     OTHER_CONDITION_KEYS,
     noun="key of a conditioning set",
-    elsewhere=ImageSet.model_fields,
+    foreign_keys=ImageSet.model_fields,
     other_place="an image set",
 )
-CAPTION_SHUFFLE = Known(CaptionShuffle, noun="key of caption_shuffle")
+CAPTION_SHUFFLE = KnownKeys(CaptionShuffle, noun="key of caption_shuffle")
 DATASET_TYPES = ("image", "eval", "conditioning", "text_embeds")
 
 _SIZE_KEYS = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
-_SHAPE_KEYS = PictureSet.model_fields.keys() - {"id", "type", "instance_data_dir", "disabled", "cache_dir_vae"}
+_SHAPE_KEYS = FolderDataset.model_fields.keys() - {"id", "type", "instance_data_dir", "disabled", "cache_dir_vae"}
 _LEAST_EDGE, _MOST_AREAS = 16, 64
 _REPLACEMENT = re.compile(r"s/.*/.*/")
 _PATTERN_SIGNS = re.compile(r"[\\^$*+|\[\]{}]")
@@ -107,7 +107,7 @@ def read_datasets(path: Path, label: str, path_context: PathContext) -> DatasetL
         listing.problems.append(other_trainer_problem(label, name, entries, OUR_DATASETS))
         return listing
     if not isinstance(entries, list):
-        listing.problems.append(Problem(f"{label}: {shown(entries)}", "a list of objects, in [ ]"))
+        listing.problems.append(Problem(f"{label}: {value_text(entries)}", "a list of objects, in [ ]"))
         return listing
     sets: list[ImageSet] = []
     conditions: list[ConditioningSet] = []
@@ -115,7 +115,7 @@ def read_datasets(path: Path, label: str, path_context: PathContext) -> DatasetL
     names: list[str] = []
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict):
-            listing.problems.append(Problem(f"{label}, entry {number}: {shown(entry)}", "an object, in { }"))
+            listing.problems.append(Problem(f"{label}, entry {number}: {value_text(entry)}", "an object, in { }"))
             continue
         parsed = _entry(entry, f"{label}, {entry.get('id', f'entry {number}')}: ", listing, path_context)
         names.append(str(entry.get("id")))
@@ -126,7 +126,7 @@ def read_datasets(path: Path, label: str, path_context: PathContext) -> DatasetL
         elif isinstance(parsed, TextStore):
             stores.append(parsed)
     listing.problems += [
-        Problem(f"{label}: {names.count(name)} entries have the id {shown(name)}", "a different id for each")
+        Problem(f"{label}: {names.count(name)} entries have the id {value_text(name)}", "a different id for each")
         for name in dict.fromkeys(names)
         if name != "None" and names.count(name) > 1
     ]
@@ -140,11 +140,11 @@ def _entry(entry: dict[str, Any], prefix: str, listing: DatasetListing, path_con
     dataset_type = entry.get("dataset_type") or "image"
     other_key = OTHER_SET_KEYS.of_value("dataset_type", dataset_type)
     if other_key is not None:
-        message = f"{prefix}dataset_type = {shown(dataset_type)}: {other_key.meaning}"
+        message = f"{prefix}dataset_type = {value_text(dataset_type)}: {other_key.meaning}"
         listing.problems.append(Problem(message, remedy=other_key.remedy))
         return None
     if dataset_type not in DATASET_TYPES:
-        message = f"{prefix}dataset_type = {shown(dataset_type)}"
+        message = f"{prefix}dataset_type = {value_text(dataset_type)}"
         listing.problems.append(Problem(message, join_names(DATASET_TYPES)))
         return None
     known_keys = {"text_embeds": TEXT_STORE, "conditioning": CONDITIONING_SET}.get(dataset_type, IMAGE_SET)
@@ -155,16 +155,18 @@ def _entry(entry: dict[str, Any], prefix: str, listing: DatasetListing, path_con
     entry = _with_filter_file(entry, prefix, listing, path_context)
     shuffle = entry.get("caption_shuffle")
     if isinstance(shuffle, dict):
-        shuffle_givens = {key: Given(value, "file", key) for key, value in shuffle.items()}
-        faulty = check_givens(shuffle_givens, CAPTION_SHUFFLE, Checked(), where=f"{prefix}caption_shuffle: ").problems
+        shuffle_givens = {key: GivenValue(value, "file", key) for key, value in shuffle.items()}
+        faulty = check_givens(
+            shuffle_givens, CAPTION_SHUFFLE, CheckedKeys(), prefix=f"{prefix}caption_shuffle: "
+        ).problems
         if faulty:
             listing.problems += faulty.values()
             entry = {key: value for key, value in entry.items() if key != "caption_shuffle"}
-    checked = Checked()
+    checked = CheckedKeys()
     givens = unaliased(
-        [(key, Given(value, "file", key)) for key, value in entry.items()], known_keys, checked, prefix=prefix
+        [(key, GivenValue(value, "file", key)) for key, value in entry.items()], known_keys, checked, prefix=prefix
     )
-    check_givens(givens, known_keys, checked, where=prefix)
+    check_givens(givens, known_keys, checked, prefix=prefix)
     listing.notices += checked.notices
     if not checked.problems:
         checked.valid = _with_paths(checked, known_keys.model, prefix, path_context)
@@ -173,8 +175,8 @@ def _entry(entry: dict[str, Any], prefix: str, listing: DatasetListing, path_con
         return None
     parsed = known_keys.model(**checked.valid)
     name = checked.valid["id"]
-    faults = [] if does_as_file_name(name) else [Problem(f"id = {shown(name)}", f"{FILE_NAME}: it becomes a folder's")]
-    if isinstance(parsed, PictureSet):
+    faults = [] if is_file_name(name) else [Problem(f"id = {value_text(name)}", f"{FILE_NAME}: it becomes a folder's")]
+    if isinstance(parsed, FolderDataset):
         faults += _picture_faults(parsed)
         listing.notices += [prefix + notice for notice in _picture_notices(parsed, entry.keys())]
     if isinstance(parsed, ImageSet):
@@ -185,11 +187,11 @@ def _entry(entry: dict[str, Any], prefix: str, listing: DatasetListing, path_con
         patterns = [text for text in parsed.caption_filter_list or () if _PATTERN_SIGNS.search(text)]
         if patterns:
             listing.notices.append(
-                f"{prefix}caption_filter_list: {join_names(map(shown, patterns), 'and')} are removed literally: "
+                f"{prefix}caption_filter_list: {join_names(map(value_text, patterns), 'and')} are removed literally: "
                 "these are texts, not regular expressions."
             )
     faults = [replace(fault, found=prefix + fault.found) for fault in faults]
-    if isinstance(parsed, PictureSet) and not parsed.disabled and not Path(parsed.instance_data_dir).is_dir():
+    if isinstance(parsed, FolderDataset) and not parsed.disabled and not Path(parsed.instance_data_dir).is_dir():
         faults.append(_no_folder(prefix, entry["instance_data_dir"], parsed.instance_data_dir))
     listing.problems += faults
     return None if faults else parsed
@@ -204,10 +206,10 @@ def _with_filter_file(
     if not isinstance(typed, str) or not typed:
         return entry
     without_filter = {name: value for name, value in entry.items() if name != key}
-    label = f"{prefix}{key} = {shown(typed)}"
+    label = f"{prefix}{key} = {value_text(typed)}"
     try:
         names = {**path_context.names, "id": str(entry.get("id"))}
-        path = joined(path_context.folder, filled(typed, names, path_context.environ))
+        path = join_working_folder(path_context.folder, fill_placeholders(typed, names, path_context.environ))
         refused = None if path_context.rule is None else path_context.rule(key, path)
         if refused is not None:
             listing.problems.append(replace(refused, found=prefix + refused.found, key=""))
@@ -229,13 +231,13 @@ def _filter_faults(store: TextStore) -> Iterator[Problem]:
     replacing = [text for text in store.caption_filter_list or () if _REPLACEMENT.fullmatch(text)]
     if replacing:
         yield Problem(
-            f"caption_filter_list: {join_names(map(shown, replacing), 'and')}",
+            f"caption_filter_list: {join_names(map(value_text, replacing), 'and')}",
             "texts to remove",
             "Replace texts in the caption files: simpletuner dataset captions FOLDER --find TEXT --replace TEXT.",
         )
 
 
-def _with_paths(checked: Checked, model: type[Slice], prefix: str, path_context: PathContext) -> dict[str, Any]:
+def _with_paths(checked: CheckedKeys, model: type[Slice], prefix: str, path_context: PathContext) -> dict[str, Any]:
     """The valid values, and the defaults of paths, with every path resolved."""
     values = dict(checked.valid)
     names = {**path_context.names, "id": values["id"]}
@@ -243,9 +245,11 @@ def _with_paths(checked: Checked, model: type[Slice], prefix: str, path_context:
         if kind.is_path:
             text = values.get(key, model.model_fields[key].default)
             try:
-                values[key] = joined(path_context.folder, filled(text, names, path_context.environ))
+                values[key] = join_working_folder(
+                    path_context.folder, fill_placeholders(text, names, path_context.environ)
+                )
             except ValueError as error:
-                checked.problems[key] = Problem(f"{prefix}{key} = {shown(text)}: {error}")
+                checked.problems[key] = Problem(f"{prefix}{key} = {value_text(text)}: {error}")
                 continue
             refused = None if path_context.rule is None else path_context.rule(key, values[key])
             if refused is not None:
@@ -255,7 +259,7 @@ def _with_paths(checked: Checked, model: type[Slice], prefix: str, path_context:
 
 
 def _no_folder(prefix: str, typed: str, path: str) -> Problem:
-    setting = f"{prefix}instance_data_dir = {shown(typed)}"
+    setting = f"{prefix}instance_data_dir = {value_text(typed)}"
     if Path(path).exists():
         return Problem(f"{setting}: this is a file", "a folder of images")
     parent = Path(path).parent
@@ -267,7 +271,7 @@ def _no_folder(prefix: str, typed: str, path: str) -> Problem:
     return Problem(f"{setting}: no such folder", remedy=remedy)
 
 
-def _picture_faults(picture_set: PictureSet) -> Iterator[Problem]:
+def _picture_faults(picture_set: FolderDataset) -> Iterator[Problem]:
     """Contradictions between the keys for size and crop."""
     for key in _SIZE_KEYS:
         size: float | None = getattr(picture_set, key)
@@ -284,7 +288,7 @@ def _picture_faults(picture_set: PictureSet) -> Iterator[Problem]:
         yield Problem(f"minimum_aspect_ratio = {low:g}", f"at most maximum_aspect_ratio, {high:g}")
     if picture_set.crop and picture_set.crop_aspect in ("closest", "random") and not picture_set.crop_aspect_buckets:
         yield Problem(
-            f"crop_aspect = {shown(picture_set.crop_aspect)} without crop_aspect_buckets",
+            f"crop_aspect = {value_text(picture_set.crop_aspect)} without crop_aspect_buckets",
             "a list of ratios (width / height) such as [0.75, 1.0, 1.33]",
         )
 
@@ -293,7 +297,7 @@ def _image_faults(image_set: ImageSet) -> Iterator[Problem]:
     """Contradictions between the keys for captions, conditioning sets and windows."""
     prompt = image_set.instance_prompt
     if prompt is not None and not is_visible(prompt):
-        yield Problem(f"instance_prompt = {shown(prompt)}", "a caption, as text")
+        yield Problem(f"instance_prompt = {value_text(prompt)}", "a caption, as text")
     if prompt is not None and size_in_bytes(prompt) > CAPTION_BYTES:
         yield Problem(f"instance_prompt has {size_in_bytes(prompt)} bytes", f"at most {CAPTION_BYTES}")
     repeated = [name for name, count in Counter(image_set.conditioning_data).items() if count > 1]
@@ -322,13 +326,13 @@ def _size_faults(key: str, size: float, unit: str) -> Iterator[Problem]:
         )
     elif unit != "area" and (size < _LEAST_EDGE or not size.is_integer()):
         yield Problem(
-            f"{key} = {size:g} with resolution_type = {shown(unit)}",
+            f"{key} = {size:g} with resolution_type = {value_text(unit)}",
             f"a whole number of pixels, at least {_LEAST_EDGE}",
             "For areas of 1024x1024 pixels set resolution_type to area." if size <= _MOST_AREAS else "",
         )
 
 
-def _picture_notices(picture_set: PictureSet, typed: Any) -> Iterator[str]:
+def _picture_notices(picture_set: FolderDataset, typed: Any) -> Iterator[str]:
     """Notices of given keys for size and crop that have no effect, each with the reason."""
     if isinstance(picture_set, ConditioningSet) and picture_set.conditioning_type != "reference_loose":
         named = [key for key in typed if key in _SHAPE_KEYS]
@@ -396,7 +400,7 @@ def _assemble(
         message = f"{label}: every image set has is_regularisation_data, so nothing would be learned"
         listing.problems.append(Problem(message, "an enabled image set without it"))
     if not stores:
-        folder = joined(path_context.folder, f"{path_context.names['output_dir']}/cache/text")
+        folder = join_working_folder(path_context.folder, f"{path_context.names['output_dir']}/cache/text")
         stores = [TextStore(id="text-embeds", default=True, cache_dir=folder)]
     elif len(stores) == 1 and not stores[0].default:
         listing.notices.append(f"{label}: {stores[0].id} is the only text store, so it is the default.")
@@ -408,12 +412,12 @@ def _assemble(
     ids = [store.id for store in stores]
     for image_set in enabled:
         if image_set.text_embeds is not None and image_set.text_embeds not in ids:
-            message = f"{label}, {image_set.id}: text_embeds = {shown(image_set.text_embeds)}"
+            message = f"{label}, {image_set.id}: text_embeds = {value_text(image_set.text_embeds)}"
             listing.problems.append(Problem(message, f"the id of a text store: {join_names(ids)}"))
     listing.problems += _condition_problems(sets, conditions, label)
     used = [each for each in conditions if not each.disabled]
     output_folders = {
-        "output_dir": joined(path_context.folder, path_context.names["output_dir"]),
+        "output_dir": join_working_folder(path_context.folder, path_context.names["output_dir"]),
         **{f"cache_dir_vae of {each.id}": each.cache_dir_vae for each in (*enabled, *used)},
         **{f"cache_dir of {store.id}": store.cache_dir for store in stores},
     }
@@ -455,14 +459,14 @@ def _condition_problems(
         for name in image_set.conditioning_data:
             if name not in by_id:
                 ids = f": {join_names(list(by_id))}" if by_id else "; there is none"
-                yield Problem(f"{key} = {shown(name)}", f"the id of a conditioning set{ids}")
+                yield Problem(f"{key} = {value_text(name)}", f"the id of a conditioning set{ids}")
             elif by_id[name].disabled:
-                yield Problem(f"{key} = {shown(name)}, which is disabled", "an enabled conditioning set")
+                yield Problem(f"{key} = {value_text(name)}, which is disabled", "an enabled conditioning set")
         named = [by_id[name] for name in dict.fromkeys(image_set.conditioning_data) if name in by_id]
         references = [each for each in named if each.is_reference]
         masks = [each.id for each in named if not each.is_reference]
-        if len(references) > MOST_REFERENCES:
-            yield Problem(f"{key} names {len(references)} sets of references", f"at most {MOST_REFERENCES}")
+        if len(references) > MAX_REFERENCES:
+            yield Problem(f"{key} names {len(references)} sets of references", f"at most {MAX_REFERENCES}")
         if len(masks) > 1:
             yield Problem(f"{key} names {join_names(masks, 'and')}", "one set of masks")
         if masks and image_set.mask_source == "alpha":

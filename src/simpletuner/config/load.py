@@ -12,9 +12,9 @@ from simpletuner.base.commandline import command_text, with_flags
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.config.datasets import Datasets, ImageSet
 from simpletuner.config.documents import document_text, read_document
-from simpletuner.config.flags import Flags, parse
+from simpletuner.config.flags import ParsedFlags, parse
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
-from simpletuner.config.given import ORIGINS, Checked, Given, Known, Origin, check_givens, unaliased
+from simpletuner.config.given import ORIGINS, CheckedKeys, GivenValue, KnownKeys, Origin, check_givens, unaliased
 from simpletuner.config.listing import DatasetListing, PathContext, read_datasets
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.other_keys import OPTION_ALIASES, OTHER_OPTIONS
@@ -25,18 +25,18 @@ from simpletuner.config.other_trainers import (
     other_text_problem,
     other_trainer_problem,
 )
-from simpletuner.config.paths import PathRule, filled, is_local_model, joined
+from simpletuner.config.paths import PathRule, fill_placeholders, is_local_model, join_working_folder
 from simpletuner.config.previews import with_preview_defaults
 from simpletuner.config.prompts import Prompt, load_prompts
 from simpletuner.config.rules import findings, notices, validation_image_notices
 from simpletuner.config.run import OPTION_NAMES, RunConfig
 from simpletuner.config.started import with_started
-from simpletuner.config.values import join_names, kinds, nearest, shown
+from simpletuner.config.values import join_names, kinds, nearest, value_text
 
-RUN = Known(
+RUN = KnownKeys(
     RunConfig,
     OTHER_OPTIONS,
-    elsewhere=ImageSet.model_fields,
+    foreign_keys=ImageSet.model_fields,
     other_place="multidatabackend.json, in each image set",
 )
 
@@ -61,7 +61,7 @@ _MODEL_PATHS = (
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedConfig:
     """A run's complete, valid configuration."""
 
     config: RunConfig
@@ -88,7 +88,7 @@ class Loaded:
     """Arguments after `simpletuner train`."""
 
     @property
-    def drawn_prompts(self) -> tuple[Prompt, ...]:
+    def validation_prompts(self) -> tuple[Prompt, ...]:
         """The prompts of validation images; empty if `validation_disable` is set."""
         return () if self.config.validation_disable else tuple(self.prompts.values())
 
@@ -98,7 +98,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Examined:
+class ExaminedConfig:
     """A configuration that may have problems."""
 
     config: RunConfig
@@ -114,17 +114,17 @@ class Examined:
     arguments: tuple[str, ...]
     problems: tuple[Problem, ...]
 
-    def loaded(self) -> Loaded:
+    def loaded(self) -> LoadedConfig:
         """The configuration, if it has no problems.
 
         Raises:
             ConfigError: lists every problem.
         """
         ConfigError.raise_if(self.problems)
-        return Loaded(**{name: value for name, value in vars(self).items() if name != "problems"})
+        return LoadedConfig(**{name: value for name, value in vars(self).items() if name != "problems"})
 
 
-def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) -> Loaded:
+def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) -> LoadedConfig:
     """Load the configuration for `arguments`, which follow `simpletuner train`.
 
     Relative paths are joined to `folder`. The command passes `Path()`, which leaves them as typed.
@@ -137,7 +137,7 @@ def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) 
 
 def examine(
     arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str], rule: PathRule | None = None
-) -> Examined:
+) -> ExaminedConfig:
     """Like `load`, but return the problems instead of raising them.
 
     `rule` checks every path before it is read. With a rule, `{env:NAME}` is rejected.
@@ -148,7 +148,7 @@ def examine(
     if refused := _refusal(rule, "config", config_file):
         problems.append(refused)
         config_file = None
-    checked = Checked()
+    checked = CheckedKeys()
     from_file = _from_file(config_file, folder, problems)
     if from_file is None:  # another trainer's config: ignore the files beside it
         config_file = None
@@ -157,7 +157,7 @@ def examine(
         _from_environment(environ),
         list(flags.options.items()),
     ]
-    givens: dict[str, Given] = {}
+    givens: dict[str, GivenValue] = {}
     for source in sources:
         givens |= unaliased(source, RUN, checked)
     _drop_overridden_paths(givens, checked)
@@ -191,7 +191,7 @@ def examine(
     typed = [key for key in checked.valid if key in givens]
     # Notices assume options without problems.
     rule_notices = () if problems else notices(config, listing.datasets, typed)
-    return Examined(
+    return ExaminedConfig(
         config=config,
         datasets=listing.datasets,
         prompts=prompts,
@@ -212,7 +212,7 @@ def examine(
     )
 
 
-def _config_file(flags: Flags, folder: Path, environ: Mapping[str, str], problems: list[Problem]) -> Path | None:
+def _config_file(flags: ParsedFlags, folder: Path, environ: Mapping[str, str], problems: list[Problem]) -> Path | None:
     """The config to read: the named one, else the first in the usual places.
 
     None if flags alone configure the run; also None, with an entry in `problems`, if no config exists or two are named.
@@ -224,13 +224,13 @@ def _config_file(flags: Flags, folder: Path, environ: Mapping[str, str], problem
         return None
 
 
-def _chosen(flags: Flags, folder: Path, environ: Mapping[str, str]) -> Path | None:
+def _chosen(flags: ParsedFlags, folder: Path, environ: Mapping[str, str]) -> Path | None:
     selectors = flags.selectors
     if len(selectors) > 1:
         names = join_names([f"--{name}" for name in selectors], "and")
         raise ConfigError.of(f"{names} are given", "one of them, since each selects the config")
     if "config" in selectors:
-        path = Path(joined(folder, selectors["config"]))
+        path = Path(join_working_folder(folder, selectors["config"]))
         if path.is_dir():
             raise ConfigError.of(f"--config {selectors['config']}: this is a folder", "the config file in it")
         if not _exists(path):
@@ -287,7 +287,7 @@ def _in_folder(folder: Path, flag: str) -> Path:
     )
 
 
-def _from_file(path: Path | None, folder: Path, problems: list[Problem]) -> list[tuple[str, Given]] | None:
+def _from_file(path: Path | None, folder: Path, problems: list[Problem]) -> list[tuple[str, GivenValue]] | None:
     """The config's keys and values; None, with an entry in `problems`, if it is another trainer's config."""
     if path is None:
         return []
@@ -301,19 +301,20 @@ def _from_file(path: Path | None, folder: Path, problems: list[Problem]) -> list
         problems.extend(error.problems)
         return []
     if not isinstance(values, dict):
-        problems.append(Problem(f"{label}: {shown(values)}", 'an object {"option": value}'))
+        problems.append(Problem(f"{label}: {value_text(values)}", 'an object {"option": value}'))
         return []
     name = other_format(values)
     if name is not None:
         problems.append(other_trainer_problem(label, name, values))
         return None
-    return [(key.lstrip("-"), Given(value, "file", key)) for key, value in values.items()]
+    return [(key.lstrip("-"), GivenValue(value, "file", key)) for key, value in values.items()]
 
 
-def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, Given]]:
+def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, GivenValue]]:
     names = sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX) and name != PAGE_ROOTS_VARIABLE)
     return [
-        (name.removeprefix(ENVIRONMENT_PREFIX).lower(), Given(environ[name], "environment", name)) for name in names
+        (name.removeprefix(ENVIRONMENT_PREFIX).lower(), GivenValue(environ[name], "environment", name))
+        for name in names
     ]
 
 
@@ -333,19 +334,21 @@ def _refusal(rule: PathRule | None, key: str, path: Path | None) -> Problem | No
 
 
 def _with_json_files(
-    givens: dict[str, Given], folder: Path, checked: Checked, rule: PathRule | None
-) -> dict[str, Given]:
+    givens: dict[str, GivenValue], folder: Path, checked: CheckedKeys, rule: PathRule | None
+) -> dict[str, GivenValue]:
     """`givens`, with the names of JSON files replaced by the files' contents for options with a JSON value."""
     resolved_givens = dict(givens)
     for key, kind in kinds(RunConfig).items():
         value = givens[key].value if key in givens else None
         if kind.is_json and isinstance(value, str) and value.endswith(".json"):
-            if refused := None if rule is None else rule(key, joined(folder, value)):
+            if refused := None if rule is None else rule(key, join_working_folder(folder, value)):
                 checked.problems[key] = _as_typed(refused, key, givens)
                 del resolved_givens[key]
                 continue
             try:
-                content = read_document(Path(joined(folder, value)), f"{givens[key].spelled} = {shown(value)}")
+                content = read_document(
+                    Path(join_working_folder(folder, value)), f"{givens[key].spelled} = {value_text(value)}"
+                )
                 resolved_givens[key] = replace(givens[key], value=content)
             except ConfigError as error:
                 checked.problems[key] = error.problems[0]
@@ -353,7 +356,7 @@ def _with_json_files(
     return resolved_givens
 
 
-def _drop_overridden_paths(givens: dict[str, Given], checked: Checked) -> None:
+def _drop_overridden_paths(givens: dict[str, GivenValue], checked: CheckedKeys) -> None:
     """Drop model paths with lower precedence than the flavour."""
     flavour = givens.get("model_flavour")
     if flavour is None or flavour.value is None:
@@ -372,7 +375,7 @@ def _drop_overridden_paths(givens: dict[str, Given], checked: Checked) -> None:
         )
 
 
-def _flavour_notice(givens: Mapping[str, Given]) -> Iterator[str]:
+def _flavour_notice(givens: Mapping[str, GivenValue]) -> Iterator[str]:
     """A notice for a config that sets the family, as SimpleTuner's do, but neither flavour nor model path."""
     family = givens.get("model_family")
     selects_model = any(givens[key].value is not None for key in ("model_flavour", *_MODEL_PATHS) if key in givens)
@@ -384,7 +387,7 @@ def _flavour_notice(givens: Mapping[str, Given]) -> Iterator[str]:
 
 
 def _with_paths(
-    config: RunConfig, givens: Mapping[str, Given], checked: Checked, path_context: PathContext
+    config: RunConfig, givens: Mapping[str, GivenValue], checked: CheckedKeys, path_context: PathContext
 ) -> tuple[RunConfig, dict[str, str]]:
     """The config with placeholders in its paths filled in and the paths joined to the folder, and the placeholders for
     the datasets.
@@ -399,15 +402,15 @@ def _with_paths(
         if not (kind.is_path or kind.is_model) or not text or (key, text) == ("resume_from_checkpoint", LATEST):
             continue
         try:
-            text = filled(text, names, path_context.environ)
+            text = fill_placeholders(text, names, path_context.environ)
         except ValueError as error:
             spelled = givens[key].spelled if key in givens else key
-            checked.problems[key] = Problem(f"{spelled} = {shown(text)}: {error}")
+            checked.problems[key] = Problem(f"{spelled} = {value_text(text)}: {error}")
             continue
         if key == "output_dir":
             names["output_dir"] = text
         if kind.is_path or is_local_model(path_context.folder, text):
-            update[key] = joined(path_context.folder, text)
+            update[key] = join_working_folder(path_context.folder, text)
             refused = None if path_context.rule is None else path_context.rule(key, update[key])
             if refused is not None:
                 checked.problems[key] = _as_typed(refused, key, givens)
@@ -424,7 +427,11 @@ def _datasets_file(config: RunConfig, config_file: Path | None) -> Path | None:
 
 
 def _datasets(
-    config: RunConfig, path: Path | None, checked: Checked, path_context: PathContext, givens: Mapping[str, Given]
+    config: RunConfig,
+    path: Path | None,
+    checked: CheckedKeys,
+    path_context: PathContext,
+    givens: Mapping[str, GivenValue],
 ) -> DatasetListing:
     if "data_backend_config" in checked.problems or path is None:
         return DatasetListing()
@@ -434,7 +441,7 @@ def _datasets(
     if _exists(path):
         return read_datasets(path, label, path_context)
     if config.data_backend_config is not None:
-        typed = f"{givens['data_backend_config'].spelled} = {shown(givens['data_backend_config'].value)}"
+        typed = f"{givens['data_backend_config'].spelled} = {value_text(givens['data_backend_config'].value)}"
         return DatasetListing(problems=[Problem(f"{typed}: no such file")])
     missing = Problem(
         f"{label}: no such file",
@@ -464,7 +471,7 @@ def _prompts(
         return {}, []
 
 
-def _as_typed(problem: Problem, key: str, givens: Mapping[str, Given]) -> Problem:
+def _as_typed(problem: Problem, key: str, givens: Mapping[str, GivenValue]) -> Problem:
     """`problem` with the option spelled as the user typed it."""
     if key not in givens or not problem.found.startswith(key):
         return problem

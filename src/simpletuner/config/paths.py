@@ -8,7 +8,7 @@ from simpletuner.base.errors import Problem
 from simpletuner.base.files import with_home
 from simpletuner.base.tensorfile import is_weight_file
 from simpletuner.base.text import is_visible, stray_characters
-from simpletuner.config.values import join_names, shown
+from simpletuner.config.values import join_names, value_text
 
 PathRule = Callable[[str, str], Problem | None]
 """A check `rule(key, path)` of an option's or dataset key's resolved path. Returns a problem, or None if allowed."""
@@ -17,7 +17,7 @@ _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _SHELL_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 
 
-def filled(text: str, names: Mapping[str, str], environ: Mapping[str, str] | None) -> str:
+def fill_placeholders(text: str, names: Mapping[str, str], environ: Mapping[str, str] | None) -> str:
     """`text` with `{name}` replaced from `names` and `{env:VAR}` from `environ`; None for `environ` rejects the latter.
 
     Raises:
@@ -41,7 +41,7 @@ def filled(text: str, names: Mapping[str, str], environ: Mapping[str, str] | Non
     return _PLACEHOLDER.sub(value, text)
 
 
-def joined(folder: Path, text: str) -> str:
+def join_working_folder(folder: Path, text: str) -> str:
     """`text` as a path relative to `folder`, with `~` expanded.
 
     Raises:
@@ -62,7 +62,7 @@ def stray_text(label: str, value: object, *, is_path: bool) -> Problem | None:
     """
     if not isinstance(value, str):
         return None
-    setting = f"{label} = {shown(value)}"
+    setting = f"{label} = {value_text(value)}"
     stray = [char for char in stray_characters(value) if is_path or char != "\r" or value.endswith("\r")]
     if is_path:
         stray += [char for char in value if char in "\t\n"]
@@ -75,5 +75,5 @@ def stray_text(label: str, value: object, *, is_path: bool) -> Problem | None:
     if variable is not None:
         name = variable[1] or variable[2]
         written = value.replace(variable[0], f"{{env:{name}}}")
-        return Problem(f"{setting}: {variable[0]} is not replaced here", f"a path such as {shown(written)}")
+        return Problem(f"{setting}: {variable[0]} is not replaced here", f"a path such as {value_text(written)}")
     return None

@@ -35,7 +35,7 @@ class Precision:
         """Distribution name of its library on PyPI."""
         return DISTRIBUTIONS[self.library][0]
 
-    def lack(self) -> str | None:
+    def unusable_reason(self) -> str | None:
         """Why the library is unusable on this machine; None if it is usable. Does not import it."""
         name, minimum = DISTRIBUTIONS[self.library]
         try:

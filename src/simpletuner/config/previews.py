@@ -20,7 +20,7 @@ def preview_flavour(config: RunConfig) -> Flavour | None:
     return next(named, None)
 
 
-def preview_download(config: RunConfig) -> str | None:
+def preview_source(config: RunConfig) -> str | None:
     """The Hub id or path to load the preview model from; None if there is none, or it is an embedded model."""
     named = preview_flavour(config)
     if config.validation_disable:
@@ -28,7 +28,7 @@ def preview_download(config: RunConfig) -> str | None:
     return config.validation_preview_model if named is None else named.repo
 
 
-def drawing_flavour(config: RunConfig) -> Flavour:
+def sampling_flavour(config: RunConfig) -> Flavour:
     """The flavour whose guidance and default steps apply to validation images. For a preview model at a path, this is
     the distilled sibling if model_index.json or the single file's name marks it as distilled; else the trained flavour.
     """
@@ -52,7 +52,7 @@ def _is_distilled(path: Path) -> bool:
 
 
 def with_preview_defaults(config: RunConfig, given_options: set[str]) -> RunConfig:
-    """`config` with the steps and guidance of `drawing_flavour`, except those in `given_options`."""
-    defaults = drawing_flavour(config).option_defaults
+    """`config` with the steps and guidance of `sampling_flavour`, except those in `given_options`."""
+    defaults = sampling_flavour(config).option_defaults
     names = {"validation_guidance", "validation_num_inference_steps"} - given_options
     return config.model_copy(update={name: defaults[name] for name in names})

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.base.errors import ConfigError, Problem
-from simpletuner.base.imagefiles import PICTURE_SUFFIXES
-from simpletuner.base.text import FILE_NAME, does_as_file_name, is_visible
-from simpletuner.config.datasets import MOST_REFERENCES, Datasets
+from simpletuner.base.imagefiles import IMAGE_SUFFIXES
+from simpletuner.base.text import FILE_NAME, is_file_name, is_visible
+from simpletuner.config.datasets import MAX_REFERENCES, Datasets
 from simpletuner.config.documents import read_document
 from simpletuner.config.listing import PathContext
 from simpletuner.config.options.validation import ValidationOptions
-from simpletuner.config.paths import filled, joined
-from simpletuner.config.values import join_names, shown
+from simpletuner.config.paths import fill_placeholders, join_working_folder
+from simpletuner.config.values import join_names, value_text
 
 SUBJECT = "<subject>"
 OPTION_PROMPT = "validation_prompt"
@@ -69,13 +69,13 @@ def load_prompts(
 
 def reference_faults(label: str, paths: tuple[str, ...]) -> Iterator[Problem]:
     """Problems with the paths of a prompt's reference images; messages call the list `label`."""
-    if len(paths) > MOST_REFERENCES:
-        yield Problem(f"{label}: {len(paths)} reference images", f"at most {MOST_REFERENCES}")
+    if len(paths) > MAX_REFERENCES:
+        yield Problem(f"{label}: {len(paths)} reference images", f"at most {MAX_REFERENCES}")
     for path in paths:
         if not os.path.isfile(path):  # unlike Path.is_file, does not raise if the path is too long
             fault = "no file" if os.path.exists(path) else "no such file"
             yield Problem(f"{label} = {path}: {fault}", "the path of an image")
-        elif Path(path).suffix.lower() not in PICTURE_SUFFIXES:
+        elif Path(path).suffix.lower() not in IMAGE_SUFFIXES:
             yield Problem(f"{label} = {path}", f"an image, such as {join_names(['.png', '.jpg', '.webp'])}")
 
 
@@ -86,17 +86,17 @@ def _subject_of(datasets: Datasets | None) -> str | None:
 
 def _library(value: Any, label: str, taken: tuple[str, ...], path_context: PathContext) -> dict[str, Prompt]:
     if not isinstance(value, dict):
-        raise ConfigError.of(f"{label}: {shown(value)}", 'an object {"name": "prompt"}')
+        raise ConfigError.of(f"{label}: {value_text(value)}", 'an object {"name": "prompt"}')
     problems = []
     prompts: dict[str, Prompt] = {}
     names = {_folded(name): name for name in taken}
     for typed, entry in value.items():
         name = unicodedata.normalize("NFC", typed)
         earlier = names.setdefault(_folded(name), typed)
-        if not does_as_file_name(name):
-            problems.append(Problem(f"{label}: the name {shown(typed)}", f"{FILE_NAME}: it becomes a file's name"))
+        if not is_file_name(name):
+            problems.append(Problem(f"{label}: the name {value_text(typed)}", f"{FILE_NAME}: it becomes a file's name"))
         elif earlier is not typed:
-            found = f"{label}: the name {shown(typed)} is taken by {shown(earlier)}"
+            found = f"{label}: the name {value_text(typed)} is taken by {value_text(earlier)}"
             problems.append(Problem(found, remedy="Rename one of them."))
         try:
             prompts[name] = _prompt(entry, f"{label}: {name}", path_context)
@@ -115,21 +115,25 @@ def _prompt(entry: Any, label: str, path_context: PathContext) -> Prompt:
     if isinstance(entry, str) and is_visible(entry):
         return Prompt(entry)
     if not isinstance(entry, dict):
-        raise ConfigError.of(f"{label} = {shown(entry)}", f"a prompt, as text or as {_OBJECT}")
+        raise ConfigError.of(f"{label} = {value_text(entry)}", f"a prompt, as text or as {_OBJECT}")
     problems = [Problem(f"{label}.{key}", f"{_OBJECT}") for key in entry if key not in ("prompt", "references")]
     text, typed = entry.get("prompt"), entry.get("references", [])
     if not isinstance(text, str) or not is_visible(text):
-        found = f"{label}.prompt = {shown(text)}" if "prompt" in entry else f"{label} has no prompt"
+        found = f"{label}.prompt = {value_text(text)}" if "prompt" in entry else f"{label} has no prompt"
         problems.append(Problem(found, "a prompt, as text"))
     if not isinstance(typed, list) or not all(isinstance(path, str) and is_visible(path) for path in typed):
-        problems.append(Problem(f"{label}.references = {shown(typed)}", 'a list of paths, ["a.png"]'))
+        problems.append(Problem(f"{label}.references = {value_text(typed)}", 'a list of paths, ["a.png"]'))
         typed = []
     paths = []
     for path in typed:
         try:
-            paths.append(joined(path_context.folder, filled(path, path_context.names, path_context.environ)))
+            paths.append(
+                join_working_folder(
+                    path_context.folder, fill_placeholders(path, path_context.names, path_context.environ)
+                )
+            )
         except ValueError as error:
-            problems.append(Problem(f"{label}.references = {shown(path)}: {error}"))
+            problems.append(Problem(f"{label}.references = {value_text(path)}: {error}"))
             continue
         refused = None if path_context.rule is None else path_context.rule("references", paths[-1])
         if refused is not None:

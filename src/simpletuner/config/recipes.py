@@ -41,8 +41,8 @@ class Recipe:
         return max(1, math.ceil(images / int(self.options["train_batch_size"])))
 
     def epochs(self, images: int) -> int:
-        """`num_train_epochs` for `images` images: the recipe's, or more if needed to reach `LEAST_STEPS`."""
-        return max(int(self.options["num_train_epochs"]), math.ceil(LEAST_STEPS / self.batches(images)))
+        """`num_train_epochs` for `images` images: the recipe's, or more if needed to reach `MIN_STEPS`."""
+        return max(int(self.options["num_train_epochs"]), math.ceil(MIN_STEPS / self.batches(images)))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Card:
     """Options for each flavour."""
 
 
-LEAST_STEPS = 500
+MIN_STEPS = 500
 """Minimum optimizer steps for a LoRA to learn anything useful: the fewest that any of the sources reports."""
 
 _QUICKSTART = "SimpleTuner's FLUX.2 quickstart"

@@ -121,7 +121,7 @@ REMOVED: dict[str, tuple[object, ...]] = {}
 might change belongs in `MAY_CHANGE`."""
 
 
-def resolved(config: RunConfig) -> dict[str, Any]:
+def recorded_options(config: RunConfig) -> dict[str, Any]:
     """The options to record, as JSON. Only allow-listed options are recorded, and only Hub ids of models."""
     values = config.model_dump(mode="json")
     return {name: values[name] for name in OPTION_NAMES if _is_recorded(config, name, values[name])}
@@ -135,7 +135,7 @@ def _is_recorded(config: RunConfig, name: str, value: object) -> bool:
     return bool(kind.choices) or kind.base in (bool, int, float) or name in RECORDED_TEXTS
 
 
-def reusable(record: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def adoptable_options(record: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The options in a foreign `record` that another run may adopt, by the same rule as `decisive(resolved(config))`:
     no paths and no options about the machine. Also returns the names of options that no longer exist.
     """
@@ -155,7 +155,7 @@ def is_left_to_the_run(name: str, value: object) -> bool:
     return name in LEFT_TO_THE_RUN and value == LEFT_TO_THE_RUN[name]
 
 
-def decisive(record: Mapping[str, Any]) -> dict[str, Any]:
+def weight_options(record: Mapping[str, Any]) -> dict[str, Any]:
     """The options in a record that determine the weights. Exported files have a hash of them, which is the same for the
     same run in every release. Processes count as gradient accumulation, with which one process sees the same images.
     """
@@ -215,30 +215,31 @@ class OptionChange:
     """An option's value in a record and in the present configuration, as JSON."""
 
     before: Any
-    now: Any
+    after: Any
 
 
 @dataclass(frozen=True)
 class RecordComparison:
     """Differences between a configuration and the record of a checkpoint."""
 
-    kept: dict[str, Any]
+    record_values: dict[str, Any]
     """Recorded values of options that differ from the configuration but that the user did not give, or left to the run.
     The resumed run uses these values."""
-    refused: dict[str, OptionChange]
+    refused_changes: dict[str, OptionChange]
     """Options that the user gave another value than the record's, although they must not change."""
     unavailable: dict[str, Any]
     """Recorded values of options that no longer exist or no longer accept the value."""
-    steering: dict[str, OptionChange] = field(default_factory=dict)
+    curve_changes: dict[str, OptionChange] = field(default_factory=dict)
     """Changed options of `CHANGE_THE_CURVE`."""
-    quiet: dict[str, OptionChange] = field(default_factory=dict)
+    permitted_changes: dict[str, OptionChange] = field(default_factory=dict)
     """Changed options of `MAY_CHANGE`."""
-    split: dict[str, OptionChange] = field(default_factory=dict)
+    split_changes: dict[str, OptionChange] = field(default_factory=dict)
     """Changed options of `SPLIT` at the same effective batch; in an elastic run, also at another effective batch."""
-    adapted: dict[str, Any] = field(default_factory=dict)
-    """New values of options in `split` that the user did not give, which keep the effective batch. In an elastic run
-    this includes a given gradient accumulation, with the value that keeps the effective batch or changes it least."""
-    restoring: dict[str, Any] = field(default_factory=dict)
+    adapted_values: dict[str, Any] = field(default_factory=dict)
+    """New values of options in `split_changes` that the user did not give, which keep the effective batch. In an
+    elastic run this includes a given gradient accumulation, with the value that keeps the effective batch or changes it
+    least."""
+    restoring_values: dict[str, Any] = field(default_factory=dict)
     """Values that restore the effective batch, if options of `SPLIT` are refused."""
 
 
@@ -250,8 +251,8 @@ def compare(
     has_own_sizes: bool = False,
     is_elastic: bool = False,
 ) -> RecordComparison:
-    """Compare `config` with a `record` from `resolved`, perhaps of an older release. `given_options` are the names that
-    the user gave. New options and changed defaults are no changes.
+    """Compare `config` with a `record` from `recorded_options`, perhaps of an older release. `given_options` are the
+    names that the user gave. New options and changed defaults are no changes.
 
     Args:
         has_own_sizes: a dataset has its own train_batch_size. A step with another number of micro-batches then has
@@ -262,7 +263,7 @@ def compare(
     if is_elastic:
         given_options = {*given_options} - {"gradient_accumulation_steps"}
     recorded = {OPTION_ALIASES.get(name, name): value for name, value in record.items()}
-    current, defaults = (json.loads(json.dumps(resolved(each))) for each in (config, RunConfig()))
+    current, defaults = (json.loads(json.dumps(recorded_options(each))) for each in (config, RunConfig()))
     refused_changes: dict[str, OptionChange] = {}
     steering: dict[str, OptionChange] = {}
     record_values: dict[str, Any] = {}
@@ -302,7 +303,7 @@ def compare(
         refused_changes = dict(sorted((refused_changes | changed).items()))
         near = split if may_split else replace(split, train_batch_size=recorded_split.train_batch_size)
         restored = near.accumulating_to(recorded_split.effective_batch) or recorded_split
-        restoring = {name: change.now for name, change in split.changes(restored).items()}
+        restoring = {name: change.after for name, change in split.changes(restored).items()}
         changed = {}
     return RecordComparison(record_values, refused_changes, unavailable, steering, quiet, changed, adapted, restoring)
 
@@ -323,6 +324,6 @@ def _split(before: BatchSplit, config: RunConfig, given_options: Collection[str]
 
 
 def with_recorded(config: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
-    """`config` with the values in `recorded`: `RecordComparison.kept`, `RecordComparison.adapted` or both."""
+    """`config` with the values in `recorded`: `RecordComparison.record_values`, `adapted_values` or both."""
     values = RunConfig.model_validate(recorded)
     return config.model_copy(update={name: getattr(values, name) for name in recorded})

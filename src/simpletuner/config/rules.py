@@ -8,7 +8,7 @@ from simpletuner.base.errors import Problem
 from simpletuner.config.datasets import Datasets
 from simpletuner.config.deepspeed import deepspeed_findings, deepspeed_notices
 from simpletuner.config.flavours import FLAVOURS, Flavour, sibling
-from simpletuner.config.given import Checked, Given, Known, check_givens
+from simpletuner.config.given import CheckedKeys, GivenValue, KnownKeys, check_givens
 from simpletuner.config.optimizers import ADAM, OPTIMIZERS, known_optimizer
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.options.conditioning import ConditioningOptions
@@ -17,15 +17,15 @@ from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
-from simpletuner.config.options.preservation import replaced
+from simpletuner.config.options.preservation import with_trigger_replaced
 from simpletuner.config.options.process import ProcessOptions
 from simpletuner.config.options.rollout import RolloutOptions
 from simpletuner.config.options.tread import TreadRoute
 from simpletuner.config.options.validation import AUTO_PREVIEW
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
-from simpletuner.config.previews import drawing_flavour, preview_flavour
+from simpletuner.config.previews import preview_flavour, sampling_flavour
 from simpletuner.config.run import RunConfig
-from simpletuner.config.values import join_names, no_effect, shown
+from simpletuner.config.values import join_names, no_effect, value_text
 
 PRODIGY_RATE = 0.1
 """A lower `learning_rate` is probably a mistake with prodigy and similar optimizers, whose estimate it multiplies."""
@@ -35,7 +35,7 @@ USUAL_SHARE = 0.01
 SHARE_OF_WHOLE_MODEL = 0.1
 """Learning rate from which full training diverges, as a share of the rate for a LoRA."""
 
-ROUTE = Known(TreadRoute, noun="key of a route")
+ROUTE = KnownKeys(TreadRoute, noun="key of a route")
 """Keys of a route in `tread_config`."""
 
 Finding = tuple[tuple[str, ...], Problem]
@@ -49,7 +49,7 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
         yield from profile_findings(config, config.max_train_steps)
     yield from _densities(config)
     yield from guidance_findings(
-        drawing_flavour(config), config.validation_guidance, config.validation_guidance_real, prefix="validation_"
+        sampling_flavour(config), config.validation_guidance, config.validation_guidance_real, prefix="validation_"
     )
     yield from _preview(config)
     yield from layer_findings(config)
@@ -73,7 +73,7 @@ def findings(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
     if datasets is not None and config.eval_dataset_id is not None:
         ids = [eval_set.id for eval_set in datasets.eval_sets]
         if config.eval_dataset_id not in ids:
-            message = f"eval_dataset_id = {shown(config.eval_dataset_id)}"
+            message = f"eval_dataset_id = {value_text(config.eval_dataset_id)}"
             expected = (
                 f"an enabled eval set: {join_names(ids)}" if ids else "a dataset with dataset_type eval in the list"
             )
@@ -103,13 +103,13 @@ def _windows(config: RunConfig, datasets: Datasets) -> Iterator[Finding]:
     covered = 0
     for first, last in sorted((each.windows[noun] for each in datasets.train_sets), key=lambda window: window[0]):
         if covered + 1 < first and covered < end:
-            yield (option, "data_backend_config"), uncovered(noun, (covered + 1, first - 1), end)
+            yield (option, "data_backend_config"), gap_problem(noun, (covered + 1, first - 1), end)
         covered = max(covered, end if last is None else last)
     if covered < end:
-        yield (option, "data_backend_config"), uncovered(noun, (covered + 1, None), end)
+        yield (option, "data_backend_config"), gap_problem(noun, (covered + 1, None), end)
 
 
-def uncovered(noun: str, gap: tuple[int, int | None], end: int | None) -> Problem:
+def gap_problem(noun: str, gap: tuple[int, int | None], end: int | None) -> Problem:
     """The problem that no image set is active in `gap`, the first and last "step" or "epoch" (`noun`) of the gap. The
     last is None if no set follows. The run has `end` steps or epochs; None if more epochs would be needed to reach it.
     """
@@ -167,7 +167,7 @@ def _preview(config: RunConfig) -> Iterator[Finding]:
     if model is None:
         return
     trained, named = FLAVOURS[config.model_flavour], preview_flavour(config)
-    message = f"{key} = {shown(model)}"
+    message = f"{key} = {value_text(model)}"
     if config.model_type == "full":
         remedy = f"Take {key} out: validation images then use the trained weights."
         yield (key, "model_type"), Problem(f"{message} with model_type = full, which trains no adapter", remedy=remedy)
@@ -181,14 +181,14 @@ def _preview(config: RunConfig) -> Iterator[Finding]:
         yield (key, "model_flavour"), Problem(message, expected)
 
 
-def guidance_without_effect(
+def idle_guidance_options(
     flavour: Flavour, guidance: float, guidance_real: float, *, prefix: str = "", negative: str = "negative"
 ) -> tuple[tuple[str, ...], str]:
     """Guidance options without effect on the flavour, and the reason. `negative` names the negative prompt's option."""
     if flavour.guidance_kind == "none":
         return (f"{prefix}guidance", negative), f"{flavour.name} is distilled: guidance is built into its weights"
     acting = "guidance_real" if flavour.guidance_kind == "embedded" else "guidance"
-    is_off = flavour.scales(guidance, guidance_real).real == 1
+    is_off = flavour.guidance_scales(guidance, guidance_real).real == 1
     return (negative,) if is_off else (), f"{prefix}{acting} is 1"
 
 
@@ -219,16 +219,16 @@ def _optimizer(config: RunConfig) -> Iterator[Finding]:
     optimizer = known_optimizer(name)
     for argument in config.optimizer_config or {}:
         if optimizer.arguments is not None and argument not in optimizer.arguments:
-            message = f"optimizer_config: {name} takes no {shown(argument)} here"
+            message = f"optimizer_config: {name} takes no {value_text(argument)} here"
             expected = join_names(optimizer.arguments) if optimizer.arguments else "nothing"
             yield ("optimizer_config", "optimizer"), Problem(message, expected)
     if not optimizer.is_installed:
-        message = f"optimizer = {shown(name)}: {optimizer.library} is not installed"
+        message = f"optimizer = {value_text(name)}: {optimizer.library} is not installed"
         yield ("optimizer",), Problem(message, remedy="pip install -e '.[optimizers]'")
     is_fp16 = config.model_type == "full" and config.base_dtype == "fp16"
     if optimizer.rounds_stochastically and is_fp16 and not config.optimizer_release_gradients:
         keys = ("optimizer", "mixed_precision")
-        message = f"optimizer = {shown(name)} with model_type = full and fp16 weights, which it cannot step"
+        message = f"optimizer = {value_text(name)} with model_type = full and fp16 weights, which it cannot step"
         yield keys, Problem(message, remedy="Give --base_model_default_dtype=bf16, or take adamw.")
     if name == "prodigy" and config.lora_plus_ratio != 1 and config.model_type == "lora":
         keys = ("lora_plus_ratio", "optimizer")
@@ -255,7 +255,7 @@ def _release(config: RunConfig) -> Iterator[Finding]:
         yield (key, "model_type"), Problem(message, "full", f"Give --{key}=false.")
         return
     if config.optimizer not in supported:
-        message = f"{key} with optimizer = {shown(config.optimizer)}"
+        message = f"{key} with optimizer = {value_text(config.optimizer)}"
         remedy = f"Give --optimizer=adafactor, or --{key}=false."
         yield (key, "optimizer"), Problem(message, join_names(supported), remedy)
     if config.base_dtype != "bf16" or config.is_autocast:
@@ -277,9 +277,9 @@ def _release(config: RunConfig) -> Iterator[Finding]:
 def precision_findings(options: PrecisionOptions) -> Iterator[Finding]:
     """Quantization formats whose library is not installed."""
     for key, name in _precisions(options).items():
-        lack = None if name == NO_CHANGE else PRECISIONS[name].lack()
+        lack = None if name == NO_CHANGE else PRECISIONS[name].unusable_reason()
         if lack is not None:
-            yield (key,), Problem(f"{key} = {shown(name)}: {lack}", remedy="pip install -e '.[quantization]'")
+            yield (key,), Problem(f"{key} = {value_text(name)}: {lack}", remedy="pip install -e '.[quantization]'")
 
 
 def _precisions(options: PrecisionOptions) -> dict[str, str]:
@@ -291,7 +291,7 @@ def _precisions(options: PrecisionOptions) -> dict[str, str]:
 
 def _precision(config: RunConfig) -> Iterator[Finding]:
     if config.model_type == "full" and config.base_model_precision != NO_CHANGE:
-        message = f"base_model_precision = {shown(config.base_model_precision)} with model_type = full"
+        message = f"base_model_precision = {value_text(config.base_model_precision)} with model_type = full"
         expected = "no_change: quantized weights cannot be trained"
         remedy = "Train a LoRA beside them, or give --base_model_precision=no_change."
         yield ("base_model_precision", "model_type"), Problem(message, expected, remedy)
@@ -306,14 +306,14 @@ def _offload(config: RunConfig) -> Iterator[Finding]:
     if config.dynamo_backend == "inductor" and conflict is not None:
         key, reason, remedy = conflict
         message = (
-            f"enable_group_offload with dynamo_backend = inductor and {key} = {shown(vars(config)[key])}: {reason}"
+            f"enable_group_offload with dynamo_backend = inductor and {key} = {value_text(vars(config)[key])}: {reason}"
         )
         remedy = f"{remedy}, or give --dynamo_backend=no to train uncompiled."
         yield ("enable_group_offload", "dynamo_backend", key), Problem(message, remedy=remedy)
     yield from encoder_findings(config, config)
     folder = config.group_offload_to_disk_path
     if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-        message = f"group_offload_to_disk_path = {shown(folder)}: this is a file"
+        message = f"group_offload_to_disk_path = {value_text(folder)}: this is a file"
         yield ("group_offload_to_disk_path",), Problem(message, "a folder")
 
 
@@ -322,9 +322,8 @@ def _ranks(config: RunConfig) -> Iterator[Finding]:
     engine = "fsdp_enable" if config.may_shard else "deepspeed_config" if config.zero_stage else None
     key = "num_processes" if config.ranks > 1 else engine
     if config.optimizer_release_gradients and config.model_type == "full" and key is not None:
-        message = (
-            f"optimizer_release_gradients with {key} = {shown(vars(config)[key])}, where gradients are reduced first"
-        )
+        value = value_text(vars(config)[key])
+        message = f"optimizer_release_gradients with {key} = {value}, where gradients are reduced first"
         remedy = "Give --optimizer_release_gradients=false, or --num_processes=1."
         yield ("optimizer_release_gradients", key), Problem(message, remedy=remedy)
     if engine is None:
@@ -336,12 +335,16 @@ def _ranks(config: RunConfig) -> Iterator[Finding]:
         yield ("enable_group_offload", engine), Problem(message, remedy=remedy)
     preview = config.validation_preview_model
     if preview is not None and config.model_type != "full" and (config.may_shard or config.zero_stage == 3):
-        message = f"validation_preview_model = {shown(preview)} with {engine}: each process would hold that whole model"
+        message = (
+            f"validation_preview_model = {value_text(preview)} with {engine}: each process would hold that whole model"
+        )
         remedy = "Take validation_preview_model out: validation images then use the sharded model itself."
         yield ("validation_preview_model", engine), Problem(message, remedy=remedy)
     if not known_optimizer(config.optimizer).is_elementwise and (config.model_type == "full" or config.zero_stage):
         supported = [name for name, known in OPTIMIZERS.items() if known.is_elementwise]
-        message = f"optimizer = {shown(config.optimizer)} with {'model_type = full and ' * config.may_shard}{engine}"
+        message = (
+            f"optimizer = {value_text(config.optimizer)} with {'model_type = full and ' * config.may_shard}{engine}"
+        )
         yield ("optimizer", engine), Problem(f"{message}, where each process steps a shard", join_names(supported))
 
 
@@ -384,17 +387,17 @@ def encoder_findings(precision: PrecisionOptions, offload: OffloadOptions) -> It
 
 def _paths(config: RunConfig) -> Iterator[Finding]:
     if Path(config.output_dir).is_file():
-        yield ("output_dir",), Problem(f"output_dir = {shown(config.output_dir)}: this is a file", "a folder")
+        yield ("output_dir",), Problem(f"output_dir = {value_text(config.output_dir)}: this is a file", "a folder")
     if config.init_lora is not None and config.model_type == "full":
         message = "init_lora with model_type = full, which trains no adapter"
         yield ("init_lora", "model_type"), Problem(message, remedy="Take one of the two out.")
     elif config.init_lora is not None and not Path(config.init_lora).is_file():
         expected = "a .safetensors file or a run's folder"
-        yield ("init_lora",), Problem(f"init_lora = {shown(config.init_lora)}: no such file", expected)
+        yield ("init_lora",), Problem(f"init_lora = {value_text(config.init_lora)}: no such file", expected)
     resume = config.resume_from_checkpoint
     # Machine 0 sends it to the others.
     if resume not in ("", LATEST) and config.machine_rank == 0 and not Path(resume).is_dir():
-        message = f"resume_from_checkpoint = {shown(resume)}: no such folder"
+        message = f"resume_from_checkpoint = {value_text(resume)}: no such folder"
         yield ("resume_from_checkpoint",), Problem(message, "latest, a checkpoint's folder, or empty text")
 
 
@@ -403,7 +406,7 @@ def _trackers(config: RunConfig) -> Iterator[Finding]:
         spec = find_spec(name)
         # find_spec also returns a spec for a plain folder of that name, such as wandb's log folder, without an origin.
         if spec is None or spec.origin is None:
-            message = f"report_to = {shown(config.report_to)}: {name} is not installed"
+            message = f"report_to = {value_text(config.report_to)}: {name} is not installed"
             yield ("report_to",), Problem(message, remedy=f"pip install -e '.[{name}]'")
 
 
@@ -415,18 +418,18 @@ def _routes(config: RunConfig) -> Iterator[Finding]:
         return
     for name in document:
         if name != "routes":
-            yield key, Problem(f"tread_config: no such key: {shown(name)}", "only routes")
+            yield key, Problem(f"tread_config: no such key: {value_text(name)}", "only routes")
     routes = document.get("routes")
     if not isinstance(routes, list) or not routes:
-        yield key, Problem(f"tread_config: routes = {shown(routes)}", "a list of at least one route, in [ ]")
+        yield key, Problem(f"tread_config: routes = {value_text(routes)}", "a list of at least one route, in [ ]")
         return
     for number, route in enumerate(routes, start=1):
         prefix = f"tread_config, route {number}: "
         if not isinstance(route, dict):
-            yield key, Problem(f"{prefix}{shown(route)}", "an object, in { }")
+            yield key, Problem(f"{prefix}{value_text(route)}", "an object, in { }")
             continue
-        givens = {name: Given(value, "file", name) for name, value in route.items()}
-        for problem in check_givens(givens, ROUTE, Checked(), where=prefix).problems.values():
+        givens = {name: GivenValue(value, "file", name) for name, value in route.items()}
+        for problem in check_givens(givens, ROUTE, CheckedKeys(), prefix=prefix).problems.values():
             yield key, problem
 
 
@@ -469,8 +472,8 @@ def _class_preservation(config: RunConfig, datasets: Datasets | None) -> Iterato
             remedy = "Give --preservation_class, such as dog, or --preservation=blank."
             yield ("preservation_class", "preservation"), Problem(message, "the word that replaces the trigger", remedy)
     for key, name in names.items():
-        if trigger is not None and replaced(name, trigger, "") is not None:
-            message = f"{key} = {shown(name)} contains preservation_trigger, {shown(trigger)}"
+        if trigger is not None and with_trigger_replaced(name, trigger, "") is not None:
+            message = f"{key} = {value_text(name)} contains preservation_trigger, {value_text(trigger)}"
             yield ("preservation_class", "preservation_trigger"), Problem(message, "a class without the trigger")
 
 
@@ -503,7 +506,7 @@ def notices(config: RunConfig, datasets: Datasets | None, given_options: Collect
                 "preserved everywhere."
             )
     offset = [each.id for each in datasets.train_sets if each.timestep_sampling_offset] if datasets is not None else []
-    if offset and has_other_density(config):
+    if offset and has_other_distribution(config):
         yield f"{join_names(offset, 'and')}: {no_effect(['timestep_sampling_offset'], 'another distribution is used')}"
     for route in config.tread_routes:
         if route.selection_ratio != 0.5:
@@ -551,7 +554,7 @@ def validation_image_notices(config: RunConfig, prompts: Collection[str]) -> Ite
     flavour = FLAVOURS[config.model_flavour]
     if config.validation_preview_model is not None and not config.validation_disable and prompts:
         steps = f"{config.validation_num_inference_steps} steps"
-        preview = drawing_flavour(config)
+        preview = sampling_flavour(config)
         scale = f"guidance {config.validation_guidance:g}"
         yield (
             f"Validation images are generated with the LoRA on validation_preview_model = "
@@ -559,7 +562,7 @@ def validation_image_notices(config: RunConfig, prompts: Collection[str]) -> Ite
             f"{'no guidance' if preview.guidance_kind == 'none' else scale}. The held-out loss is still measured on "
             f"{flavour.name}."
         )
-    side = flavour.only_side
+    side = flavour.fixed_side
     if side is None or config.pretrained_model_name_or_path is not None or config.validation_disable or not prompts:
         return
     unsuitable = [size for size in config.sizes if not all(2 / 3 <= edge / side <= 3 / 2 for edge in size)]
@@ -596,7 +599,7 @@ def _odd_rates(config: RunConfig) -> Iterator[str]:
         )
 
 
-def has_other_density(config: RunConfig) -> bool:
+def has_other_distribution(config: RunConfig) -> bool:
     """Whether another distribution replaces the default one of sigma, the sigmoid of a normal draw."""
     is_listed = config.flow_custom_timesteps is not None
     return config.flow_use_uniform_schedule or config.flow_use_beta_schedule or is_listed
@@ -617,7 +620,7 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
     beta = ("flow_beta_schedule_alpha", "flow_beta_schedule_beta")
     yield beta, not config.flow_use_beta_schedule, "flow_use_beta_schedule is false"
     is_listed = config.flow_custom_timesteps is not None
-    yield ("flow_sigmoid_scale",), has_other_density(config), "another distribution is used"
+    yield ("flow_sigmoid_scale",), has_other_distribution(config), "another distribution is used"
     yield ("flow_schedule_shift", "flow_schedule_auto_shift"), is_listed, "flow_custom_timesteps overrides it"
     is_auto = config.flow_schedule_auto_shift and not is_listed
     yield ("flow_schedule_shift",), is_auto, "flow_schedule_auto_shift is true"
@@ -689,8 +692,8 @@ def _ignored(config: RunConfig, datasets: Datasets | None) -> Iterator[tuple[tup
         "num_validation_images",
     )
     yield image_options, config.validation_disable, "validation_disable is true"
-    keys, reason = guidance_without_effect(
-        drawing_flavour(config),
+    keys, reason = idle_guidance_options(
+        sampling_flavour(config),
         config.validation_guidance,
         config.validation_guidance_real,
         prefix="validation_",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from simpletuner.base.console import is_terminal
 from simpletuner.base.errors import Problem
-from simpletuner.config.given import Checked, Given
+from simpletuner.config.given import CheckedKeys, GivenValue
 from simpletuner.config.run import RunConfig
 
 SLURM_NODES, SLURM_TASKS, SLURM_NODE, SLURM_NODE_LIST, SLURM_JOB = (
@@ -21,7 +21,7 @@ LEAST_SLURM_PORT, SLURM_PORTS = 10_000, 20_000
 
 
 def with_started(
-    config: RunConfig, givens: Mapping[str, Given], checked: Checked, environ: Mapping[str, str]
+    config: RunConfig, givens: Mapping[str, GivenValue], checked: CheckedKeys, environ: Mapping[str, str]
 ) -> RunConfig:
     """The config with the number of processes and machines that this process was started with, if there are several.
     Takes Slurm's nodes as machines if srun started the process on each and `num_machines` is not given.
@@ -32,7 +32,7 @@ def with_started(
     size, ranks_per_machine, rank = (_number(environ.get(name)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"))
     if size < 2:
         return config
-    ranks_per_machine = ranks_per_machine or size  # `place_of` reports missing or contradictory values
+    ranks_per_machine = ranks_per_machine or size  # `read_rank_place` reports missing or contradictory values
     started = {"num_processes": size, "num_machines": max(1, size // ranks_per_machine)}
     for name, number in started.items():
         if name in givens and vars(config)[name] not in (None, number):
@@ -46,7 +46,7 @@ def with_started(
 
 
 def _with_nodes(
-    config: RunConfig, givens: Mapping[str, Given], checked: Checked, environ: Mapping[str, str]
+    config: RunConfig, givens: Mapping[str, GivenValue], checked: CheckedKeys, environ: Mapping[str, str]
 ) -> RunConfig:
     """The config with the nodes of a Slurm step as machines. Options that are given stay."""
     nodes, tasks, node, job = (_number(environ.get(name)) for name in (SLURM_NODES, SLURM_TASKS, SLURM_NODE, SLURM_JOB))

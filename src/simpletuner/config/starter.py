@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpletuner.base.text import does_as_file_name
+from simpletuner.base.text import is_file_name
 from simpletuner.config.documents import COMMENT
 from simpletuner.config.flavours import FLAVOURS, FlavourName
 from simpletuner.config.load import CONFIG_NAMES, DATASETS_NAME, PROMPTS_NAME
@@ -35,7 +35,7 @@ _TINY_PROMPTS = {
 
 
 @dataclass(frozen=True)
-class FoundImages:
+class ImageStatistics:
     """Statistics of an image folder, from which the files are written."""
 
     images: int
@@ -61,7 +61,7 @@ class Starter:
     """The word or words that ask for the subject or style in prompts."""
     env: str
     """Value of `--env`; empty for config/ itself."""
-    found: FoundImages
+    image_statistics: ImageStatistics
 
     @property
     def recipe(self) -> Recipe:
@@ -71,24 +71,24 @@ class Starter:
     def name(self) -> str:
         """The folder's name, for the dataset and its caches."""
         name = self.folder.resolve().name
-        return name if does_as_file_name(name) else "images"
+        return name if is_file_name(name) else "images"
 
     @property
     def resolution(self) -> int:
         """Training resolution as a side in pixels: the largest that does not enlarge the median image."""
-        only_side = FLAVOURS[self.flavour].only_side
+        only_side = FLAVOURS[self.flavour].fixed_side
         if only_side is not None:
             return only_side
-        return next((side for side in RESOLUTIONS if side <= self.found.median_side), RESOLUTIONS[-1])
+        return next((side for side in RESOLUTIONS if side <= self.image_statistics.median_side), RESOLUTIONS[-1])
 
     @property
     def epochs(self) -> int:
-        return self.recipe.epochs(self.found.images)
+        return self.recipe.epochs(self.image_statistics.images)
 
     @property
     def steps(self) -> int:
         """Approximate number of optimizer steps of the run."""
-        return self.epochs * self.recipe.batches(self.found.images)
+        return self.epochs * self.recipe.batches(self.image_statistics.images)
 
     def files(self) -> dict[str, Any]:
         """The content of each file by its name, the config last: until it exists, the other files are not read."""
@@ -100,7 +100,7 @@ class Starter:
         size = f"{self.resolution}x{self.resolution}"
         card_options: Mapping[str, Any] = {} if self.card is None else self.card.fits[self.flavour].options
         sources = dict(self.recipe.sources)
-        sources["num_train_epochs"] += f". {self.found.images} images: about {self.steps:,} steps"
+        sources["num_train_epochs"] += f". {self.image_statistics.images} images: about {self.steps:,} steps"
         commented = {
             "model_type": ("lora", "a small file beside the model; full would train all of the model's weights"),
             "model_family": ("flux2", ""),
@@ -130,7 +130,7 @@ class Starter:
         return f"for a {self.card.name} GPU: {summary}; `simpletuner plan` computes the memory it takes"
 
     def _datasets(self) -> list[dict[str, Any]]:
-        images = self.found
+        images = self.image_statistics
         family = self.flavour if self.card is None or self.flavour != "dev" else "flux2"
         commented: dict[str, tuple[Any, str]] = {
             "id": (self.name, ""),
@@ -172,8 +172,8 @@ class Starter:
     def _why_resolution(self) -> str:
         if self.card is None:
             return "the embedded model's only resolution"
-        side = f"{self.found.median_side:.0f}x{self.found.median_side:.0f}"
-        if self.found.median_side < self.resolution:
+        side = f"{self.image_statistics.median_side:.0f}x{self.image_statistics.median_side:.0f}"
+        if self.image_statistics.median_side < self.resolution:
             return f"the smallest resolution offered: half of the images have at most {side} pixels and are enlarged"
         return f"half of the images have at least as many pixels as {side}"
 

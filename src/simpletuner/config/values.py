@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from simpletuner.config.options.kinds import IsJson, IsModel, IsPath, Says, Slice
+from simpletuner.config.options.kinds import Expects, IsJson, IsModel, IsPath, Slice
 
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -69,7 +69,7 @@ def _unwrapped(annotation: Any, marks: Sequence[Any]) -> tuple[Any, tuple[Any, .
 
 def _in_words(base: Any, marks: Sequence[Any]) -> str:
     for mark in marks:
-        if isinstance(mark, Says):
+        if isinstance(mark, Expects):
             return mark.words
     if base is bool:
         return "true or false"
@@ -110,7 +110,7 @@ def _kind(field: FieldInfo) -> OptionType:
         is_path=any(isinstance(mark, IsPath) for mark in marks),
         is_model=any(isinstance(mark, IsModel) for mark in marks),
         is_json=any(isinstance(mark, IsJson) for mark in marks),
-        near=next((mark.near for mark in marks if isinstance(mark, Says) and mark.near), choices),
+        near=next((mark.near for mark in marks if isinstance(mark, Expects) and mark.near), choices),
         minimum=_bound([mark.ge if isinstance(mark, Ge) else mark.gt for mark in marks if isinstance(mark, Ge | Gt)]),
         maximum=_bound([mark.le if isinstance(mark, Le) else mark.lt for mark in marks if isinstance(mark, Le | Lt)]),
     )
@@ -150,7 +150,7 @@ def is_quoted_number(value: object, kind: OptionType) -> bool:
     return isinstance(value, str) and kind.base in (int, float) and from_text(value, kind) is not value
 
 
-def shown(value: object) -> str:
+def value_text(value: object) -> str:
     """`value` as a user would type it, truncated to 80 characters: 'al', -1, true, {"a": 1}."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= _MAX_SHOWN_LENGTH else text[: _MAX_SHOWN_LENGTH - 1] + "…"

@@ -9,7 +9,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def map_ahead(work: Callable[[T], R], items: Iterable[T], *, workers: int, ahead: int) -> Generator[R]:
+def prefetched_map(work: Callable[[T], R], items: Iterable[T], *, workers: int, ahead: int) -> Generator[R]:
     """Yield `work(item)` for each item, in the items' order, with at most `ahead` results started and not yet yielded.
 
     An exception in `work` is raised in place of its result. The pending work is then canceled, as it is when the caller

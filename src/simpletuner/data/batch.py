@@ -12,7 +12,7 @@ from simpletuner.data.cache.contexts import ContextCodec, read_context
 from simpletuner.data.cache.latents import read_latent
 from simpletuner.data.cache.store import Store
 from simpletuner.data.sample import Crop, Sample
-from simpletuner.flow.choice import Choice
+from simpletuner.flow.choice import TokenChoice
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flow.rollout import RolloutStarts
 
@@ -33,19 +33,19 @@ class Batch:
     """Positions of the samples in the global batch. With the step, they are the key of draws made inside the model."""
     rollout: RolloutStarts | None = None
     """Start points of the samples' rollouts; None if no sample is rolled out."""
-    rolls_elsewhere: bool = False
+    other_ranks_roll_out: bool = False
     """With several ranks: whether any rank's batch at the same position of the step is rolled out."""
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[TokenChoice, ...] = ()
     """The image tokens that TREAD's routes keep in the forward pass with gradients."""
     masks: Float[Tensor, "b h w"] | None = None
     """Loss weight of each latent position; None weighs all positions equally."""
-    outside: Float[Tensor, "b h w"] | None = None
+    outside_masks: Float[Tensor, "b h w"] | None = None
     """Weight, at each latent position, of the distance to the base model's prediction: 1 − mask, before the floor. None
     if that distance is not part of the loss.
     """
     is_regularization: bool = False
     """Whether the target is the base model's prediction."""
-    distills_elsewhere: bool = False
+    other_ranks_distill: bool = False
     """With several ranks: whether any rank's batch at the same position of the step has that target."""
     preserved: TextContext | None = None
     """Contexts for which the loss holds the predictions at the base model's; None if no sample of the batch has one."""
@@ -64,7 +64,7 @@ class Batch:
             rollout=None if self.rollout is None else self.rollout.mapped(change),
             choices=tuple(choice.mapped(change) for choice in self.choices),
             masks=None if self.masks is None else change(self.masks),
-            outside=None if self.outside is None else change(self.outside),
+            outside_masks=None if self.outside_masks is None else change(self.outside_masks),
             preserved=None if self.preserved is None else self.preserved.mapped(change),
             preserved_weights=None if self.preserved_weights is None else change(self.preserved_weights),
         )

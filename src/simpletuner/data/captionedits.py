@@ -10,7 +10,7 @@ from pathlib import Path
 from simpletuner.base.errors import ConfigError, DataError
 from simpletuner.base.files import file_errors_reported, sha256_bytes, sha256_json, write_atomic
 from simpletuner.base.imagefiles import CAPTION_SUFFIXES, UNDO_FILE, ImageFolder, caption_key
-from simpletuner.base.parts import editing
+from simpletuner.base.parts import folder_locked
 from simpletuner.base.text import is_visible
 from simpletuner.data.ownfolder import check_names, inside, listed_images, own_folder
 from simpletuner.data.rejected import Rejected
@@ -202,7 +202,7 @@ def undo_captions(folder: Path) -> tuple[int, list[Rejection]]:
 def _replaced(folder: Path, file: str, before: bytes | None, after: bytes | None) -> bool:
     """Replace the content `before` of a file by `after`. Returns False if the file holds neither."""
     path = folder / file
-    with file_errors_reported(path), editing(path):
+    with file_errors_reported(path), folder_locked(path):
         try:
             content = _read(folder, file)
         except Rejected:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from simpletuner.base.errors import DataError
-from simpletuner.base.imagefiles import CAPTION_SUFFIXES, PICTURE_SUFFIXES, caption_key
-from simpletuner.base.storage import PASSED_OVER, Stamp, Storage, UnlistedFile
+from simpletuner.base.imagefiles import CAPTION_SUFFIXES, IMAGE_SUFFIXES, caption_key
+from simpletuner.base.storage import SKIPPED_FOLDER, Stamp, Storage, UnlistedFile
 from simpletuner.data.sample import Rejection
 from simpletuner.data.storages import own_folder_kind
 
@@ -38,7 +38,7 @@ def discover(images: Storage) -> FolderFiles:
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = "not a folder" if isinstance(error, NotADirectoryError) else "no such folder"
         raise DataError.of(
-            f"instance_data_dir = {images.shown()!r}: {reason}",
+            f"instance_data_dir = {images.text()!r}: {reason}",
             "a folder of images",
             f"Relative paths start at {Path.cwd()}: correct the path or make the folder.",
         ) from error
@@ -53,7 +53,7 @@ def discover(images: Storage) -> FolderFiles:
             rejections.append(Rejection(file.name, file.reason, file.detail))
             continue
         suffix = PurePosixPath(file.name).suffix.lower()
-        if suffix in PICTURE_SUFFIXES:
+        if suffix in IMAGE_SUFFIXES:
             image_stamps[file.name] = file.stamp
         elif suffix in CAPTION_SUFFIXES:
             captions_of_suffix = captions if suffix == CAPTION_SUFFIXES[0] else second_captions
@@ -66,8 +66,8 @@ def discover(images: Storage) -> FolderFiles:
 
 def _not_a_dataset(images: Storage, folder: UnlistedFile) -> DataError:
     """The dataset's folder itself cannot be listed, or is a run directory or a cache of ours."""
-    finding = f"instance_data_dir = {images.shown()!r}: "
-    if folder.detail != PASSED_OVER:
+    finding = f"instance_data_dir = {images.text()!r}: "
+    if folder.detail != SKIPPED_FOLDER:
         remedy = "Give the user who runs this command permission to list it, or name another folder."
         return DataError.of(f"{finding}{folder.reason} ({folder.detail})", remedy=remedy)
     remedy = "Name the subfolder that holds the images, or move them to a separate folder."

@@ -11,7 +11,7 @@ from PIL import Image
 
 from simpletuner.base.files import sha256_bytes
 from simpletuner.base.storage import LocalStorage
-from simpletuner.data.ahead import map_ahead
+from simpletuner.data.ahead import prefetched_map
 from simpletuner.data.ownfolder import listed_images
 from simpletuner.data.pixels import require_plugin, small_image
 from simpletuner.data.rejected import Rejected
@@ -57,7 +57,7 @@ def find_duplicates(
     names = list(listed_images(folder).images)
     looks: dict[str, _Look] = {}
     unread: list[Rejection] = []
-    results = map_ahead(lambda name: _look(images, name), names, workers=workers, ahead=2 * workers)
+    results = prefetched_map(lambda name: _look(images, name), names, workers=workers, ahead=2 * workers)
     for done, (name, look) in enumerate(zip(names, results, strict=True), 1):
         if isinstance(look, Rejected):
             unread.append(Rejection(name, look.reason, look.detail))

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Literal
 
 from simpletuner.base.draws import draw_seed
-from simpletuner.config.datasets import ConditioningSet, PictureSet
+from simpletuner.config.datasets import ConditioningSet, FolderDataset
 from simpletuner.data.rejected import Rejected
 
 Size = tuple[int, int]
@@ -42,7 +42,7 @@ class Geometry:
         return left, top, left + width, top + height
 
 
-def image_geometry(size: Size, picture_set: PictureSet, *, seed: int, content: str) -> Geometry:
+def image_geometry(size: Size, picture_set: FolderDataset, *, seed: int, content: str) -> Geometry:
     """Geometry of an image of `size`.
 
     A random aspect or crop is drawn by (seed, "crop", content hash), so it is the same in every run and cached latents
@@ -104,7 +104,7 @@ def has_aspect_of(size: Size, other_size: Size) -> bool:
     return abs(size[0] * other_size[1] - size[1] * other_size[0]) <= max(*size, *other_size)
 
 
-def downsample_is_idle(size: Size, geometry: Geometry, picture_set: PictureSet) -> bool:
+def downsample_is_idle(size: Size, geometry: Geometry, picture_set: FolderDataset) -> bool:
     """Whether `maximum_image_size` has no effect on this image because its target would not be covered."""
     limit = _limit(picture_set)
     if limit is None or not _exceeds(size, limit, picture_set.resolution_type):
@@ -117,7 +117,7 @@ def enlargement(size: Size, target: Size) -> Fraction:
     return max(Fraction(target[0], size[0]), Fraction(target[1], size[1]))
 
 
-def _check_size(size: Size, picture_set: PictureSet) -> None:
+def _check_size(size: Size, picture_set: FolderDataset) -> None:
     width, height = size
     aspect = Fraction(width, height)
     dimensions = f"{width}x{height}"
@@ -131,7 +131,7 @@ def _check_size(size: Size, picture_set: PictureSet) -> None:
         raise Rejected("above maximum_aspect_ratio", f"{dimensions} is {float(aspect):.3f}, the maximum is {highest:g}")
 
 
-def _check_enlargement(size: Size, target: Size, picture_set: PictureSet) -> None:
+def _check_enlargement(size: Size, target: Size, picture_set: FolderDataset) -> None:
     if not _is_near_enough(size, target, picture_set):
         factor = float(enlargement(size, target))
         raise Rejected(
@@ -141,7 +141,7 @@ def _check_enlargement(size: Size, target: Size, picture_set: PictureSet) -> Non
         )
 
 
-def _is_near_enough(size: Size, target: Size, picture_set: PictureSet) -> bool:
+def _is_near_enough(size: Size, target: Size, picture_set: FolderDataset) -> bool:
     threshold = picture_set.max_upscale_threshold
     return threshold is None or enlargement(size, target) <= 1 + Fraction(threshold)
 
@@ -167,7 +167,7 @@ def _exceeds(size: Size, limit: float, unit: ResolutionType) -> bool:
     return _measured(size, unit) > _area(limit, unit)
 
 
-def _target(size: Size, picture_set: PictureSet, seed: int, content: str) -> Size:
+def _target(size: Size, picture_set: FolderDataset, seed: int, content: str) -> Size:
     aspect = Fraction(*size)
     if not picture_set.crop or picture_set.crop_aspect == "preserve":
         return aligned(aspect, picture_set)
@@ -190,7 +190,7 @@ def _distance(first: Fraction, second: Fraction) -> Fraction:
     return max(first / second, second / first)
 
 
-def aligned_square(picture_set: PictureSet) -> Size:
+def aligned_square(picture_set: FolderDataset) -> Size:
     """(edge, edge), the edge rounded to the nearest multiple of 16."""
     area = _area(picture_set.resolution, picture_set.resolution_type)
     cells = math.isqrt(area) // ALIGNMENT
@@ -198,7 +198,7 @@ def aligned_square(picture_set: PictureSet) -> Size:
     return (max(cells, 1) * ALIGNMENT,) * 2
 
 
-def aligned(aspect: Fraction, picture_set: PictureSet) -> Size:
+def aligned(aspect: Fraction, picture_set: FolderDataset) -> Size:
     """The target size for an aspect a: edge·√a × edge/√a, or for `pixel` edge on the shorter side and edge·a on the
     longer.
 
@@ -250,13 +250,13 @@ def _nearest_root(square: Fraction) -> int:
     return root + (4 * square >= (2 * root + 1) ** 2)
 
 
-def _limit(picture_set: PictureSet) -> float | None:
+def _limit(picture_set: FolderDataset) -> float | None:
     return (
         picture_set.target_downsample_size if picture_set.maximum_image_size is None else picture_set.maximum_image_size
     )
 
 
-def _downsampled(size: Size, cover: Size, picture_set: PictureSet) -> Size | None:
+def _downsampled(size: Size, cover: Size, picture_set: FolderDataset) -> Size | None:
     """The size to which an image above the maximum is downsampled; None if it must be resized to `cover` instead."""
     limit, unit = _limit(picture_set), picture_set.resolution_type
     if not picture_set.crop or limit is None or not _exceeds(size, limit, unit):
@@ -268,7 +268,7 @@ def _downsampled(size: Size, cover: Size, picture_set: PictureSet) -> Size | Non
     return (width, height) if width > cover[0] and height > cover[1] else None
 
 
-def _corner(margin: tuple[int, int], picture_set: PictureSet, seed: int, content: str) -> tuple[int, int]:
+def _corner(margin: tuple[int, int], picture_set: FolderDataset, seed: int, content: str) -> tuple[int, int]:
     """Left and top of the crop. Without `crop`, the few excess pixels are cropped equally on all sides."""
     if not picture_set.crop or picture_set.crop_style == "center":
         return margin[0] // 2, margin[1] // 2

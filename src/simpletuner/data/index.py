@@ -13,7 +13,7 @@ import PIL
 
 from simpletuner.base.files import sha256_bytes
 from simpletuner.base.storage import Stamp, Storage
-from simpletuner.data.ahead import map_ahead
+from simpletuner.data.ahead import prefetched_map
 from simpletuner.data.pixels import PIXELS_VERSION, Remark, check_size, inspect, one_at_a_time, require_plugin
 from simpletuner.data.rejected import OUT_OF_MEMORY, TRANSIENT, UNREADABLE_FILE, Rejected
 from simpletuner.data.storages import SCAN_INDEX, read_memo, write_memo
@@ -66,7 +66,7 @@ def read_images(
             else:
                 unread.append(name)
     report(len(results_by_name), len(stamps))
-    decoded = map_ahead(lambda name: _read(images, name, stamps[name]), unread, workers=workers, ahead=2 * workers)
+    decoded = prefetched_map(lambda name: _read(images, name, stamps[name]), unread, workers=workers, ahead=2 * workers)
     saved_at = time.monotonic()
     with contextlib.closing(decoded):
         for name, entry in zip(unread, decoded, strict=True):
@@ -94,7 +94,7 @@ IndexRow = dict[str, Any]
 def _index_name(images: Storage) -> str:
     """Name of the index file: one per folder of images, since several datasets may share a cache folder."""
     path = images.local_path()
-    location = images.shown() if path is None else str(path.resolve())
+    location = images.text() if path is None else str(path.resolve())
     return SCAN_INDEX.format(sha256_bytes(os.fsencode(location))[:16])
 
 

@@ -13,8 +13,8 @@ from simpletuner.base.draws import draw_seed
 from simpletuner.base.errors import DataError, Problem
 from simpletuner.base.files import sha256_json
 from simpletuner.base.imagefiles import caption_key
-from simpletuner.config.datasets import MOST_REFERENCES, ConditioningSet, ImageSet
-from simpletuner.config.load import Loaded
+from simpletuner.config.datasets import MAX_REFERENCES, ConditioningSet, ImageSet
+from simpletuner.config.load import LoadedConfig
 from simpletuner.data.captions import LACKS_CAPTION, captions_of
 from simpletuner.data.discover import FolderFiles, discover
 from simpletuner.data.geometry import Geometry, Size, describe, downsample_is_idle, enlargement, image_geometry
@@ -157,7 +157,7 @@ def reference_counts(samples: Sequence[Sample]) -> list[tuple[int, int]]:
 
 
 def scan_of(
-    loaded: Loaded, image_set: ImageSet, *, report: Callable[[int, int], None] = lambda _done, _total: None
+    loaded: LoadedConfig, image_set: ImageSet, *, report: Callable[[int, int], None] = lambda _done, _total: None
 ) -> Manifest:
     """Scan one of the image datasets of `loaded`, with its settings in the configuration.
 
@@ -251,8 +251,8 @@ def _references(image: Crop, image_set: ImageSet, pairings: Sequence[Pairing], s
     for pairing in pairings:
         if pairing.conditioning_set.is_reference:
             references += _partners(image, image_set, pairing, seed)
-    if len(references) > MOST_REFERENCES:
-        raise Rejected("too many references", f"{len(references)}, the maximum is {MOST_REFERENCES}")
+    if len(references) > MAX_REFERENCES:
+        raise Rejected("too many references", f"{len(references)}, the maximum is {MAX_REFERENCES}")
     return tuple(references)
 
 

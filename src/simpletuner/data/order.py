@@ -203,13 +203,13 @@ class Order:
         remainder = self._remainder_of(number)
         return self._drawn(number) if remainder is None else remainder.order
 
-    def place(self, index: int) -> tuple[int, int]:
+    def position(self, index: int) -> tuple[int, int]:
         """The epoch of the micro-batch at `index`, counted from the start of the run, and its position in the epoch."""
         return _last(self.spans, index, lambda span: span.start).at(index)
 
     def micro_batch(self, index: int) -> tuple[int, MicroBatch]:
         """The epoch and the micro-batch at `index`, counted from the start of the run."""
-        number, position = self.place(index)
+        number, position = self.position(index)
         return number, self.epoch(number)[position]
 
     def end_of(self, epochs: int) -> int | None:
@@ -245,7 +245,7 @@ class Order:
             for bucket in manifest.buckets
         ]
 
-    def shown(self, end: int) -> Iterator[tuple[MicroBatch, float]]:
+    def batches_shown(self, end: int) -> Iterator[tuple[MicroBatch, float]]:
         """A micro-batch of each bucket of each dataset, and the number of the bucket's micro-batches before `end`, as
         the matching share of whole epochs. A bucket is repeated for each span in which its dataset is active.
         """
@@ -294,7 +294,7 @@ class Order:
 
     def _resumed(self, steps: int, cut: Cut) -> "Order":
         """This order with the batch size of `cut` after the first `steps` steps."""
-        epoch, position = self.place(steps * self.batches_per_step)
+        epoch, position = self.position(steps * self.batches_per_step)
         order = Order(self.manifests, seed=self.seed, batch_size=cut.batch_size, batches_per_step=cut.batches_per_step)
         start = steps * order.batches_per_step
         order.spans = order._spans(start, epoch, 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import DataError
 from simpletuner.base.files import file_errors_reported
-from simpletuner.base.imagefiles import OWN_FOLDER, ImageFolder, list_images
+from simpletuner.base.imagefiles import SIMPLETUNER_FOLDER, ImageFolder, list_images
 from simpletuner.data.rejected import Rejected
 
 LOCK = "lock"
@@ -54,7 +54,7 @@ def own_folder(folder: Path) -> Iterator[Path]:
         DataError: a link or a file has its name.
         DiskError: it cannot be made.
     """
-    hidden = folder / OWN_FOLDER
+    hidden = folder / SIMPLETUNER_FOLDER
     with file_errors_reported(hidden):
         if hidden.is_symlink():
             raise DataError.of(f"{hidden} is a link", "a folder", "Move it away.")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from simpletuner.base.errors import DataError
 from simpletuner.config.datasets import ImageSet
-from simpletuner.config.options.preservation import PreservationOptions, replaced
+from simpletuner.config.options.preservation import PreservationOptions, with_trigger_replaced
 from simpletuner.data.manifest import Manifest
 
 BLANK = ""
@@ -30,7 +30,7 @@ class PreservedPrompts:
         name = image_set.class_prompt or options.preservation_class
         assert options.preservation_trigger is not None  # config.rules asks for both
         assert name is not None
-        return replaced(caption, options.preservation_trigger, name)
+        return with_trigger_replaced(caption, options.preservation_trigger, name)
 
     def all_of(self, manifest: Manifest) -> list[str]:
         """All preservation prompts of a dataset's samples."""

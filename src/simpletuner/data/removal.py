@@ -79,7 +79,7 @@ def remove_images(plan: RemovalPlan) -> Path:
     return trash
 
 
-def bring_back(folder: Path) -> tuple[int, list[Rejection]]:
+def restore_images(folder: Path) -> tuple[int, list[Rejection]]:
     """Undo the last deletion. Returns the number of restored files, and the files that stay in the trash because a file
     of their name exists.
 

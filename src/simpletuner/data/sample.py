@@ -31,7 +31,7 @@ class Crop:
     @property
     def shown(self) -> str:
         """The file's path or URL, for messages."""
-        return self.images.shown(self.name)
+        return self.images.text(self.name)
 
     def read(self, limit: int | None = None) -> bytes:
         """Read the file's present bytes, or only the first `limit` bytes.

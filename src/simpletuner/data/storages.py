@@ -10,7 +10,7 @@ from typing import Any
 from simpletuner.base.errors import DiskError
 from simpletuner.base.files import json_bytes
 from simpletuner.base.storage import Storage, storage_of
-from simpletuner.config.datasets import PictureSet, TextStore
+from simpletuner.config.datasets import FolderDataset, TextStore
 from simpletuner.runs.layout import RunDirectory
 
 LEDGER = "verified.json"
@@ -35,12 +35,12 @@ def own_folder_kind(names: Collection[str]) -> str | None:
     return None
 
 
-def image_storage(picture_set: PictureSet) -> Storage:
+def image_storage(picture_set: FolderDataset) -> Storage:
     """The storage of a dataset's images and caption files."""
     return storage_of(picture_set.instance_data_dir)
 
 
-def latent_storage(picture_set: PictureSet) -> Storage:
+def latent_storage(picture_set: FolderDataset) -> Storage:
     """The storage of a dataset's latents and scan index."""
     return storage_of(picture_set.cache_dir_vae)
 

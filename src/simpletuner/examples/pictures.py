@@ -51,11 +51,11 @@ class FlagScene:
 
     size: str
     background: str
-    place: str
+    position: str
 
     @property
     def caption(self) -> str:
-        return f"a {self.size} zorblat flag {world.setting(self.background, self.place)}"
+        return f"a {self.size} zorblat flag {world.setting(self.background, self.position)}"
 
 
 def training_flags(seed: int = 0) -> list[FlagScene]:
@@ -76,7 +76,7 @@ def _shuffled(seed: int) -> list[FlagScene]:
     combinations = [FlagScene(*parts) for parts in product(sizes, backgrounds, places)]
     # A scene's position is the sum of its parts' numbers: a Latin square, as in `Scene.is_held_out`.
     turns = [
-        (sizes.index(scene.size) + backgrounds.index(scene.background) + 2 * places.index(scene.place))
+        (sizes.index(scene.size) + backgrounds.index(scene.background) + 2 * places.index(scene.position))
         % len(backgrounds)
         for scene in combinations
     ]
@@ -87,7 +87,7 @@ def _shuffled(seed: int) -> list[FlagScene]:
 def zorblat_flag(scene: FlagScene, rng: random.Random) -> Image.Image:
     """An image of `scene`, 128x128; `rng` draws the details that the caption does not determine."""
     image = world.background(world.COLORS[scene.background], rng)
-    x, y = world.PLACES[scene.place]
+    x, y = world.PLACES[scene.position]
     center = (x * world.SIDE + rng.uniform(-2, 2), y * world.SIDE + rng.uniform(-2, 2))
     flag = cloth(world.SIZES[scene.size] * rng.uniform(0.96, 1.04))
     layer = Image.new("RGBA", (world.SIDE * FINER, world.SIDE * FINER))

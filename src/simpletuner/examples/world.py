@@ -48,7 +48,7 @@ HELD_OUT_ONE_IN = 6
 
 _CAPTION = re.compile(
     f"a (?P<size>{'|'.join(SIZES)}) (?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)})"
-    f" on an? (?P<background>{'|'.join(COLORS)}) background, (?P<place>{'|'.join(PLACES)})"
+    f" on an? (?P<background>{'|'.join(COLORS)}) background, (?P<position>{'|'.join(PLACES)})"
 )
 
 
@@ -60,7 +60,7 @@ class Scene:
     color: str
     shape: str
     background: str
-    place: str
+    position: str
 
     @classmethod
     def of(cls, caption: str) -> "Scene":
@@ -79,7 +79,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        return f"a {self.size} {self.color} {self.shape} {setting(self.background, self.place)}"
+        return f"a {self.size} {self.color} {self.shape} {setting(self.background, self.position)}"
 
     @property
     def is_held_out(self) -> bool:
@@ -92,10 +92,10 @@ class Scene:
         return number % HELD_OUT_ONE_IN == 0
 
 
-def setting(background: str, place: str) -> str:
+def setting(background: str, position: str) -> str:
     """The end of a caption."""
     article = "an" if background[0] in "aeiou" else "a"
-    return f"on {article} {background} background, {place}"
+    return f"on {article} {background} background, {position}"
 
 
 def scenes() -> Iterator[Scene]:
@@ -136,7 +136,7 @@ def render_scenes(folder: Path, count: int, seed: int = 0, *, held_out: bool = F
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
     """An image of `scene`, 128x128; `rng` draws the details that the caption does not determine."""
     image = background(COLORS[scene.background], rng)
-    x, y = PLACES[scene.place]
+    x, y = PLACES[scene.position]
     center = (x * SIDE + rng.uniform(-2, 2), y * SIDE + rng.uniform(-2, 2))
     mask = silhouette(scene.shape, center, SIZES[scene.size] * rng.uniform(0.96, 1.04))
     color = tuple(min(max(round(part + rng.uniform(-8, 8)), 0), 255) for part in COLORS[scene.color])

@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenChoice:
     """The image tokens of each sample in a batch that blocks `start` to `end` (inclusive) process."""
 
     start: int
     end: int
-    kept: Int64[Tensor, "b kept"]
+    kept_tokens: Int64[Tensor, "b kept"]
     """Indices of the kept image tokens, ascending. The denoiser appends those of references, which are always kept."""
 
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Choice":
-        """The same tokens with `change` applied to the tensor `kept`."""
-        return replace(self, kept=change(self.kept))
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "TokenChoice":
+        """The same tokens with `change` applied to the tensor `kept_tokens`."""
+        return replace(self, kept_tokens=change(self.kept_tokens))
 
-    def to(self, device: torch.device) -> "Choice":
+    def to(self, device: torch.device) -> "TokenChoice":
         return self.mapped(lambda kept: kept.to(device, non_blocking=True))

@@ -31,21 +31,21 @@ class Solver:
         [Velocity, Float[Tensor, "b c h w"], Float[Tensor, "points b"]],
         Float[Tensor, "b c h w"],
     ]
-    calls_a_step: int
-    least_steps: int
+    calls_per_step: int
+    min_steps: int
     """Minimum number of steps: the first step of a multistep method is Euler's, so fewer would be another sampler."""
 
     def steps(self, longest: float) -> int:
         """The steps of each rollout in a run whose longest rollout covers `longest` of the path."""
         # Round first, so that 60/1000 is three steps of 20/1000, not four from a quotient of 3.0…04.
-        return max(self.least_steps, math.ceil(round(longest / LONGEST_STEP, 9)))
+        return max(self.min_steps, math.ceil(round(longest / LONGEST_STEP, 9)))
 
 
 SOLVERS = {
-    "euler": Solver(euler, calls_a_step=1, least_steps=1),
-    "heun": Solver(heun, calls_a_step=2, least_steps=1),
-    "unipc": Solver(unipc, calls_a_step=1, least_steps=2),
-    "dpm": Solver(dpm, calls_a_step=1, least_steps=2),
+    "euler": Solver(euler, calls_per_step=1, min_steps=1),
+    "heun": Solver(heun, calls_per_step=2, min_steps=1),
+    "unipc": Solver(unipc, calls_per_step=1, min_steps=2),
+    "dpm": Solver(dpm, calls_per_step=1, min_steps=2),
 }
 
 

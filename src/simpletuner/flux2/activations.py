@@ -13,28 +13,28 @@ from torch import Tensor, nn
 
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.conditioning import ReferenceView
-from simpletuner.flux2.lora import Range, wrap
+from simpletuner.flux2.lora import LinearRange, wrap
 from simpletuner.flux2.rotary import Rotary
 from simpletuner.flux2.routes import Route
 from simpletuner.flux2.transformer import DoubleBlock, OutputNorm, ReferenceAttention, SingleBlock
 from simpletuner.memory import recompute
-from simpletuner.memory.trace import Cost, fuse_attention, pretending, trace, trace_forward
+from simpletuner.memory.trace import MemoryCost, fuse_attention, on_meta_device, trace, trace_forward
 
-Adapted = tuple[tuple[str, Range], ...]
+Adapted = tuple[tuple[str, LinearRange], ...]
 """Adapted Linears of a block: each one's name within the block, and the rows and columns that are adapted."""
 
 
 @dataclass(frozen=True)
-class Pass:
+class TransformerPass:
     """Configuration of a transformer pass: token counts, dtype, trainable parameters and recomputation."""
 
     spec: TransformerSpec
     dtype: torch.dtype
     """Of weights and activations."""
     batch: int
-    text: int
+    text_tokens: int
     """Text tokens in each sample."""
-    image: int
+    image_tokens: int
     """Image tokens in each sample."""
     is_autocast: bool = False
     """Whether weights are cast for each matrix product and the copies saved for the gradient."""
@@ -49,26 +49,26 @@ class Pass:
     recomputed: tuple[bool, ...] = ()
     """Whether each block is recomputed in the backward pass; empty if none is."""
     routes: tuple[Route, ...] = ()
-    references: int = 0
+    reference_tokens: int = 0
     """Reference tokens in each sample, in addition to the image tokens, padding included."""
     reference_attention: ReferenceView = "full"
 
     @property
-    def joint(self) -> int:
+    def total_tokens(self) -> int:
         """All tokens in each sample."""
-        return self.text + self.image + self.references
+        return self.text_tokens + self.image_tokens + self.reference_tokens
 
     @property
     def stream_bytes(self) -> int:
         """Bytes of the hidden states of image and reference tokens."""
-        return self.batch * (self.image + self.references) * self.spec.hidden * self.dtype.itemsize
+        return self.batch * (self.image_tokens + self.reference_tokens) * self.spec.hidden * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class _Block:
     """Everything that determines a block's memory."""
 
-    pass_: Pass
+    pass_: TransformerPass
     """Without per-block settings; `image` counts only the tokens that this block processes."""
     is_double: bool
     is_recomputed: bool
@@ -88,7 +88,11 @@ class _Block:
     @property
     def stream_tokens(self) -> tuple[int, ...]:
         """Tokens of each sample in each of these tensors."""
-        return (self.pass_.text, self.pass_.image + self.pass_.references) if self.is_double else (self.pass_.joint,)
+        return (
+            (self.pass_.text_tokens, self.pass_.image_tokens + self.pass_.reference_tokens)
+            if self.is_double
+            else (self.pass_.total_tokens,)
+        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,9 @@ IN_FLIGHT = 2
 
 
 @lru_cache(maxsize=256)
-def training(pass_: Pass, *, offloaded: bool = False, accumulated: bool = False, shards: int = 1) -> Activations:
+def training(
+    pass_: TransformerPass, *, offloaded: bool = False, accumulated: bool = False, shards: int = 1
+) -> Activations:
     """Peak memory of a forward and backward pass.
 
     Args:
@@ -126,7 +132,7 @@ def training(pass_: Pass, *, offloaded: bool = False, accumulated: bool = False,
     costs = [_cost(block) for block in blocks]
     tail = _tail(replace(pass_, adapted=(), recomputed=(), routes=()))
     offloaded_bytes = [
-        cost.kept if offloaded and block.is_recomputed and block.is_tracked else 0
+        cost.saved if offloaded and block.is_recomputed and block.is_tracked else 0
         for block, cost in zip(blocks, costs, strict=True)
     ]
     all_gradients = -(-(tail.gradients + sum(cost.gradients for cost in costs)) // shards)
@@ -136,53 +142,53 @@ def training(pass_: Pass, *, offloaded: bool = False, accumulated: bool = False,
     for index, cost in enumerate(costs):
         in_flight = sum(offloaded_bytes[max(0, index - IN_FLIGHT + 1) : index + 1])
         moments.append(Activations(saved + in_flight, 0, cost.forward, all_gradients if accumulated else 0))
-        saved += cost.kept - offloaded_bytes[index]
+        saved += cost.saved - offloaded_bytes[index]
     gradients = all_gradients if accumulated else 0
-    moments.append(Activations(saved + in_flight, 0, tail.kept + tail.backward, gradients))
+    moments.append(Activations(saved + in_flight, 0, tail.saved + tail.backward, gradients))
     gradients += 0 if accumulated else -(-tail.gradients // shards)
     for index in reversed(range(len(costs))):
         in_flight = sum(offloaded_bytes[max(0, index - IN_FLIGHT + 1) : index + 1])
         detour = pass_.stream_bytes if blocks[index].is_routed else 0
         # `backward` includes the gradients of this block's weights.
         moments.append(Activations(saved + in_flight, 0, costs[index].backward + detour, gradients))
-        saved -= costs[index].kept - offloaded_bytes[index]
+        saved -= costs[index].saved - offloaded_bytes[index]
         gradients += 0 if accumulated else -(-costs[index].gradients // shards)
     worst = max(moments, key=lambda moment: moment.total)
     offloaded_sizes = (block.stream_sizes for block, size in zip(blocks, offloaded_bytes, strict=True) if size)
     return replace(worst, host_inputs=sum(1 << (size - 1).bit_length() for sizes in offloaded_sizes for size in sizes))
 
 
-def saved_bytes(pass_: Pass) -> int:
+def saved_bytes(pass_: TransformerPass) -> int:
     """Bytes that autograd saves between the forward and the backward pass, for blocks and last layers."""
     return (
-        sum(_cost(block).kept for block in _blocks(pass_))
-        + _tail(replace(pass_, adapted=(), recomputed=(), routes=())).kept
+        sum(_cost(block).saved for block in _blocks(pass_))
+        + _tail(replace(pass_, adapted=(), recomputed=(), routes=())).saved
     )
 
 
 @lru_cache(maxsize=64)
-def sampling(pass_: Pass) -> int:
+def sampling(pass_: TransformerPass) -> int:
     """Peak activation bytes of a pass without gradients."""
     blocks = _blocks(replace(pass_, recomputed=(), routes=()))
     return max(_forward(replace(block, is_tracked=False)) for block in blocks)
 
 
-def _blocks(pass_: Pass) -> list[_Block]:
+def _blocks(pass_: TransformerPass) -> list[_Block]:
     """Each block of the transformer, in execution order."""
     blocks = []
     is_tracked = pass_.is_full
     bare = replace(pass_, adapted=(), recomputed=(), routes=())
     for index in range(pass_.spec.blocks):
         route = next((route for route in pass_.routes if route.start <= index <= route.end), None)
-        image = pass_.image if route is None else route.keeps(pass_.image)
+        image = pass_.image_tokens if route is None else route.keeps(pass_.image_tokens)
         adapters = pass_.adapted[index] if pass_.adapted else ()
         blocks.append(
             _Block(
-                pass_=replace(bare, image=image),
+                pass_=replace(bare, image_tokens=image),
                 is_double=index < pass_.spec.double_blocks,
                 is_recomputed=bool(pass_.recomputed) and pass_.recomputed[index],
                 is_tracked=is_tracked,
-                is_routed=image < pass_.image,
+                is_routed=image < pass_.image_tokens,
                 adapters=adapters,
             )
         )
@@ -191,23 +197,23 @@ def _blocks(pass_: Pass) -> list[_Block]:
 
 
 @lru_cache(maxsize=512)
-def _cost(block: _Block) -> Cost:
+def _cost(block: _Block) -> MemoryCost:
     """Memory of a block in a training step."""
     if not (block.pass_.is_full or block.adapters or block.is_tracked):
-        return Cost(0, _forward(block), 0, 0)
-    with pretending(block.pass_.dtype):
+        return MemoryCost(0, _forward(block), 0, 0)
+    with on_meta_device(block.pass_.dtype):
         run, streams, weights, shared = _build(block)
         cost = trace(run, streams, weights, shared, is_released=block.pass_.is_released)
     copies = sum(weight.nbytes for weight in weights) if block.pass_.is_autocast else 0
     if block.is_recomputed:
         return replace(cost, backward=cost.backward + copies)
-    return replace(cost, kept=cost.kept + copies)
+    return replace(cost, saved=cost.saved + copies)
 
 
 @lru_cache(maxsize=64)
 def _forward(block: _Block) -> int:
     """Peak bytes of a block's forward pass without gradients."""
-    with pretending(block.pass_.dtype):
+    with on_meta_device(block.pass_.dtype):
         run, streams, weights, shared = _build(block)
         return trace_forward(run, streams, [*weights, *shared])
 
@@ -225,7 +231,7 @@ def _build(block: _Block) -> _BuiltBlock:
     for name, adapted_range in block.adapters:
         a = torch.empty(pass_.rank, adapted_range.columns[1] - adapted_range.columns[0])
         b = torch.empty(adapted_range.rows[1] - adapted_range.rows[0], pass_.rank)
-        wrap(module, name, a, b, place=adapted_range, scale=1.0, dropout=pass_.dropout)
+        wrap(module, name, a, b, adapted_range=adapted_range, scale=1.0, dropout=pass_.dropout)
     fuse_attention(module)
     if block.is_recomputed:
         recompute.install([module])
@@ -237,13 +243,13 @@ def _build(block: _Block) -> _BuiltBlock:
     def modulation(sets: int) -> Tensor:
         return torch.empty(batch, 1, 3 * sets * spec.hidden, dtype=dtype, requires_grad=pass_.is_full)
 
-    tables = (batch,) if block.is_routed or pass_.references else ()
-    half = (*tables, pass_.joint, spec.head_dim // 2)
+    tables = (batch,) if block.is_routed or pass_.reference_tokens else ()
+    half = (*tables, pass_.total_tokens, spec.head_dim // 2)
     angles: Rotary = (torch.empty(half, dtype=torch.float32), torch.empty(half, dtype=torch.float32))
     modulations = [modulation(2), modulation(2)] if block.is_double else [modulation(1)]
 
-    is_isolated = pass_.references > 0 and pass_.reference_attention == "own"
-    references = ReferenceAttention(pass_.references, is_own=True) if is_isolated else None
+    is_isolated = pass_.reference_tokens > 0 and pass_.reference_attention == "own"
+    references = ReferenceAttention(pass_.reference_tokens, is_isolated=True) if is_isolated else None
 
     def run(*streams: Tensor) -> Sequence[Tensor]:
         out = module(*streams, *modulations, angles, references)
@@ -258,23 +264,23 @@ def _build(block: _Block) -> _BuiltBlock:
 
 
 @lru_cache(maxsize=64)
-def _tail(pass_: Pass) -> Cost:
+def _tail(pass_: TransformerPass) -> MemoryCost:
     """Memory of the output norm, the output projection and the loss."""
     spec = pass_.spec
-    with pretending(pass_.dtype):
+    with on_meta_device(pass_.dtype):
         norm, out = OutputNorm(spec), nn.Linear(spec.hidden, spec.in_channels, bias=False)
         weights = [*norm.parameters(), *out.parameters()]
         for weight in weights:
             weight.requires_grad_(pass_.is_full)
         vector = torch.empty(pass_.batch, spec.hidden, dtype=pass_.dtype)
-        target = torch.empty(pass_.batch, pass_.image, spec.in_channels, dtype=torch.float32)
+        target = torch.empty(pass_.batch, pass_.image_tokens, spec.in_channels, dtype=torch.float32)
 
         def run(joint: Tensor) -> Sequence[Tensor]:
-            predicted = out(norm(joint[:, pass_.text : pass_.text + pass_.image], vector))
+            predicted = out(norm(joint[:, pass_.text_tokens : pass_.text_tokens + pass_.image_tokens], vector))
             return ((predicted.float() - target).square().mean(),)
 
         def joint() -> list[Tensor]:
-            shape = (pass_.batch, pass_.joint, spec.hidden)
+            shape = (pass_.batch, pass_.total_tokens, spec.hidden)
             return [torch.empty(shape, dtype=pass_.dtype, requires_grad=True)]
 
         return trace(run, joint, weights, [vector, target], is_released=pass_.is_released)

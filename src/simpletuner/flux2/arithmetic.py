@@ -13,7 +13,7 @@ import torch
 
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.conditioning import ReferenceView
-from simpletuner.flux2.activations import Pass
+from simpletuner.flux2.activations import TransformerPass
 from simpletuner.flux2.lora import LoraLinear
 from simpletuner.flux2.transformer import Flux2Transformer
 
@@ -56,7 +56,7 @@ def attached_adapters(transformer: Flux2Transformer) -> dict[str, AdapterSize]:
     }
 
 
-def planned_adapters(pass_: Pass) -> dict[str, AdapterSize]:
+def planned_adapters(pass_: TransformerPass) -> dict[str, AdapterSize]:
     """Sizes of the adapters that `pass_` configures."""
     sizes = {}
     for index, adapted in enumerate(pass_.adapted):
@@ -66,7 +66,9 @@ def planned_adapters(pass_: Pass) -> dict[str, AdapterSize]:
     return sizes
 
 
-def training_flop(pass_: Pass, adapters: AdapterSizes | None = None, *, is_compiled: bool = False) -> PassFlop:
+def training_flop(
+    pass_: TransformerPass, adapters: AdapterSizes | None = None, *, is_compiled: bool = False
+) -> PassFlop:
     """FLOP of one forward and backward pass.
 
     Model FLOP equal the count of `torch.utils.flop_counter` for a pass without recomputation and with plain attention,
@@ -83,7 +85,7 @@ def training_flop(pass_: Pass, adapters: AdapterSizes | None = None, *, is_compi
     return PassFlop(count.forward + count.backward, count.forward + count.backward + count.recomputed) * pass_.batch
 
 
-def sampling_flop(pass_: Pass, adapters: AdapterSizes | None = None) -> PassFlop:
+def sampling_flop(pass_: TransformerPass, adapters: AdapterSizes | None = None) -> PassFlop:
     """FLOP of one pass without gradients. Takes the arguments of `training_flop`; nothing is recomputed."""
     count = _Count(planned_adapters(pass_) if adapters is None else adapters, pass_.is_full)
     _walk(count, pass_)
@@ -157,9 +159,9 @@ class _Count:
         self.recomputed += self._last_save - self._block_start
 
 
-def _walk(count: _Count, pass_: Pass, *, is_compiled: bool = False) -> None:
+def _walk(count: _Count, pass_: TransformerPass, *, is_compiled: bool = False) -> None:
     """Count the products of one sample in the order of `Flux2Transformer.forward`."""
-    spec, hidden, text = pass_.spec, pass_.spec.hidden, pass_.text
+    spec, hidden, text = pass_.spec, pass_.spec.hidden, pass_.text_tokens
     vector = False
     for embedder in ("timestep_embedder", "guidance_embedder") if spec.guidance_embeds else ("timestep_embedder",):
         name = f"time_guidance_embed.{embedder}"
@@ -168,14 +170,14 @@ def _walk(count: _Count, pass_: Pass, *, is_compiled: bool = False) -> None:
     image_gates = count.linear("double_stream_modulation_img.linear", 1, hidden, 6 * hidden, tracked=vector)
     text_gates = count.linear("double_stream_modulation_txt.linear", 1, hidden, 6 * hidden, tracked=vector)
     single_gates = count.linear("single_stream_modulation.linear", 1, hidden, 3 * hidden, tracked=vector)
-    references = pass_.references
-    image_tracked = count.linear("x_embedder", pass_.image + references, spec.in_channels, hidden, tracked=False)
+    references = pass_.reference_tokens
+    image_tracked = count.linear("x_embedder", pass_.image_tokens + references, spec.in_channels, hidden, tracked=False)
     text_tracked = count.linear("context_embedder", text, spec.context_dim, hidden, tracked=False)
     is_clipped = pass_.is_autocast or pass_.dtype == torch.float16
     for index in range(spec.blocks):
         name = _block_name(pass_, index)
         route = next((route for route in pass_.routes if route.start <= index <= route.end), None)
-        image = pass_.image if route is None else route.keeps(pass_.image)
+        image = pass_.image_tokens if route is None else route.keeps(pass_.image_tokens)
         pairs = attended_pairs(text + image, references, pass_.reference_attention)
         count.begin_block()
         if index < spec.double_blocks:
@@ -190,7 +192,7 @@ def _walk(count: _Count, pass_: Pass, *, is_compiled: bool = False) -> None:
     gates = count.linear("norm_out.linear", 1, hidden, 2 * hidden, tracked=vector)
     # Text and image are one sequence here, from which the image is sliced.
     tracked = text_tracked or image_tracked or gates
-    count.linear("proj_out", pass_.image, hidden, spec.in_channels, tracked=tracked)
+    count.linear("proj_out", pass_.image_tokens, hidden, spec.in_channels, tracked=tracked)
 
 
 def attended_pairs(tokens: int, references: int, view: ReferenceView) -> int:
@@ -252,7 +254,7 @@ def _single(count: _Count, spec: TransformerSpec, name: str, stream: _Stream, pa
     return tracked
 
 
-def _block_name(pass_: Pass, index: int) -> str:
+def _block_name(pass_: TransformerPass, index: int) -> str:
     """Name of the block at `index` in execution order."""
     doubles = pass_.spec.double_blocks
     return f"transformer_blocks.{index}" if index < doubles else f"single_transformer_blocks.{index - doubles}"

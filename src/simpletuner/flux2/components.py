@@ -24,7 +24,7 @@ from simpletuner.flux2.load import (
     stream_text_encoder,
     text_encoder_id,
 )
-from simpletuner.flux2.lora import wanted_ranges
+from simpletuner.flux2.lora import target_ranges
 from simpletuner.flux2.residency import block_index, resident_indices
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.spec import text_from_config
@@ -46,11 +46,13 @@ def quantized_on(options: PrecisionOptions, device: torch.device) -> torch.devic
     return device if options.quantize_via == "accelerator" else torch.device("cpu")
 
 
-def text_codec(model: ModelOptions, precision: PrecisionOptions, source: Source, *, whole: bool = False) -> TextCodec:
+def text_codec(
+    model: ModelOptions, precision: PrecisionOptions, source: Source, *, all_bytes: bool = False
+) -> TextCodec:
     """The storage format of this text encoder's contexts.
 
-    Its key identifies the encoder's weights, `whole` or sampled (`Source.fingerprint`), and all options that change a
-    context.
+    Its key identifies the encoder's weights and all options that change a context. The weights are hashed sampled, or
+    wholly with `all_bytes` (`Source.fingerprint`).
     """
     side, dtype = source.flavour.text.padding_side, DTYPES[precision.text_dtype]
     key = text_encoder_id(
@@ -60,7 +62,7 @@ def text_codec(model: ModelOptions, precision: PrecisionOptions, source: Source,
         max_length=source.text_length,
         fix_regex=model.tokenizer_fix_regex,
         precision=precision.text_encoder_1_precision,
-        whole=whole,
+        all_bytes=all_bytes,
     )
     rows = 1 if side == "left" else source.text_length
     return CODECS[side](key, rows * source.spec.context_dim * dtype.itemsize)
@@ -78,12 +80,12 @@ def check_trainable(model: ModelOptions, lora: LoraOptions, source: Source) -> N
     if model.model_type == "full":
         return
     if lora.init_lora is None:
-        wanted_ranges(skeleton, lora)
+        target_ranges(skeleton, lora)
     else:
         attach_saved(skeleton, read_lora(Path(lora.init_lora)))
 
 
-def landing(options: OffloadOptions, spec: TransformerSpec, device: torch.device) -> Callable[[str], torch.device]:
+def load_device(options: OffloadOptions, spec: TransformerSpec, device: torch.device) -> Callable[[str], torch.device]:
     """Return a function that maps a tensor's name to the device to load it to.
 
     That is the CPU for tensors of streamed blocks, since all blocks together may not fit on the accelerator, and
@@ -114,7 +116,7 @@ def open_autoencoder(
         tiling=model.vae_enable_tiling,
         slicing=model.vae_enable_slicing,
         is_streamed=offload.group_offload_vae,
-        ahead=offload.copies_ahead(device.type),
+        ahead=offload.prefetches(device.type),
         half=half,
     )
 
@@ -127,10 +129,10 @@ def open_text_encoder(
     device: torch.device,
     *,
     folder: Path,
-    say: Callable[[str], None],
-    sharing: int = 1,
+    report: Callable[[str], None],
+    processes: int = 1,
 ) -> TextEncoder:
-    """Load the text encoder, resident or streamed. `say` gets the choice that mode `auto` makes, and the reason.
+    """Load the text encoder, resident or streamed. `report` gets the choice that mode `auto` makes, and the reason.
 
     Args:
         folder: where a streamed encoder stores hidden states that do not stay in memory.
@@ -148,14 +150,14 @@ def open_text_encoder(
         tokens = precision.text_encoder_batch_size * length
         text = text_from_config(source.text_encoder.config or {})
         needed = sum(resident_text_bytes(text, layers, tokens=tokens, precision=name, dtype=dtype))
-        free = free_memory_bytes(device) // sharing
+        free = free_memory_bytes(device) // processes
         mode = "resident" if needed <= free else "streamed"
-        per_process = f" for each of {sharing} processes" if sharing > 1 else ""
+        per_process = f" for each of {processes} processes" if processes > 1 else ""
         memory = f"{format_size(free)} of memory {'on the GPU ' if device.type == 'cuda' else ''}is free{per_process}"
         choice = (
             "resident: it needs" if mode == "resident" else "streamed, one layer at a time: resident, it would need"
         )
-        say(f"The text encoder is {choice} up to {format_size(needed)}; {memory}.")
+        report(f"The text encoder is {choice} up to {format_size(needed)}; {memory}.")
     load = partial(stream_text_encoder, folder=folder) if mode == "streamed" else load_text_encoder
     quantize_on = quantized_on(precision, device)
     return load(
@@ -194,7 +196,7 @@ def load_base(
         DTYPES[options.base_dtype],
         device,
         options.base_model_precision,
-        device_of=landing(offload, source.spec, device),
+        device_of=load_device(offload, source.spec, device),
         quantize_on=quantized_on(options, device),
         cache_dir=None if folder is None else Path(folder),
         report=report,

@@ -28,7 +28,7 @@ from simpletuner.flux2.source import Weights, transformer_spec
 from simpletuner.flux2.spec import transformer_from_tensors, transformer_to_diffusers
 from simpletuner.flux2.transformer import empty_transformer
 from simpletuner.flux2.transformer_file import OpenTransformer, opened_transformer, transformer_folder
-from simpletuner.memory.tensors import as_written
+from simpletuner.memory.tensors import tensor_data
 
 MODEL_FORMATS = ("diffusers", "bfl", "comfyui")
 """Formats that a model can be converted to. ComfyUI reads BFL's layout, so the last two are the same."""
@@ -66,7 +66,7 @@ class _LazyTensor:
 
     def data_to_write(self) -> TensorData:
         """The tensor in the form that `write_verified` takes."""
-        return TensorData(self.dtype, self.shape, self.size, lambda: as_written(self.read()).data())
+        return TensorData(self.dtype, self.shape, self.size, lambda: tensor_data(self.read()).data())
 
 
 def holds_model(path: Path) -> bool:
@@ -121,7 +121,7 @@ def convert_model(
         metadata = {**transformer.header, **header}
         written_tensors = tensors if to == "diffusers" else _in_bfl_layout(tensors)
         size = sum(tensor.size for tensor in written_tensors.values())
-        free = machine.disk_room(target.parent)
+        free = machine.free_disk_bytes(target.parent)
         if size > free:
             raise DiskError.of(
                 f"{target} takes {format_size(size)}, and {format_size(free)} are free on that disk",

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from simpletuner.config.options.conditioning import ReferenceView
-from simpletuner.flow.choice import Choice
+from simpletuner.flow.choice import TokenChoice
 from simpletuner.flow.condition import Condition, Denoise, References, TextContext
 from simpletuner.flux2.rotary import Rotary, rotary
 from simpletuner.flux2.tokens import context_ids, image_ids, pack_latents, unpack_latents
@@ -69,7 +69,7 @@ class Denoiser:
         latents: Float[Tensor, "b 128 h w"],
         sigma: Float[Tensor, " b"],
         condition: Condition,
-        choices: Sequence[Choice] = (),
+        choices: Sequence[TokenChoice] = (),
     ) -> Float[Tensor, "b 128 h w"]:
         height, width = latents.shape[-2:]
         dtype = self.transformer.dtype
@@ -127,12 +127,14 @@ class Denoiser:
                 Condition.at(context, 1.0),
             )
 
-    def routed(self, choices: Sequence[Choice]) -> Denoise:
+    def routed(self, choices: Sequence[TokenChoice]) -> Denoise:
         """This denoiser with TREAD routing, for training. Sampling calls the denoiser itself, without routing."""
         return functools.partial(self, choices=choices)
 
 
-def _with_references(choice: Choice, target: int, references: int) -> Choice:
+def _with_references(choice: TokenChoice, target: int, references: int) -> TokenChoice:
     """`choice` of `target` image tokens, extended to keep all `references` tokens that follow them."""
-    indices = torch.arange(target, target + references, device=choice.kept.device)
-    return replace(choice, kept=torch.cat([choice.kept, indices.expand(len(choice.kept), -1)], dim=1))
+    indices = torch.arange(target, target + references, device=choice.kept_tokens.device)
+    return replace(
+        choice, kept_tokens=torch.cat([choice.kept_tokens, indices.expand(len(choice.kept_tokens), -1)], dim=1)
+    )

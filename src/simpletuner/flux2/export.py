@@ -19,7 +19,17 @@ from simpletuner.flux2.dialects import check_all_read, read_adapter
 from simpletuner.flux2.factors import Kronecker, LowRank
 from simpletuner.flux2.fused import unfused
 from simpletuner.flux2.header_alpha import ADAPTER_METADATA, checked_alpha
-from simpletuner.flux2.lora import CUSTOM, PRESETS, Adaptable, Adapter, Range, full_range, linears, preset_ranges, wrap
+from simpletuner.flux2.lora import (
+    CUSTOM,
+    PRESETS,
+    Adaptable,
+    Adapter,
+    LinearRange,
+    full_range,
+    linears,
+    preset_ranges,
+    wrap,
+)
 from simpletuner.flux2.lora_formats import peft_metadata
 from simpletuner.flux2.modelspec import MODELSPEC_FIELDS
 from simpletuner.flux2.transformer import empty_transformer
@@ -158,7 +168,7 @@ def attach_saved(transformer: nn.Module, saved: LoadedLora, *, strength: float =
             transformer,
             name,
             *_adapted_part(saved.path, name, layer, adapted_range),
-            place=adapted_range,
+            adapted_range=adapted_range,
             scale=layer.scale * strength,
             dropout=dropout,
         )
@@ -220,7 +230,7 @@ def _flavour_of_adapter(shapes: Mapping[str, tuple[int, int]], base_model: str |
     )
 
 
-def _adapted_part(path: Path, name: str, layer: SavedLayer, adapted_range: Range) -> tuple[Tensor, Tensor]:
+def _adapted_part(path: Path, name: str, layer: SavedLayer, adapted_range: LinearRange) -> tuple[Tensor, Tensor]:
     """`a` and `b` of a layer, cut to `adapted_range`. Everything outside it must be zero."""
     a = layer.a[:, slice(*adapted_range.columns)]
     b = layer.b[slice(*adapted_range.rows)]

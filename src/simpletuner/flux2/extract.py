@@ -21,7 +21,7 @@ class Differences:
 
     layers: Iterator[tuple[str, Reduced]]
     """Factors of each Linear that differs, computed lazily."""
-    others: dict[str, float]
+    other_differences: dict[str, float]
     """The largest difference of each weight outside the Linears that differs, such as a norm: a LoRA cannot hold it.
     Iterating over `layers` fills this."""
     dtype: torch.dtype

@@ -87,7 +87,7 @@ def _hadamard_product(factors: Hadamard, x: Tensor) -> Tensor:
     return torch.cat([F.linear(x, ((part1 @ a1) * (part2 @ a2)).to(x.dtype)) for part1, part2 in slices], -1)
 
 
-def read_for_drawing(path: Path) -> LoadedLora | AdapterFile:
+def read_for_sampling(path: Path) -> LoadedLora | AdapterFile:
     """Read the adapter in the file `path` for sampling; a LoRA with `read_lora`.
 
     Raises:

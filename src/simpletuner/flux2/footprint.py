@@ -17,11 +17,11 @@ from simpletuner.config.optimizers import known_optimizer
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.offload import AUTO
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
-from simpletuner.config.previews import drawing_flavour
+from simpletuner.config.previews import sampling_flavour
 from simpletuner.config.run import RunConfig
-from simpletuner.flux2.activations import Adapted, Pass, sampling, training
+from simpletuner.flux2.activations import Adapted, TransformerPass, sampling, training
 from simpletuner.flux2.configs import Component, Config, read_component_config
-from simpletuner.flux2.lora import wanted_ranges
+from simpletuner.flux2.lora import target_ranges
 from simpletuner.flux2.names import transformer_renaming
 from simpletuner.flux2.residency import resident_indices
 from simpletuner.flux2.routes import resolve
@@ -39,13 +39,13 @@ from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import empty_transformer
 from simpletuner.memory.planner import (
     Engine,
-    Machine,
+    MachineMemory,
     MemoryPart,
     MemoryPlan,
     MemoryTier,
     PhasePlan,
     PlannedPhase,
-    bytes_to_fill,
+    plannable_bytes,
 )
 from simpletuner.memory.precision import DTYPES, stored_bytes
 from simpletuner.memory.wire import Wire, all_reduce_bytes, shard_exchange_bytes
@@ -140,15 +140,15 @@ class Workload:
     """Maximum number of reference tokens in a sample of that size."""
     strict_references: int = 0
     """Tokens among `references` whose reference image has the size of the training image."""
-    encoded: tuple[int, int] | None = None
+    largest_encoded_size: tuple[int, int] | None = None
     """(width, height) of the largest image that the VAE encodes; None for `bucket`."""
-    drawn_references: int = 0
+    prompt_reference_tokens: int = 0
     """Maximum number of reference tokens of a validation image."""
     forced_share: float = 0.0
     """Largest share of an image's tokens that TREAD must keep because of a mask; 0 without a scan."""
     images: int | None = None
     """Images of all datasets, held-out ones included, references not."""
-    pictures: int | None = None
+    cached_images: int | None = None
     """Latents to cache, references included."""
     captions: int | None = None
     """Contexts to cache."""
@@ -156,7 +156,7 @@ class Workload:
     """Tokens of the longest caption, template included; None for the length of a context."""
     tokenizer: Path | None = None
     """Folder of the tokenizer that counted them; None if they are estimated."""
-    draws: bool = True
+    samples_images: bool = True
     """Whether the run generates validation images."""
     steps: int | None = None
     """Optimizer steps of the run; None if they depend on a dataset that has not been scanned."""
@@ -168,7 +168,7 @@ class Workload:
     @property
     def largest_encoded(self) -> tuple[int, int]:
         """(width, height) of the largest image that the VAE encodes."""
-        return self.encoded or self.bucket
+        return self.largest_encoded_size or self.bucket
 
 
 def tokens_of(size: tuple[int, int]) -> int:
@@ -269,7 +269,7 @@ def adapted_blocks(spec: TransformerSpec, options: LoraOptions) -> tuple[Adapted
 @lru_cache(maxsize=16)
 def _adapted(spec: TransformerSpec, target: str, modules: str | tuple[str, ...] | None) -> tuple[Adapted, ...]:
     options = LoraOptions.model_validate({"flux_lora_target": target, "peft_lora_target_modules": modules})
-    ranges = wanted_ranges(empty_transformer(spec), options)
+    ranges = target_ranges(empty_transformer(spec), options)
     names = [f"transformer_blocks.{index}." for index in range(spec.double_blocks)]
     names += [f"single_transformer_blocks.{index}." for index in range(spec.single_blocks)]
     return tuple(
@@ -367,7 +367,7 @@ class _PhaseMemory:
     Without an accelerator, `device` means RAM.
     """
 
-    def __init__(self, machine: Machine, ranks: int) -> None:
+    def __init__(self, machine: MachineMemory, ranks: int) -> None:
         self._device: MemoryTier = "ram" if machine.accelerator is None else "accelerator"
         self._ranks = ranks
         self.sizes: dict[tuple[str, MemoryTier], int] = {}
@@ -415,13 +415,13 @@ class Footprint:
 
     config: RunConfig
     architecture: Architecture
-    work: Workload
-    machine: Machine
+    workload: Workload
+    machine: MachineMemory
 
     def plan(self) -> MemoryPlan:
         """All phases, in the order of the run."""
         phases = [self.text(), self.latents(), self.train()]
-        if self.work.draws:
+        if self.workload.samples_images:
             validation = self.preview if self.has_preview else self.validation
             phases.append(max((validation(size) for size in self.config.sizes), key=_peak_bytes))
         config = self.config
@@ -449,14 +449,14 @@ class Footprint:
         return self.engine in ("fsdp2", "zero3")
 
     @property
-    def shards_trained(self) -> bool:
+    def shards_trainable(self) -> bool:
         """Whether each process holds only its share of the trainable parameters. FSDP2 does not shard a LoRA."""
         return self.engine == "zero3" or (self.is_full and self.is_sharded)
 
     @property
     def shards_gradients(self) -> bool:
         """Whether each process keeps only its share of the gradients."""
-        return self.engine == "zero2" or self.shards_trained
+        return self.engine == "zero2" or self.shards_trainable
 
     def _share(self, size: int, *, is_sharded: bool) -> int:
         """Bytes that one process holds of `size` bytes."""
@@ -492,7 +492,7 @@ class Footprint:
             gathered = shard_exchange_bytes(self._gradient_bytes, ranks)
             reduced *= passes if self.shards_gradients else 1
         elif self.engine == "zero3":
-            forward = weights.total + (0 if self.is_full else self.trained_bytes)
+            forward = weights.total + (0 if self.is_full else self.trainable_bytes)
             backward = forward - (0 if self.is_full else weights.outside_blocks)
             gathered = passes * shard_exchange_bytes(forward + backward, ranks)
             reduced = passes * shard_exchange_bytes(self._gradient_bytes, ranks)
@@ -500,18 +500,18 @@ class Footprint:
             # Weights outside the blocks stay gathered from the forward pass to the end of the backward pass.
             gathered = passes * shard_exchange_bytes(weights.total + regathers * sum(weights.blocks), ranks)
             if self.is_full:
-                reduced = passes * shard_exchange_bytes(4 * self.trained, ranks)
+                reduced = passes * shard_exchange_bytes(4 * self.trainable_parameters, ranks)
         return Wire(gathered, reduced, config.num_machines)
 
     @property
     def _gradient_bytes(self) -> int:
         """Bytes of all gradients as they are reduced and stored: fp32 for masters, the computed dtype under ZeRO."""
-        return self._computed_bytes if self.is_zero else self.trained_bytes
+        return self._computed_bytes if self.is_zero else self.trainable_bytes
 
     @property
     def _computed_bytes(self) -> int:
         """Bytes of all gradients as the backward pass computes them."""
-        return self.trained * (self.dtype.itemsize if self.is_full else 4)
+        return self.trainable_parameters * (self.dtype.itemsize if self.is_full else 4)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -532,14 +532,14 @@ class Footprint:
     def _text_tokens(self) -> int:
         """Tokens that the text encoder processes for the longest caption."""
         length = self.architecture.text_length
-        if self.architecture.has_whole_contexts or self.work.caption_tokens is None:
+        if self.architecture.has_whole_contexts or self.workload.caption_tokens is None:
             return length
-        return min(self.work.caption_tokens, length)
+        return min(self.workload.caption_tokens, length)
 
     @property
     def latent_bytes(self) -> int:
         """Bytes of one cached latent at the largest image size, fp32."""
-        return tokens_of(self.work.largest_encoded) * self.architecture.transformer.in_channels * 4
+        return tokens_of(self.workload.largest_encoded) * self.architecture.transformer.in_channels * 4
 
     @property
     def _context_row(self) -> int:
@@ -550,7 +550,7 @@ class Footprint:
 
     @property
     def text_mode(self) -> str:
-        """`resident` or `streamed`. `auto` depends on the machine's memory, as in the run."""
+        """`resident` or `streamed`. `auto` depends on free host memory, as in the run."""
         config, mode = self.config, self.config.text_encoder_mode
         if config.group_offload_text_encoder:
             return "streamed"
@@ -574,7 +574,7 @@ class Footprint:
         layers = self.architecture.text_layers
         depth, state_count = max(layers), len(layers)
         length = self._text_tokens
-        captions = math.ceil((self.work.captions or 0) / config.ranks_per_machine)  # assuming no shared files
+        captions = math.ceil((self.workload.captions or 0) / config.ranks_per_machine)  # assuming no shared files
         per_batch = min(config.text_encoder_batch_size, captions or config.text_encoder_batch_size)
         batch = per_batch * length
         precision = config.text_encoder_1_precision
@@ -597,7 +597,7 @@ class Footprint:
         # A batch is stacked and split again; files are written several at a time.
         unwritten = min(config.write_batch_size + per_batch, max(captions, per_batch))
         memory.ram("contexts", unwritten * length * self._context_row + batch * self._context_row)
-        memory.disk("cache", (self.work.captions or 0) * self.context_bytes)
+        memory.disk("cache", (self.workload.captions or 0) * self.context_bytes)
         return memory.plan("text", f"{mode}, {per_batch} × {length} tokens", read)
 
     # Latents
@@ -605,8 +605,8 @@ class Footprint:
     def latents(self) -> PhasePlan:
         """The phase that encodes images to latents."""
         config, autoencoder = self.config, self.architecture.autoencoder
-        width, height = self.work.largest_encoded
-        images = math.ceil((self.work.pictures or 0) / config.ranks_per_machine)
+        width, height = self.workload.largest_encoded
+        images = math.ceil((self.workload.cached_images or 0) / config.ranks_per_machine)
         batch = min(config.vae_batch_size, images or config.vae_batch_size)
         memory = _PhaseMemory(self.machine, self.config.ranks_per_machine)
         read = self._add_autoencoder(memory, encoder_shapes(autoencoder))
@@ -615,14 +615,14 @@ class Footprint:
         # Pixels of a batch in fp32 and in the VAE's dtype; pixels of prefetched images in uint8.
         memory.device("images", batch * width * height * 3 * (4 + self.vae_dtype.itemsize))
         memory.ram("images", (batch + 2 * config.workers) * width * height * 3)
-        memory.disk("cache", (self.work.pictures or 0) * self.latent_bytes)
+        memory.disk("cache", (self.workload.cached_images or 0) * self.latent_bytes)
         return memory.plan("latents", f"{width}x{height} × {batch}", read)
 
     def _add_autoencoder(self, memory: _PhaseMemory, half: Sequence[Sequence[int]]) -> int:
         """Add one half of the autoencoder. Returns the bytes that are read from disk."""
         weights, largest = autoencoder_bytes(half, self.vae_dtype)
         if self.config.group_offload_vae:
-            slots = 2 if self._device == "accelerator" and self.config.copies_ahead("cuda") else 1
+            slots = 2 if self._device == "accelerator" and self.config.prefetches("cuda") else 1
             memory.device("VAE weights", slots * largest)
             memory.ram("VAE weights", weights)
         else:
@@ -643,10 +643,10 @@ class Footprint:
         return self.config.enable_group_offload and not self.is_full
 
     @cached_property
-    def settled(self) -> RunConfig:
+    def resolved_config(self) -> RunConfig:
         """`config` with each `auto` of the group offload resolved: the number of resident blocks, and the copy stream.
 
-        Keeps as many blocks resident as fit into `bytes_to_fill` in training and validation, with two slots if both
+        Keeps as many blocks resident as fit into `plannable_bytes` in training and validation, with two slots if both
         fit. Without an accelerator, no blocks and one slot.
         """
         config, capacity = self.config, self.machine.accelerator
@@ -660,7 +660,9 @@ class Footprint:
             ahead = other_bytes + self.streamed_blocks(count or 0, ahead=True).on_device <= capacity
         if count is None:
             count = self.architecture.transformer.blocks
-            while count and other_bytes + self.streamed_blocks(count, ahead=ahead).on_device > bytes_to_fill(capacity):
+            while count and other_bytes + self.streamed_blocks(count, ahead=ahead).on_device > plannable_bytes(
+                capacity
+            ):
                 count -= 1
         return _resolved(config, count, ahead=ahead)
 
@@ -668,10 +670,15 @@ class Footprint:
     def _bytes_beside_blocks(self) -> int:
         """Peak accelerator bytes of training and validation without the blocks and their slots."""
         bare = replace(self, config=_resolved(self.config, 0, ahead=False))
-        phases = [bare.train(), *(bare._validation(size, 1) for size in self.config.sizes if self.work.draws)]
+        phases = [
+            bare.train(),
+            *(bare._validation(size, 1) for size in self.config.sizes if self.workload.samples_images),
+        ]
         peak = max(phase.total("accelerator") for phase in phases) - bare.streamed_blocks(0, ahead=False).on_device
         # A streamed preview model has its own slots, and those of the base stay allocated.
-        return peak + (self.streamed_blocks(0, ahead=True).slots if self.has_preview and self.work.draws else 0)
+        return peak + (
+            self.streamed_blocks(0, ahead=True).slots if self.has_preview and self.workload.samples_images else 0
+        )
 
     def streamed_blocks(self, resident: int, *, ahead: bool) -> StreamedBlocks:
         """Bytes of the blocks with `resident` of them on the accelerator.
@@ -700,14 +707,14 @@ class Footprint:
     @property
     def _streaming(self) -> StreamedBlocks:
         """`streamed_blocks` with the resolved options."""
-        config = self.settled
-        ahead = config.copies_ahead("cpu" if self.machine.accelerator is None else "cuda")
+        config = self.resolved_config
+        ahead = config.prefetches("cpu" if self.machine.accelerator is None else "cuda")
         return self.streamed_blocks(config.resident_blocks or 0, ahead=ahead)
 
     @property
     def _residency(self) -> str:
         """The number of resident blocks for the phase's description; empty if no block is streamed."""
-        count, blocks = self.settled.resident_blocks or 0, self.architecture.transformer.blocks
+        count, blocks = self.resolved_config.resident_blocks or 0, self.architecture.transformer.blocks
         if not self.streams_blocks or (self.machine.accelerator is None and not count):
             return ""
         return f", {min(count, blocks)} of {blocks} blocks resident"
@@ -728,7 +735,7 @@ class Footprint:
         return self.config.has_masters or self.is_zero
 
     @property
-    def trained(self) -> int:
+    def trainable_parameters(self) -> int:
         """Number of trainable parameters."""
         return self._parameter_count if self.is_full else _adapter_parameters(self._adapted, self.config.lora_rank)
 
@@ -738,9 +745,9 @@ class Footprint:
         return transformer_bytes(self.architecture.transformer, NO_CHANGE, torch.bfloat16).total // 2
 
     @property
-    def trained_bytes(self) -> int:
+    def trainable_bytes(self) -> int:
         """Bytes of the trainable parameters; adapters and masters are fp32."""
-        return self.trained * (self.dtype.itemsize if self.is_full and not self.has_masters else 4)
+        return self.trainable_parameters * (self.dtype.itemsize if self.is_full and not self.has_masters else 4)
 
     @property
     def optimizer_bytes(self) -> int:
@@ -750,13 +757,15 @@ class Footprint:
             return optimizer.state_size(
                 weight.shape for weight in empty_transformer(self.architecture.transformer).parameters()
             )
-        return round(self.trained * optimizer.state_bytes)
+        return round(self.trainable_parameters * optimizer.state_bytes)
 
     @property
     def _exported_model_bytes(self) -> int:
         """Size of the transformer that a full run exports."""
         name = self.config.model_save_dtype
-        return self.trained * (self.trained_bytes // self.trained if name is None else DTYPES[name].itemsize)
+        return self.trainable_parameters * (
+            self.trainable_bytes // self.trainable_parameters if name is None else DTYPES[name].itemsize
+        )
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -764,26 +773,26 @@ class Footprint:
         config = self.config
         if self.is_full:
             exported = self._exported_model_bytes
-            resume_copy = 0 if exported >= self.trained_bytes else self.trained_bytes
+            resume_copy = 0 if exported >= self.trainable_bytes else self.trainable_bytes
             return checkpoint_bytes(config, exported, resume_copy, self.optimizer_bytes)
         spec = self.architecture.transformer
         exported = _saved_parameters(spec, self._adapted, config.lora_rank) * DTYPES[config.lora_save_dtype].itemsize
-        return checkpoint_bytes(config, exported, self.trained_bytes, self.optimizer_bytes)
+        return checkpoint_bytes(config, exported, self.trainable_bytes, self.optimizer_bytes)
 
-    def passing(self, size: tuple[int, int], batch: int, references: int = 0) -> Pass:
+    def transformer_pass(self, size: tuple[int, int], batch: int, references: int = 0) -> TransformerPass:
         """A training pass of `batch` images of `size`, each with `references` reference tokens."""
         config, spec = self.config, self.architecture.transformer
-        forced = self.work.forced_share
+        forced = self.workload.forced_share
         routes = [
             replace(route, keep_ratio=max(route.keep_ratio, forced))
             for route in resolve(config.tread_routes, spec.blocks)
         ]
-        return Pass(
+        return TransformerPass(
             spec=spec,
             dtype=self.dtype,
             batch=batch,
-            text=self.architecture.text_length,
-            image=tokens_of(size),
+            text_tokens=self.architecture.text_length,
+            image_tokens=tokens_of(size),
             is_autocast=config.is_autocast,
             is_full=self.is_full,
             is_released=config.optimizer_release_gradients,
@@ -792,7 +801,7 @@ class Footprint:
             dropout=config.lora_dropout,
             recomputed=recomputed_blocks(config, spec.blocks),
             routes=tuple(routes),
-            references=references,
+            reference_tokens=references,
             reference_attention=config.reference_attention,
         )
 
@@ -801,7 +810,7 @@ class Footprint:
         config = self.config
         memory = _PhaseMemory(self.machine, self.config.ranks_per_machine)
         read = self._add_state(memory)
-        pass_ = self.passing(self.work.bucket, self.work.batch, self.work.references)
+        pass_ = self.transformer_pass(self.workload.bucket, self.workload.batch, self.workload.references)
         accumulated = config.gradient_accumulation_steps > 1
         scatters = self.shards_gradients
         collects = scatters or (self.has_masters and self.engine != "zero1")
@@ -812,7 +821,7 @@ class Footprint:
             shards=config.ranks if scatters else 1,
         )
         if scatters and not self.is_zero:  # traced in the compute dtype, stored in the optimizer's dtype
-            worst = replace(worst, gradients=worst.gradients * self.trained_bytes // self._computed_bytes)
+            worst = replace(worst, gradients=worst.gradients * self.trainable_bytes // self._computed_bytes)
         # An optimizer step needs all gradients, and no activations. Masters accumulate gradients of their own, which
         # stay in memory through a step's passes. Released gradients do not exist at the step: a parameter is updated in
         # the backward pass of its block, with the block's activations and the gradient in memory.
@@ -820,7 +829,7 @@ class Footprint:
         gradients = 0 if is_released else self._share(self._gradient_bytes, is_sharded=scatters)
         collected = gradients if collects and accumulated else 0
         if self.is_zero:  # the optimizer has another copy of its share, in fp32
-            gradients += self._share(self.trained_bytes, is_sharded=True)
+            gradients += self._share(self.trainable_bytes, is_sharded=True)
         if worst.total + collected >= gradients:
             self._trainable_adder(memory)("gradients", worst.gradients + collected)
             memory.device("activations", worst.saved)
@@ -830,17 +839,17 @@ class Footprint:
             self._trainable_adder(memory)("gradients", gradients)
         memory.device("reduction bucket", self._reduction_bytes)
         memory.ram("offloaded activations", worst.host_inputs)
-        if self.work.draws and not config.offload_during_startup:
+        if self.workload.samples_images and not config.offload_during_startup:
             self._add_autoencoder(memory, decoder_shapes(self.architecture.autoencoder))  # since the first image
         self._add_batch(memory, pass_, is_trained=True)
         memory.disk("checkpoints", (config.checkpoints_total_limit + 1) * self.checkpoint_bytes)
         if self.is_full:  # in BFL's layout; the diffusers folder links to the last checkpoint
             memory.disk("single file", self._exported_model_bytes * (2 if config.use_ema else 1))
-        width, height = self.work.bucket
-        references = f" + {self.work.references} reference tokens" if self.work.references else ""
-        return memory.plan("train", f"{width}x{height}{references} × {self.work.batch}{self._residency}", read)
+        width, height = self.workload.bucket
+        references = f" + {self.workload.references} reference tokens" if self.workload.references else ""
+        return memory.plan("train", f"{width}x{height}{references} × {self.workload.batch}{self._residency}", read)
 
-    def draws_both(self, size: tuple[int, int]) -> bool:
+    def batches_guidance(self, size: tuple[int, int]) -> bool:
         """Whether the two predictions of classifier-free guidance are one batch of two.
 
         They are on an accelerator if that needs no more memory than training or than one prediction. The last bits
@@ -859,12 +868,12 @@ class Footprint:
     def _has_two_predictions(self) -> bool:
         """Whether validation uses classifier-free guidance."""
         config = self.config
-        scales = drawing_flavour(config).scales(config.validation_guidance, config.validation_guidance_real)
+        scales = sampling_flavour(config).guidance_scales(config.validation_guidance, config.validation_guidance_real)
         return scales.real != 1
 
     def validation(self, size: tuple[int, int]) -> PhasePlan:
         """A validation image of `size` during training."""
-        return self._validation(size, 2 if self.draws_both(size) else 1)
+        return self._validation(size, 2 if self.batches_guidance(size) else 1)
 
     def _validation(self, size: tuple[int, int], batch: int) -> PhasePlan:
         """Like `validation`, with `batch` predictions in a pass."""
@@ -880,7 +889,7 @@ class Footprint:
         return self.config.validation_preview_model is not None and not self.is_full
 
     @cached_property
-    def base_leaves(self) -> bool:
+    def offloads_base(self) -> bool:
         """Whether base, optimizer state and EMA move to host memory while the preview model generates images.
 
         They do if the accelerator cannot hold both. Never without an accelerator.
@@ -889,14 +898,14 @@ class Footprint:
         if accelerator is None or not self.has_preview:
             return False
         totals = (self._preview(size, base_leaves=False).total("accelerator") for size in self.config.sizes)
-        return max(totals) > bytes_to_fill(accelerator)
+        return max(totals) > plannable_bytes(accelerator)
 
     def preview(self, size: tuple[int, int]) -> PhasePlan:
         """A validation image of `size` during training, generated by `validation_preview_model`."""
-        return self._preview(size, base_leaves=self.base_leaves)
+        return self._preview(size, base_leaves=self.offloads_base)
 
     def _preview(self, size: tuple[int, int], *, base_leaves: bool) -> PhasePlan:
-        """Like `preview`, with the base in host memory if `base_leaves`."""
+        """Like `preview`, with the base in host memory if `offloads_base`."""
         memory, training_memory = (
             _PhaseMemory(self.machine, self.config.ranks_per_machine),
             _PhaseMemory(self.machine, self.config.ranks_per_machine),
@@ -924,7 +933,7 @@ class Footprint:
         Returns the bytes that are read from disk.
         """
         config, autoencoder = self.config, self.architecture.autoencoder
-        pass_ = self.passing(size, batch, self.work.drawn_references)
+        pass_ = self.transformer_pass(size, batch, self.workload.prompt_reference_tokens)
         denoising = sampling(pass_) + self._unpacked
         decoding = decoding_bytes(autoencoder, self._processed_pixels(size, 1), self.vae_dtype)
         weights, _ = autoencoder_bytes(decoder_shapes(autoencoder), self.vae_dtype)
@@ -936,7 +945,7 @@ class Footprint:
         # Trainable parameters are swapped for their EMA, or for a schedule-free optimizer's averaged weights.
         averaged = config.use_ema and config.ema_validation != "none" and not self.has_masters
         copies = int(averaged) + int(known_optimizer(config.optimizer).library == "schedulefree")
-        memory.device("parameters set aside", copies * self._share(self.trained_bytes, is_sharded=self._shards_state))
+        memory.device("parameters set aside", copies * self._share(self.trainable_bytes, is_sharded=self._shards_state))
         self._add_batch(memory, pass_)
         return weights
 
@@ -975,11 +984,13 @@ class Footprint:
             return 0
         if self.is_zero:
             buckets = 2 if self.engine == "zero2" and self._zero.overlap_comm else 1
-            return buckets * self._zero.reduce_bucket_size * self._computed_bytes // self.trained
+            return buckets * self._zero.reduce_bucket_size * self._computed_bytes // self.trainable_parameters
         if self.is_full and self.is_sharded:
             return max(self._weights.blocks) * 4 // self.dtype.itemsize
-        largest = self._weights.largest_matrix * self.trained_bytes // self.trained if self.is_full else 0
-        return min(max(BUCKET_BYTES, largest), self.trained_bytes)
+        largest = (
+            self._weights.largest_matrix * self.trainable_bytes // self.trainable_parameters if self.is_full else 0
+        )
+        return min(max(BUCKET_BYTES, largest), self.trainable_bytes)
 
     def _add_state(self, memory: _PhaseMemory) -> int:
         """Add everything that stays in memory between steps. Returns the bytes that are read from disk."""
@@ -987,21 +998,21 @@ class Footprint:
         read = self._add_transformer(memory)
         add_state = self._trainable_adder(memory)
         if not self.is_full:
-            memory.device("adapters", self._share(self.trained_bytes, is_sharded=self.shards_trained))
+            memory.device("adapters", self._share(self.trainable_bytes, is_sharded=self.shards_trainable))
         # ZeRO-1 and ZeRO-2 also copy fp32 weights; ZeRO-3 does so only for host memory.
-        is_alias = self.engine == "zero3" and self._computed_bytes == self.trained_bytes
+        is_alias = self.engine == "zero3" and self._computed_bytes == self.trainable_bytes
         if self.has_masters and (not is_alias or config.offloads("offload_optimizer")):
-            add_state("masters", self._share(self.trained_bytes, is_sharded=self._shards_state))
+            add_state("masters", self._share(self.trainable_bytes, is_sharded=self._shards_state))
         add_state("optimizer", self._share(self.optimizer_bytes, is_sharded=self._shards_state))
         if config.use_ema:
-            average = self._share(4 * self.trained, is_sharded=self._shards_state)
+            average = self._share(4 * self.trainable_parameters, is_sharded=self._shards_state)
             (memory.ram if config.is_average_on_cpu else add_state)("average", average)
         return read
 
     @property
     def _shards_state(self) -> bool:
         """Whether each process holds only its share of the optimizer state, masters and EMA."""
-        return self.is_zero or self.shards_trained
+        return self.is_zero or self.shards_trainable
 
     def _trainable_adder(self, memory: _PhaseMemory) -> Callable[[str, int], None]:
         """The method of `memory` that adds masters, gradients and optimizer state of trainable parameters.
@@ -1052,7 +1063,7 @@ class Footprint:
             gathered = weights.outside_blocks + sum(blocks)
         memory.device(f"{prefix}gathered weights", gathered)
 
-    def _add_batch(self, memory: _PhaseMemory, pass_: Pass, *, is_trained: bool = False) -> None:
+    def _add_batch(self, memory: _PhaseMemory, pass_: TransformerPass, *, is_trained: bool = False) -> None:
         """Add a batch: latents, noise, noisy latents, velocity and prediction in fp32, references, contexts and rotary
         tables, with references one table for each sample.
 
@@ -1060,9 +1071,11 @@ class Footprint:
         Host memory holds this batch and the next.
         """
         spec, batch = pass_.spec, pass_.batch
-        latents, references = (batch * count * spec.in_channels * 4 for count in (pass_.image, pass_.references))
-        contexts = batch * pass_.text * self._context_row
-        tables = (batch if references else 1) * pass_.joint * spec.head_dim * 4
+        latents, references = (
+            batch * count * spec.in_channels * 4 for count in (pass_.image_tokens, pass_.reference_tokens)
+        )
+        contexts = batch * pass_.text_tokens * self._context_row
+        tables = (batch if references else 1) * pass_.total_tokens * spec.head_dim * 4
         if is_trained and self.config.preserves:
             contexts *= 2
         has_base = is_trained and (self.config.preserves or self.config.masked_loss_prior > 0)

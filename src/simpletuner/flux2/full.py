@@ -58,9 +58,9 @@ class FullModel(TrainableParameters):
         """Return None: after the first step the base model no longer exists."""
 
     @contextlib.contextmanager
-    def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+    def with_weights(self, state: Mapping[str, Tensor]) -> Iterator[None]:
         if not isinstance(self.masters, Masters):
-            with super().holding(state):
+            with super().with_weights(state):
                 yield
             return
         # The masters keep their values; only the weights take those of `state`.
@@ -68,7 +68,7 @@ class FullModel(TrainableParameters):
         try:
             yield
         finally:
-            self.masters.settle()
+            self.masters.update_weights()
 
     def by_role(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
         """Matrices of the blocks; matrices outside them (embedders, modulation, last layers); scales of the norms."""

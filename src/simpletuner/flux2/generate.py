@@ -11,7 +11,7 @@ from torch import Tensor
 from simpletuner.flow.condition import Condition, Denoise
 from simpletuner.flow.sampler import StepsDone, euler
 from simpletuner.flow.sigma import schedule
-from simpletuner.flux2.activations import Pass, sampling
+from simpletuner.flux2.activations import TransformerPass, sampling
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.free import free_memory_bytes
@@ -28,7 +28,7 @@ def initial_noise(seed: int, *, width: int, height: int) -> Float[Tensor, "1 128
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def fits_both(
+def fits_both_predictions(
     transformer: Flux2Transformer, text: int, size: tuple[int, int], device: torch.device, references: int = 0
 ) -> bool:
     """Whether `device` has memory for both predictions of real guidance in one pass.
@@ -39,7 +39,9 @@ def fits_both(
     if device.type == "cpu":
         return False
     image = (size[0] // PIXELS_PER_TOKEN) * (size[1] // PIXELS_PER_TOKEN)
-    both = Pass(transformer.spec, transformer.dtype, batch=2, text=text, image=image + references)
+    both = TransformerPass(
+        transformer.spec, transformer.dtype, batch=2, text_tokens=text, image_tokens=image + references
+    )
     return sampling(both) <= free_memory_bytes(device)
 
 

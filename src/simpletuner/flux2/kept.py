@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.base.files import file_errors_reported, read_json, sha256_file, sha256_json, write_json
-from simpletuner.base.parts import locked_part, sweep_parts
+from simpletuner.base.parts import locked_part, remove_abandoned_parts
 from simpletuner.flux2.source import Source
 from simpletuner.memory.precision import library_version
 from simpletuner.memory.tensors import save_tensors
@@ -39,7 +39,7 @@ class QuantizedBaseCache:
             "dtype": str(dtype).removeprefix("torch."),
             "library": library_version(precision),
         }
-        return cls(folder, origin, source.fingerprint("transformer", whole=True))
+        return cls(folder, origin, source.fingerprint("transformer", all_bytes=True))
 
     @property
     def weights(self) -> Path:
@@ -56,7 +56,7 @@ class QuantizedBaseCache:
 
         Calls `report` with the reason for rejecting an existing cache. Removes partial files of killed processes.
         """
-        sweep_parts(self.folder, ".*.safetensors.*.part")
+        remove_abandoned_parts(self.folder, ".*.safetensors.*.part")
         if not self.manifest.exists():
             return None
         damage = self._damage()

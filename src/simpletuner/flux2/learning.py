@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.memory.masters import SteppedParameters
-from simpletuner.memory.row_shards import Shards
+from simpletuner.memory.row_shards import RankShards
 
 
 class TrainableParameters(abc.ABC):
@@ -28,9 +28,9 @@ class TrainableParameters(abc.ABC):
         """The trainable parameters that the model computes with."""
 
     @property
-    def shards(self) -> Shards | None:
+    def shards(self) -> RankShards | None:
         """This rank's shards of the parameters; None if every rank holds whole parameters."""
-        return self.masters if isinstance(self.masters, Shards) else None
+        return self.masters if isinstance(self.masters, RankShards) else None
 
     @property
     def whole_shapes(self) -> list[tuple[int, ...]]:
@@ -75,10 +75,10 @@ class TrainableParameters(abc.ABC):
                 raise ValueError(f"{name} is {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
             parameter.copy_(state[name])
         if self.masters is not None:
-            self.masters.settle()
+            self.masters.update_weights()
 
     @contextlib.contextmanager
-    def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+    def with_weights(self, state: Mapping[str, Tensor]) -> Iterator[None]:
         """Let the model compute with `state` inside the context; restore its own values on exit, bit for bit."""
         own_state = {name: tensor.clone() for name, tensor in self.state().items()}
         self.load(state)

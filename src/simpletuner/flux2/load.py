@@ -35,16 +35,16 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.vae_names import vae_renaming
 from simpletuner.memory import offload
 from simpletuner.memory.precision import (
-    Layout,
+    WeightLayout,
     check_range,
-    held,
-    make_room,
-    packed,
+    quantizable_linears,
     quantized,
     quantized_from,
-    targets,
+    quantized_from_tensors,
+    quantized_tensors,
+    replace_by_empty,
 )
-from simpletuner.memory.shard import Sharding, local, own_range, own_rows, shard
+from simpletuner.memory.shard import Sharding, local_range, local_rows, local_shard, shard
 from simpletuner.memory.tensors import non_finite_count, open_tensors
 from simpletuner.runs.process import stop_if_asked
 
@@ -74,7 +74,7 @@ class QuantizationPlan:
             ConfigError: `precision` does not support one of their shapes.
         """
         if self.quantizes_plain:
-            return dict.fromkeys(targets(module, self.prefixes, self.precision), self.precision)
+            return dict.fromkeys(quantizable_linears(module, self.prefixes, self.precision), self.precision)
         return native_precisions(stored, renaming, self.prefixes)
 
 
@@ -168,7 +168,9 @@ def load_transformer(
         # Copy tensors that matrix products read: on a CPU the last bits of results depend on memory alignment.
         plain = {name for name, _ in transformer.named_parameters()}
         with torch.device("meta"):
-            make_room(transformer, targets(transformer, BLOCKS, precision), precision, quantized_from(dtype))
+            replace_by_empty(
+                transformer, quantizable_linears(transformer, BLOCKS, precision), precision, quantized_from(dtype)
+            )
         with open_tensors(cache_file) as tensors:
             for name in transformer.state_dict():
                 target_device = device if device_of is None else device_of(name)
@@ -414,12 +416,12 @@ def autoencoder_id(source: Source, dtype: torch.dtype, *, tiling: bool, slicing:
     return sha256_json(["latents 2", source.encoder_fingerprint(dtype), str(dtype), tiling, slicing])
 
 
-def earlier_autoencoder_id(source: Source, dtype: torch.dtype, *, tiling: bool, slicing: bool, whole: bool) -> str:
+def earlier_autoencoder_id(source: Source, dtype: torch.dtype, *, tiling: bool, slicing: bool, all_bytes: bool) -> str:
     """The id of a cached latent in earlier releases, which included the decoder and the files' bytes.
 
-    `whole` is that of `Source.fingerprint`.
+    `all_bytes` is that of `Source.fingerprint`.
     """
-    return sha256_json(["latents 1", source.fingerprint("vae", whole=whole), str(dtype), tiling, slicing])
+    return sha256_json(["latents 1", source.fingerprint("vae", all_bytes=all_bytes), str(dtype), tiling, slicing])
 
 
 def text_encoder_id(
@@ -430,13 +432,13 @@ def text_encoder_id(
     max_length: int,
     fix_regex: bool,
     precision: str = NO_CHANGE,
-    whole: bool = False,
+    all_bytes: bool = False,
 ) -> str:
     """Id of everything that determines a cached context. Does not load the text encoder.
 
-    `whole` is that of `Source.fingerprint`.
+    `all_bytes` is that of `Source.fingerprint`.
     """
-    weights = [source.fingerprint("text_encoder", whole=whole), source.fingerprint("tokenizer")]
+    weights = [source.fingerprint("text_encoder", all_bytes=all_bytes), source.fingerprint("tokenizer")]
     quantized_in = [] if precision == NO_CHANGE else [precision]
     text, default = source.flavour.text, FLAVOURS["dev"].text
     # Included only if they differ from dev's: older caches lack them.
@@ -499,7 +501,9 @@ def _fill(
         if rows.weight.precision == precision:
             tensors = rows.native_tensors()
             _check_native(tensors, target, rows.weight.file)
-            module.set_submodule(owner, held(linear, precision, tensors, quantized_from(dtype), target_device))
+            module.set_submodule(
+                owner, quantized_from_tensors(linear, precision, tensors, quantized_from(dtype), target_device)
+            )
         else:
             cast = _cast(rows, quantized_from(dtype), target, limit=dtype)
             linear.weight = nn.Parameter(cast.to(quantize.device), requires_grad=False)
@@ -536,22 +540,22 @@ def _fill_shards(
     renamed = {name: renaming(name) for name in stored}
     _check(transformer, stored, renamed, unknown_allowed=False)
     precisions = {} if quantize is None else quantize.precisions(transformer, stored, renaming)
-    layouts: dict[str, Layout] = {}
+    layouts: dict[str, WeightLayout] = {}
     transformer.to(dtype)
     for owner, precision in precisions.items():
         linear = transformer.get_submodule(owner)
         assert isinstance(linear, nn.Linear)
-        layouts[owner] = Layout(precision, (linear.out_features, linear.in_features))
+        layouts[owner] = WeightLayout(precision, (linear.out_features, linear.in_features))
         with torch.device("meta"):
-            make_room(transformer, {owner: linear}, precision, quantized_from(dtype))
+            replace_by_empty(transformer, {owner: linear}, precision, quantized_from(dtype))
     transformer.requires_grad_(False)
     shard(transformer, transformer.blocks, sharding)
-    transformer.to_empty(device=sharding.resting)
-    shards = {name: local(parameter) for name, parameter in transformer.named_parameters()}
+    transformer.to_empty(device=sharding.shard_device)
+    shards = {name: local_shard(parameter) for name, parameter in transformer.named_parameters()}
 
     def load_tensor(target: str, all_rows: StoredRows) -> None:
         owner, file = target.removesuffix(".weight"), all_rows.weight.file
-        shard_rows = all_rows[own_range(all_rows.shape)]
+        shard_rows = all_rows[local_range(all_rows.shape)]
         layout = layouts.get(owner)
         if layout is None:
             _check_finite(shards[target].copy_(_cast(shard_rows, None, target, limit=dtype)), target, file)
@@ -568,13 +572,13 @@ def _fill_shards(
             return
         cast = _cast(rows, quantized_from(dtype), target, limit=dtype).to(quantize.device)
         _check_finite(cast, target, file)
-        for name, tensor in packed(cast, layout.precision).items():
-            shards[f"{owner}.{name}"].copy_(tensor if layout.is_by_rows else own_rows(tensor))
+        for name, tensor in quantized_tensors(cast, layout.precision).items():
+            shards[f"{owner}.{name}"].copy_(tensor if layout.is_by_rows else local_rows(tensor))
 
     if quantized_file is not None:
         with open_tensors(quantized_file) as tensors:
             for name, rows in shards.items():
-                rows.copy_(own_rows(_with_dimension(tensors[name])))
+                rows.copy_(local_rows(_with_dimension(tensors[name])))
         return
     with open_stored(stored) as weights:
         for name, new in renamed.items():

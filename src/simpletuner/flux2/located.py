@@ -12,7 +12,7 @@ from simpletuner.memory.machines import differing_machine
 from simpletuner.memory.world import World
 
 
-def located(world: World, find: Callable[[], Source]) -> Source:
+def locate_on_each_machine(world: World, find: Callable[[], Source]) -> Source:
     """The result of `find`, which only the first rank of each machine calls, on all ranks of that machine.
 
     All ranks use the same files, even if a branch on the Hub moves meanwhile. The other ranks wait for as long as a
@@ -21,8 +21,10 @@ def located(world: World, find: Callable[[], Source]) -> Source:
     Raises:
         AccessError: another machine located another model.
     """
-    source = world.from_each_machine("the files of the base model", find, record=source_record, restore=recorded_source)
-    if world.of_machine is not None:
+    source = world.run_on_each_machine(
+        "the files of the base model", find, record=source_record, restore=recorded_source
+    )
+    if world.machine_world is not None:
         check_same_model(world, {"transformer": source.fingerprint("transformer")})
     return source
 

@@ -128,9 +128,9 @@ class LoraLinear(AdapterLayer):
         self.train(base.training)
 
     @property
-    def place(self) -> "Range":
+    def adapted_range(self) -> "LinearRange":
         """The adapted rows and columns."""
-        return Range((self.row_start, self.row_stop), (self.column_start, self.column_stop))
+        return LinearRange((self.row_start, self.row_stop), (self.column_start, self.column_stop))
 
     @property
     def has_all_columns(self) -> bool:
@@ -239,7 +239,7 @@ class Adapter(TrainableParameters):
                 layer.is_enabled = was_enabled
 
     @contextlib.contextmanager
-    def showing(self, full_range: Mapping[str, Tensor]) -> Iterator[None]:
+    def with_export_weights(self, full_range: Mapping[str, Tensor]) -> Iterator[None]:
         """Let `weights` hold the unsharded tensors `whole` inside the context, to write a file of them.
 
         Nothing is copied, and the model cannot run meanwhile.
@@ -288,7 +288,7 @@ class Adapter(TrainableParameters):
 
 
 @dataclass(frozen=True)
-class Range:
+class LinearRange:
     """The adapted rows and columns of one Linear, each as (start, stop)."""
 
     rows: tuple[int, int]
@@ -305,18 +305,18 @@ def linears(transformer: nn.Module) -> dict[str, Adaptable]:
     return by_name
 
 
-def full_range(linear: Adaptable) -> Range:
+def full_range(linear: Adaptable) -> LinearRange:
     """All rows and columns of `linear`."""
-    return Range(rows=(0, linear.out_features), columns=(0, linear.in_features))
+    return LinearRange(rows=(0, linear.out_features), columns=(0, linear.in_features))
 
 
-def preset_ranges(transformer: nn.Module, preset: Preset) -> dict[str, Range]:
+def preset_ranges(transformer: nn.Module, preset: Preset) -> dict[str, LinearRange]:
     """The rows and columns that `preset` adapts, by Linear, in the order of `transformer`.
 
     Raises:
         ConfigError: an entry of the preset names a Linear that no block has.
     """
-    ranges: dict[str, Range] = {}
+    ranges: dict[str, LinearRange] = {}
     missing = {
         *preset.double,
         *([FUSED_IN] if preset.fused_in else []),
@@ -334,7 +334,7 @@ def preset_ranges(transformer: nn.Module, preset: Preset) -> dict[str, Range]:
             columns = _part_range(preset.fused_out, attention_end=linear.out_features, end=linear.in_features)
         else:
             continue
-        ranges[name] = Range(rows, columns)
+        ranges[name] = LinearRange(rows, columns)
         missing.discard(inner_name)
     ConfigError.raise_if(
         Problem(f"the LoRA preset targets {inner_name}", "a model whose blocks have it")
@@ -348,7 +348,7 @@ def _part_range(part: FusedPart, *, attention_end: int, end: int) -> tuple[int, 
     return {"whole": (0, end), "attention": (0, attention_end), "mlp": (attention_end, end)}[part]
 
 
-def pattern_ranges(transformer: nn.Module, targets: str | tuple[str, ...]) -> dict[str, Range]:
+def pattern_ranges(transformer: nn.Module, targets: str | tuple[str, ...]) -> dict[str, LinearRange]:
     """The Linears that `targets` matches: full names or endings after a dot, or one regular expression for full names.
 
     Raises:
@@ -382,7 +382,7 @@ def _suggestion(target: str, names: Mapping[str, object]) -> str:
     return f"{'Did you mean' if near else 'Names look like'} {' or '.join(examples)}{'?' if near else '.'}"
 
 
-def wanted_ranges(transformer: nn.Module, options: LoraOptions) -> dict[str, Range]:
+def target_ranges(transformer: nn.Module, options: LoraOptions) -> dict[str, LinearRange]:
     """The rows and columns that `options` adapt, by Linear, in the order of `transformer`.
 
     Raises:
@@ -404,9 +404,9 @@ def attach(transformer: nn.Module, options: LoraOptions, *, seed: int) -> Adapte
     """
     rank = options.lora_rank
     target = options.flux_lora_target if options.peft_lora_target_modules is None else CUSTOM
-    ranges = wanted_ranges(transformer, options)
+    ranges = target_ranges(transformer, options)
 
-    def initial(name: str, adapted_range: Range) -> tuple[Tensor, Tensor]:
+    def initial(name: str, adapted_range: LinearRange) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(draw_seed(seed, "init", name))
         a = torch.empty(rank, adapted_range.columns[1] - adapted_range.columns[0])
         if options.lora_init_type == "gaussian":
@@ -421,7 +421,7 @@ def attach(transformer: nn.Module, options: LoraOptions, *, seed: int) -> Adapte
             transformer,
             name,
             *initial(name, adapted_range),
-            place=adapted_range,
+            adapted_range=adapted_range,
             scale=options.alpha / rank,
             dropout=options.lora_dropout,
         )
@@ -436,7 +436,7 @@ def wrap(
     a: Tensor,
     b: Tensor,
     *,
-    place: Range,
+    adapted_range: LinearRange,
     scale: float,
     dropout: float = 0.0,
 ) -> LoraLinear:
@@ -449,8 +449,8 @@ def wrap(
         b.to(device, torch.float32),
         scale=scale,
         dropout=dropout,
-        column_start=place.columns[0],
-        row_start=place.rows[0],
+        column_start=adapted_range.columns[0],
+        row_start=adapted_range.rows[0],
         base_last=name.endswith(BLOCK_ENDS) and not isinstance(base, AdapterLayer),
     )
     transformer.set_submodule(name, layer)

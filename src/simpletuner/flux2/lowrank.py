@@ -60,7 +60,7 @@ class Reduced:
     """A delta reduced to a rank."""
 
     factors: LowRank
-    kept: float
+    kept_energy: float
     """Share of the energy that `factors` keep; 1 for a delta of zeros."""
 
 

@@ -65,9 +65,9 @@ class WrittenLora:
     layers: int
     ranks: tuple[int, int]
     """The lowest and the highest rank of a layer."""
-    kept: float
+    kept_energy: float
     """The smallest share of its energy that any layer keeps."""
-    lost: Mapping[str, list[str]]
+    losses_by_loader: Mapping[str, list[str]]
     """Layers that a loader drops or applies wrongly, by the loader's name."""
 
 
@@ -193,7 +193,7 @@ def write_layers(
                 f"at most {torch.finfo(torch.float16).max:g}",
                 "Give --dtype=bf16.",
             )
-        least_kept = min(least_kept, layer.kept)
+        least_kept = min(least_kept, layer.kept_energy)
     if not modules:
         raise CheckpointError.of("no layer has a delta to write", "LoRAs with layers, or two models that differ")
     write_adapter(target, modules, lora_format, header)

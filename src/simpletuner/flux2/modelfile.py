@@ -23,7 +23,7 @@ from simpletuner.flux2.single import open_component
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.memory.shares import RankTensor, load_shares, write_shares
-from simpletuner.memory.tensors import save_tensors, save_verified, unreadable
+from simpletuner.memory.tensors import save_tensors, save_verified, unreadable_file_error
 from simpletuner.memory.world import World
 
 TRANSFORMER_FOLDER = "transformer"
@@ -101,7 +101,7 @@ def read_transformer(folder: Path) -> dict[str, Tensor]:
     try:
         return load_shares(folder, WEIGHTS_STEM)
     except OSError as error:
-        raise unreadable(folder / WEIGHTS_NAME, error) from None
+        raise unreadable_file_error(folder / WEIGHTS_NAME, error) from None
 
 
 def save_pipeline(folder: Path, transformer: Path, source: Source) -> str | None:

@@ -53,7 +53,7 @@ def modelspec(
     return {_PREFIX + name: value for name, value in fields.items() if value is not None}
 
 
-def usual_size(buckets: Iterable[Mapping[ImageSize, list[int]]]) -> ImageSize | None:
+def most_common_size(buckets: Iterable[Mapping[ImageSize, list[int]]]) -> ImageSize | None:
     """The most common training size over all datasets; the largest, if several are equally common."""
     counts: dict[ImageSize, int] = {}
     for each in buckets:

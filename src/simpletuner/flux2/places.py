@@ -12,7 +12,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import AccessError, DiskError
 from simpletuner.base.files import file_errors_reported, sha256_file, with_home, write_atomic
-from simpletuner.base.machine import disk_room
+from simpletuner.base.machine import free_disk_bytes
 from simpletuner.base.sizes import format_size
 from simpletuner.base.tensorfile import is_weight_file
 from simpletuner.config.flavours import FLAVOURS
@@ -37,7 +37,7 @@ class ModelFolder:
         self.label = str(root)
         """Name in messages to the user."""
 
-    def has(self, name: str) -> bool:
+    def contains(self, name: str) -> bool:
         """Whether the file `name` exists; a relative path with forward slashes."""
         return (self.root / name).is_file()
 
@@ -100,10 +100,10 @@ class Hub:
         """The commit whose files are used."""
         return self._listing[0]
 
-    def has(self, name: str) -> bool:
+    def contains(self, name: str) -> bool:
         """Whether the repository has the file `name`."""
         files = self._listing[1]
-        return self._offline.has(name) if self._offline is not None else name in files
+        return self._offline.contains(name) if self._offline is not None else name in files
 
     def path(self, name: str) -> Path:
         """The path of the file `name` in the cache, downloaded if it is missing."""
@@ -435,7 +435,7 @@ def fetch(files: Sequence[tuple[ModelLocation, str]], report: ReportLine) -> Non
     for repo, sizes in absent.items():
         if not any(sizes.values()):
             continue
-        free = disk_room(repo.cache)
+        free = free_disk_bytes(repo.cache)
         count = sum(size > 0 for size in sizes.values())
         report(
             f"To download from {repo.name}: {format_size(sum(sizes.values()))} in "

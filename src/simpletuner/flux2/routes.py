@@ -23,7 +23,7 @@ class Route:
         """The number of image tokens, of `tokens`, that these blocks process: at least 1."""
         return max(1, round(self.keep_ratio * tokens))
 
-    def told(self, tokens: int, blocks: int) -> str:
+    def description(self, tokens: int, blocks: int) -> str:
         """One sentence about the route's effect on an image of `tokens` tokens in a model with `blocks` blocks."""
         blocks_covered = f"block {self.start}" if self.start == self.end else f"blocks {self.start}–{self.end}"
         return f"TREAD keeps {self.keeps(tokens)} of {tokens} image tokens in {blocks_covered} of {blocks}"

@@ -46,7 +46,7 @@ from simpletuner.flux2.spec import (
     transformer_from_tensors,
 )
 from simpletuner.flux2.stored import check_format, stored_weights
-from simpletuner.memory.tensors import as_written
+from simpletuner.memory.tensors import tensor_data
 
 _STEMS: Mapping[Component, str] = {
     "transformer": "diffusion_pytorch_model",
@@ -151,18 +151,18 @@ class Source:
             f"weights ({published}), or give --model_flavour {sibling_flavour.name}."
         )
 
-    def fingerprint(self, component: Component | Literal["tokenizer"], *, whole: bool = False) -> str:
+    def fingerprint(self, component: Component | Literal["tokenizer"], *, all_bytes: bool = False) -> str:
         """Hash of the content of `component`, independent of its location.
 
         Covers the config, and the name, dtype, shape and first 4 KiB of each tensor that is used, or all its bytes if
-        `whole`. Reads a few megabytes, even for dev; `whole` reads each new file once.
+        `all_bytes`. Reads a few megabytes, even for dev; `all_bytes` reads each new file once.
 
         Raises:
             AccessError: a file cannot be read.
         """
-        fingerprint = self._fingerprints.get((component, whole))
+        fingerprint = self._fingerprints.get((component, all_bytes))
         if fingerprint is None:
-            fingerprint = self._fingerprints[component, whole] = self._fingerprint(component, whole)
+            fingerprint = self._fingerprints[component, all_bytes] = self._fingerprint(component, all_bytes)
         return fingerprint
 
     def _fingerprint(self, component: Component | Literal["tokenizer"], whole: bool) -> str:
@@ -204,7 +204,7 @@ class Source:
                 for name, read in opened.items():
                     if name.startswith(_ENCODING_TENSORS):
                         tensor = read()
-                        digest = sha256_bytes(bytes(as_written(tensor, dtype).data()))
+                        digest = sha256_bytes(bytes(tensor_data(tensor, dtype).data()))
                         tensors[name] = (list(tensor.shape), digest)
             self._fingerprints[key] = sha256_json([config, tensors])
         return self._fingerprints[key]
@@ -420,7 +420,7 @@ class _Search:
 
         That config is the published one, and part of the ids of cached contexts.
         """
-        if not base.has("text_encoder/config.json"):
+        if not base.contains("text_encoder/config.json"):
             return encoder
         config = read_component_config("text_encoder", base.path("text_encoder/config.json"))
         kinds = _TEXT_ENCODERS[self.flavour.text.kind]
@@ -435,7 +435,7 @@ class _Search:
         checkpoint's VAE (`earlier_autoencoder_id`).
         """
         file = vae.location.path(vae.names[0])
-        if not shapes_in(file, "vae").keys() <= read_header(file).keys() or not base.has("vae/config.json"):
+        if not shapes_in(file, "vae").keys() <= read_header(file).keys() or not base.contains("vae/config.json"):
             return vae
         _, config = self._config("vae", base, folders=("vae/",))
         if config is None:
@@ -522,7 +522,7 @@ class _Search:
         self, component: Component, location: ModelLocation, folders: tuple[str, ...]
     ) -> tuple[str, Config | None]:
         """The first of `folders` with a config of `component`, and the config; None after recording a problem."""
-        folder = next((folder for folder in folders if location.has(f"{folder}config.json")), None)
+        folder = next((folder for folder in folders if location.contains(f"{folder}config.json")), None)
         if folder is None:
             self._add_missing(location, f"{folders[0]}config.json")
             return folders[0], None
@@ -558,7 +558,7 @@ class _Search:
             self.problems += error.problems
             return _ComponentFiles(location, [], config)
         for name in names:
-            if not location.has(name):
+            if not location.contains(name):
                 self._add_missing(location, name)
         return _ComponentFiles(location, names, config)
 
@@ -597,7 +597,7 @@ class _Search:
         if transformer.config is None:
             by_name = is_distilled_file(transformer.names[0])
             return self.flavour.is_distilled if by_name is None else by_name
-        if not transformer.location.has(_INDEX):
+        if not transformer.location.contains(_INDEX):
             return self.flavour.is_distilled
         index = read_object(transformer.location.path(_INDEX))
         return bool(index.get("is_distilled")) or index.get("_class_name") == "Flux2KleinKVPipeline"
@@ -608,10 +608,10 @@ class _Search:
         variants = ["", f".{self.options.variant}"] if self.options.variant else [""]
         for variant in reversed(variants):
             single, index = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
-            if location.has(single) or location.has(index):
+            if location.contains(single) or location.contains(index):
                 if variant == "" and self.options.variant:
                     self.fallbacks.append(component)
-                if location.has(single):
+                if location.contains(single):
                     return [single]
                 shards = read_index(location.path(index))
                 depth = max(self.layers)
@@ -628,11 +628,11 @@ class _Search:
         """The tokenizer's files, from the text encoder's location if it has them, or else from the base model."""
         candidates = [(text_encoder, "tokenizer/"), (text_encoder, ""), (base, "tokenizer/")]
         for location, folder in candidates if text_encoder is not base else candidates[-1:]:
-            if all(location.has(folder + name) for name in _TOKENIZER):
-                extra = [folder + name for name in _TOKENIZER_EXTRA if location.has(folder + name)]
+            if all(location.contains(folder + name) for name in _TOKENIZER):
+                extra = [folder + name for name in _TOKENIZER_EXTRA if location.contains(folder + name)]
                 return _ComponentFiles(location, [*(folder + name for name in _TOKENIZER), *extra], None)
         for name in _TOKENIZER:
-            if not base.has(f"tokenizer/{name}"):
+            if not base.contains(f"tokenizer/{name}"):
                 self._add_missing(base, f"tokenizer/{name}")
         return _ComponentFiles(base, [], None)
 

@@ -449,7 +449,7 @@ class StoredReader:
         return result
 
     def native_tensors(self, name: str, rows: slice = ALL_ROWS) -> dict[str, Tensor]:
-        """Rows of the tensors in which `memory.precision.Layout` holds a weight of this `precision`.
+        """Rows of the tensors in which `memory.precision.WeightLayout` holds a weight of this `precision`.
 
         The weight's `precision` must not be None.
         """

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from simpletuner.config.flavours import TransformerSpec
-from simpletuner.flow.choice import Choice
+from simpletuner.flow.choice import TokenChoice
 from simpletuner.flux2.lora import LoraLinear
 from simpletuner.flux2.rotary import Rotary, rotary, rotate
 from simpletuner.flux2.tread import Routing
@@ -43,13 +43,13 @@ class ReferenceAttention(NamedTuple):
     """Reference tokens in each sequence, padding included."""
     is_token: Bool[Tensor, "b length"] | None = None
     """False for padding, which no other token attends to. None if no sample is padded."""
-    is_own: bool = False
+    is_isolated: bool = False
     """Whether reference tokens attend only to reference tokens. Text and target tokens attend to all tokens."""
 
     @property
     def is_full(self) -> bool:
         """Whether every token attends to every other token."""
-        return self.is_token is None and not self.is_own
+        return self.is_token is None and not self.is_isolated
 
 
 def attend(
@@ -73,7 +73,7 @@ def attend(
 
     is_token, start = references.is_token, query.shape[-2] - references.length
     key_mask = None if is_token is None else rearrange(F.pad(is_token, (start, 0), value=True), "b n -> b 1 1 n")
-    if not references.is_own:
+    if not references.is_isolated:
         return rearrange(attention(query, key, value, key_mask), "b heads n d -> b n (heads d)")
     # In a sample without references, padding attends to itself: a softmax over no keys is NaN.
     own_mask = None if is_token is None else rearrange(is_token | ~is_token.any(1, keepdim=True), "b n -> b 1 1 n")
@@ -392,7 +392,7 @@ class Flux2Transformer(nn.Module):
         guidance: Float[Tensor, " b"] | None,
         position_ids: Int[Tensor, "*b n 4"],
         context_ids: Int[Tensor, "*b l 4"],
-        choices: Sequence[Choice] = (),
+        choices: Sequence[TokenChoice] = (),
         angles: Rotary | None = None,
         references: ReferenceAttention | None = None,
     ) -> Float[Tensor, "b m channels"]:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from simpletuner.base.draws import draw_seed
-from simpletuner.flow.choice import Choice
+from simpletuner.flow.choice import TokenChoice
 from simpletuner.flux2.rotary import Rotary
 from simpletuner.flux2.routes import Route
 
@@ -45,7 +45,7 @@ def draw_choices(
     slots: Sequence[int],
     tokens: int,
     force_keep: Bool[Tensor, "b tokens"] | None = None,
-) -> tuple[Choice, ...]:
+) -> tuple[TokenChoice, ...]:
     """Draw the tokens that each route keeps, for the samples in `slots` of `step` with `tokens` image tokens each.
 
     All samples keep the same number of tokens, and all tokens marked in `force_keep`. If a sample has more marks than
@@ -60,7 +60,7 @@ def draw_choices(
                 draw_choice(seed, step, slot, index, tokens, keep, None if force_keep is None else force_keep[row])
                 for row, slot in enumerate(slots)
             ]
-            choices.append(Choice(route.start, route.end, torch.stack(indices)))
+            choices.append(TokenChoice(route.start, route.end, torch.stack(indices)))
     return tuple(choices)
 
 
@@ -97,7 +97,7 @@ class Routing:
     `angles` are the rotary tables of the text tokens and of the image tokens in the current sequence.
     """
 
-    def __init__(self, choices: Sequence[Choice], angles: Rotary, text_length: int) -> None:
+    def __init__(self, choices: Sequence[TokenChoice], angles: Rotary, text_length: int) -> None:
         self.angles = angles
         self._all_angles = angles
         self._text_length = text_length
@@ -112,7 +112,7 @@ class Routing:
             return x
         self._all_image = x[:, text:]
         self.angles = self._kept_angles(choice)
-        return joined_sequence(x[:, :text], gather_tokens(self._all_image, choice.kept))
+        return joined_sequence(x[:, :text], gather_tokens(self._all_image, choice.kept_tokens))
 
     def leave(self, block: int, x: Float[Tensor, "b m hidden"], text: int = 0) -> Float[Tensor, "b n hidden"]:
         """`x` with the tokens that bypassed a route ending at `block` back at their positions."""
@@ -120,18 +120,20 @@ class Routing:
         if choice is None:
             return x
         assert self._all_image is not None  # the route started
-        indices = choice.kept[..., None].expand(-1, -1, x.shape[-1])
+        indices = choice.kept_tokens[..., None].expand(-1, -1, x.shape[-1])
         image = self._all_image.scatter(1, indices, x[:, text:])
         self._all_image, self.angles = None, self._all_angles
         return joined_sequence(x[:, :text], image)
 
-    def _kept_angles(self, choice: Choice) -> Rotary:
+    def _kept_angles(self, choice: TokenChoice) -> Rotary:
         """The rotary tables of all text tokens and of the image tokens that each sample keeps."""
         cos, sin = (
             torch.cat(
                 [
-                    table[:, : self._text_length].expand(len(choice.kept), -1, -1),
-                    gather_tokens(table[:, self._text_length :].expand(len(choice.kept), -1, -1), choice.kept),
+                    table[:, : self._text_length].expand(len(choice.kept_tokens), -1, -1),
+                    gather_tokens(
+                        table[:, self._text_length :].expand(len(choice.kept_tokens), -1, -1), choice.kept_tokens
+                    ),
                 ],
                 dim=1,
             )

@@ -43,7 +43,7 @@ torch.compile(lambda x: torch.tanh(2 * x).sum(), backend="inductor", fullgraph=T
 """
 
 
-def compiler_lack(device_type: str) -> str | None:
+def compiler_problem(device_type: str) -> str | None:
     """Why inductor cannot compile for a device type on this machine, in one line; None if it can.
 
     For a GPU, a separate process, which may crash or hang, compiles and differentiates a tiny function. It needs
@@ -52,12 +52,12 @@ def compiler_lack(device_type: str) -> str | None:
     compiler = os.environ.get("CXX", "g++")
     if device_type == "cpu":
         return None if shutil.which(compiler) else f"there is no C++ compiler {compiler} (CXX names another)"
-    return probe_lack(device_type, PROBE_LIMIT_S)
+    return probe_compiler(device_type, PROBE_LIMIT_S)
 
 
 @functools.cache
-def probe_lack(device_type: str, limit_s: float) -> str | None:
-    """`compiler_lack` by trying it in a separate process, for any device type."""
+def probe_compiler(device_type: str, limit_s: float) -> str | None:
+    """`compiler_problem` by trying it in a separate process, for any device type."""
     command = [sys.executable, "-P", "-W", "ignore", "-c", _PROBE, device_type]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
@@ -67,7 +67,7 @@ def probe_lack(device_type: str, limit_s: float) -> str | None:
     return None if done.returncode == 0 else lines[-1] if lines else f"a test compilation died ({done.returncode})"
 
 
-class Compiled:
+class CompiledBlocks:
     """State of the blocks that `install` prepares; the first pass through each kind compiles it."""
 
     def __init__(self, backend: str, kinds: int, bound: int) -> None:
@@ -112,7 +112,7 @@ def install(
     mode: str = "default",
     sizes_vary: bool = True,
     has_references: bool = False,
-) -> Compiled:
+) -> CompiledBlocks:
     """Compile each block's forward for training. In evaluation blocks run uncompiled, with bit-identical results.
 
     Call it before `recompute.install`, so that the compiled block is checkpointed.
@@ -137,7 +137,7 @@ def install(
         by_class.setdefault(type(block), []).append(block)
     layouts = {cls: len({_layout(block) for block in members}) for cls, members in by_class.items()}
     variants = VARIANTS * (1 if sizes_vary else 2) * (2 if has_references else 1)
-    compiled = Compiled(backend, sum(layouts.values()), variants * sum(layouts.values()))
+    compiled = CompiledBlocks(backend, sum(layouts.values()), variants * sum(layouts.values()))
 
     # Settings of the whole process, which trains one model. With fullgraph, exceeding the limit raises.
     torch._dynamo.config.recompile_limit = variants * max(layouts.values())
@@ -170,7 +170,7 @@ def install(
 
 
 def _in_training(
-    block: nn.Module, plain: Callable[..., Any], compiled_forward: Callable[..., Any], compiled: Compiled
+    block: nn.Module, plain: Callable[..., Any], compiled_forward: Callable[..., Any], compiled: CompiledBlocks
 ) -> Callable[..., Any]:
     def run(*inputs: Any) -> Any:
         return compiled_forward(block, *inputs) if block.training and compiled.is_on else plain(*inputs)

@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 
 from simpletuner.base.files import sha256_json
-from simpletuner.memory.world import World, explained
+from simpletuner.memory.world import World, collective_errors_reported
 
 SENT_BYTES = 32 * 2**20
 """Bytes of a file per message."""
@@ -27,7 +27,7 @@ def shared_folders(world: World, folders: Sequence[Path]) -> frozenset[Path]:
     Raises:
         RanksError: a rank is gone or timed out.
     """
-    if world.of_machine is None:
+    if world.machine_world is None:
         return frozenset(folders)
     marker = world.broadcast_json(f".simpletuner-{secrets.token_hex(16)}")
     marker_paths = [folder / marker for folder in folders]
@@ -36,24 +36,24 @@ def shared_folders(world: World, folders: Sequence[Path]) -> frozenset[Path]:
     try:
         if world.is_main:
             for path in marker_paths:
-                make_missing(path.parent)
+                create_missing(path.parent)
                 with contextlib.suppress(OSError):
                     path.touch()
         world.barrier("the markers in folders that machines may share")
         if is_checking and not world.is_main:
             # An NFS client caches for up to a minute that a folder is missing, unless it creates the folder.
-            created = {folder: make_missing(folder) for folder in folders}
+            created = {folder: create_missing(folder) for folder in folders}
         by_rank = world.gather_json([not is_checking or path.exists() for path in marker_paths])
     finally:
         for path in marker_paths if world.is_main else ():
             with contextlib.suppress(OSError):
                 path.unlink()
     shared = frozenset(folder for folder, *sightings in zip(folders, *by_rank, strict=True) if all(sightings))
-    remove_made(each for folder, new_folders in created.items() if folder not in shared for each in new_folders)
+    remove_created(each for folder, new_folders in created.items() if folder not in shared for each in new_folders)
     return shared
 
 
-def make_missing(folder: Path) -> list[Path]:
+def create_missing(folder: Path) -> list[Path]:
     """Create `folder` and its parents, as far as permitted; return those of them that were missing."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.suppress(OSError):
@@ -61,8 +61,8 @@ def make_missing(folder: Path) -> list[Path]:
     return missing
 
 
-def remove_made(folders: Iterable[Path]) -> None:
-    """Remove the empty ones of `folders`, which `make_missing` returned."""
+def remove_created(folders: Iterable[Path]) -> None:
+    """Remove the empty ones of `folders`, which `create_missing` returned."""
     for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -88,7 +88,7 @@ def differing_machine(world: World, value: Any) -> tuple[int, tuple[Any, Any]] |
     Raises:
         RanksError: a rank is gone or timed out.
     """
-    if world.of_machine is None:
+    if world.machine_world is None:
         return None
     hashes = world.gather_json([world.machine, sha256_json(value)])
     differing_rank = next((rank for rank, (_, each) in enumerate(hashes) if each != hashes[0][1]), None)
@@ -109,7 +109,7 @@ def send_folder(world: World, folder: Path, into: Path) -> None:
     """
     firsts = [rank for rank, is_first in enumerate(world.gather_json(world.on_machine.is_main)) if is_first]
     assert world.signs is not None  # there are several ranks
-    with explained("sending files to other machines"):
+    with collective_errors_reported("sending files to other machines"):
         timeout = datetime.timedelta(seconds=world.signs.timeout_s)
         group = dist.new_group(firsts, timeout=timeout, backend="gloo")
     if world.rank in firsts:
@@ -129,7 +129,7 @@ def _send(world: World, path: Path, size: int) -> None:
             piece = torch.empty(min(SENT_BYTES, size - start), dtype=torch.uint8)
             if world.is_main:
                 piece = torch.frombuffer(bytearray(file.read(len(piece))), dtype=torch.uint8)
-            with explained("sending files to other machines"):
+            with collective_errors_reported("sending files to other machines"):
                 dist.broadcast(piece, group=world.group, group_src=0)
             if not world.is_main:
                 file.write(piece.numpy().data)

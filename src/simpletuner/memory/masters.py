@@ -15,16 +15,16 @@ from simpletuner.memory.precision import check_range
 
 @runtime_checkable
 class SteppedParameters(Protocol):
-    """Parameters on which an optimizer steps instead of a model's own: `Masters`, or the `Shards` of one rank."""
+    """Parameters on which an optimizer steps instead of a model's own: `Masters`, or the `RankShards` of one rank."""
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters by the names of the model's."""
 
-    def collect(self) -> None:
+    def take_gradients(self) -> None:
         """Take over the gradients of the model's parameters and clear them. Call it after each backward pass."""
 
-    def settle(self) -> None:
+    def update_weights(self) -> None:
         """Make the model compute with these values. Call it after each change of them."""
 
 
@@ -48,7 +48,7 @@ class Masters:
             check_range(weight.data, dtype, name)
             weight.data = weight.data.to(dtype)
 
-    def collect(self) -> None:
+    def take_gradients(self) -> None:
         """Add the weights' gradients to the masters' in fp32, and clear them.
 
         Call it after each backward pass, so that no gradients are accumulated in a lower precision.
@@ -62,11 +62,11 @@ class Masters:
                 master.grad.add_(weight.grad)
             weight.grad = None
 
-    def settle(self) -> None:
+    def update_weights(self) -> None:
         """Set the weights to the masters' values. Call it after each change of the masters."""
         self.show(self.parameters)
 
     @torch.no_grad()
     def show(self, values: Mapping[str, Tensor]) -> None:
-        """Set the weights to other values, by the masters' names, until `settle` is called."""
+        """Set the weights to other values, by the masters' names, until `update_weights` is called."""
         torch._foreach_copy_(self._weights, [values[name].to(self._weights[0].device) for name in self.parameters])

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from simpletuner.base.errors import MemoryBudgetError
 from simpletuner.base.files import write_atomic
-from simpletuner.base.parts import sweep_parts
+from simpletuner.base.parts import remove_abandoned_parts
 from simpletuner.base.sizes import format_size
 from simpletuner.memory.free import release_memory
 from simpletuner.memory.reader import FileReader
@@ -281,7 +281,7 @@ class Streaming:
         groups = [units for units in groups if group_bytes(units)]
         slot_count = min(1 + ahead, len(groups))
         if folder is not None:
-            sweep_parts(folder, ".*.weights.*.part")
+            remove_abandoned_parts(folder, ".*.weights.*.part")
         size = max(map(group_bytes, groups), default=0)
         self._device = device
         self._slots = [_Slot(size, device) for _ in range(slot_count)]
@@ -320,7 +320,7 @@ class Streaming:
         """Size of all slots on the device."""
         return len(self._slots) * self.slot_bytes
 
-    def told(self) -> str:
+    def description(self) -> str:
         """Counts of the copies so far, as text."""
         read = "" if self._reader is None else f"{self._reader.reads_ahead} of {self._reader.reads} files read ahead, "
         return (
@@ -476,7 +476,7 @@ class Streaming:
 
 
 @contextlib.contextmanager
-def set_aside(tensors: Iterable[Tensor], device: torch.device) -> Iterator[None]:
+def moved_to_host(tensors: Iterable[Tensor], device: torch.device) -> Iterator[None]:
     """Move those of `tensors` that are on `device` to host memory, where they can be read; on exit move them back.
 
     Their bits do not change. Streamed tensors are skipped. No other tensor may be a view of one of them.

@@ -27,8 +27,8 @@ ENGINES: Mapping[Engine, str] = {
 }
 """Names of the engines for people."""
 
-LEFT_BY_A_CARD = 1.5 * GIB
-LEFT_BY_A_SYSTEM = 4 * GIB
+GPU_OVERHEAD_BYTES = 1.5 * GIB
+SYSTEM_OVERHEAD_BYTES = 4 * GIB
 """Bytes of a GPU and of host memory that other things use: driver, CUDA context, screen, system, this program. At most
 an eighth of the memory. A GPU of 24, 16, 12 or 8 GiB has 22.5, 14.5, 10.5 or 7 GiB for a model."""
 
@@ -36,12 +36,12 @@ KEPT_FREE = 1 / 20
 """Share of the accelerator that `auto` choices leave free. Measured peaks differ from the plan by less than this."""
 
 
-def bytes_to_fill(accelerator: int) -> int:
+def plannable_bytes(accelerator: int) -> int:
     """Bytes that an `auto` choice may plan to use, with `accelerator` bytes free.
 
     With an idle GPU of 24, 16, 12 or 8 GiB it is less than the 22.5, 14.5, 10.5 or 7 GiB above.
     """
-    return int(accelerator - max(KEPT_FREE * accelerator, min(LEFT_BY_A_CARD, accelerator / 8)))
+    return int(accelerator - max(KEPT_FREE * accelerator, min(GPU_OVERHEAD_BYTES, accelerator / 8)))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PhasePlan:
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineMemory:
     """Memory and disk space available to a run, in bytes."""
 
     accelerator: int | None
@@ -82,18 +82,18 @@ class Machine:
     """None: unknown."""
 
     @classmethod
-    def of_size(cls, vram: float | None, ram: float) -> "Machine":
+    def of_size(cls, vram: float | None, ram: float) -> "MachineMemory":
         """A machine with a GPU of `vram` bytes (None or 0: no GPU) and `ram` bytes of host memory."""
-        accelerator = int(vram - min(LEFT_BY_A_CARD, vram / 8)) if vram else None
-        return cls(accelerator, int(ram - min(LEFT_BY_A_SYSTEM, ram / 8)), None)
+        accelerator = int(vram - min(GPU_OVERHEAD_BYTES, vram / 8)) if vram else None
+        return cls(accelerator, int(ram - min(SYSTEM_OVERHEAD_BYTES, ram / 8)), None)
 
-    def has(self, tier: MemoryTier) -> int | None:
+    def available(self, tier: MemoryTier) -> int | None:
         """Bytes available in a tier; None if the tier is missing or unknown."""
         return {"accelerator": self.accelerator, "ram": self.ram, "disk": self.disk}[tier]
 
 
 @dataclass(frozen=True)
-class Lack:
+class Shortage:
     """A memory tier that is too small for a phase; `needed` and `there` (available) are bytes."""
 
     phase: PhasePlan
@@ -106,7 +106,7 @@ class Lack:
 class MemoryPlan:
     """All phases of a run on one machine, or on several equal machines."""
 
-    machine: Machine
+    machine: MachineMemory
     phases: tuple[PhasePlan, ...]
     processes: int = 1
     """Number of processes on all machines. Each has an accelerator; those of one machine share its RAM and disk."""
@@ -139,13 +139,13 @@ class MemoryPlan:
         return next((phase for phase in self.phases if phase.phase == name), None)
 
     @property
-    def lacks(self) -> tuple[Lack, ...]:
+    def lacks(self) -> tuple[Shortage, ...]:
         """Each tier that is too small, with the phase that takes most of it."""
         lacks = []
         for tier in MEMORY_TIERS:
-            available = self.machine.has(tier)
+            available = self.machine.available(tier)
             if available is not None and self.peak(tier) > available:
-                lacks.append(Lack(self.worst(tier), tier, self.peak(tier), available))
+                lacks.append(Shortage(self.worst(tier), tier, self.peak(tier), available))
         return tuple(lacks)
 
     @property
@@ -159,7 +159,7 @@ class MemoryPlan:
             "machines": self.machines,
             "engine": self.engine,
             "wire": None if self.wire is None else self.wire.summary(),
-            "machine": {tier: self.machine.has(tier) for tier in MEMORY_TIERS},
+            "machine": {tier: self.machine.available(tier) for tier in MEMORY_TIERS},
             "phases": [
                 {
                     "phase": phase.phase,
@@ -180,7 +180,7 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
-class Change:
+class OptionValue:
     """A new value of an option."""
 
     option: str
@@ -200,7 +200,7 @@ class Change:
 class Remedy:
     """Changes that make a plan fit, and the bytes that one tier needed before and needs after them."""
 
-    changes: tuple[Change, ...]
+    changes: tuple[OptionValue, ...]
     place: MemoryTier
     before: int
     after: int
@@ -217,12 +217,12 @@ class Remedy:
 Replan = Callable[[Mapping[str, object]], MemoryPlan]
 """Returns the plan with the given values of options."""
 
-MOST_CHANGES = 4
+MAX_CHANGES = 4
 """Maximum number of changes in a remedy."""
 
 
-def smallest_change(plan: MemoryPlan, ladder: Sequence[Change], replan: Replan) -> Remedy | None:
-    """The fewest changes, at most `MOST_CHANGES`, with which the accelerator's memory and RAM suffice; else None.
+def smallest_change(plan: MemoryPlan, ladder: Sequence[OptionValue], replan: Replan) -> Remedy | None:
+    """The fewest changes, at most `MAX_CHANGES`, with which the accelerator's memory and RAM suffice; else None.
 
     `ladder` is ordered from the cheapest change to the most expensive. Of equally many changes the first in its order
     are returned. None also if nothing has to change. A full disk has no remedy here.
@@ -232,7 +232,7 @@ def smallest_change(plan: MemoryPlan, ladder: Sequence[Change], replan: Replan) 
         return None
     first, tiers = lacking[0], {lack.place for lack in lacking}
 
-    def saves(change: Change) -> bool:
+    def saves(change: OptionValue) -> bool:
         changed_plan = replan({change.option: change.value})
         return any(
             after.total(tier) < before.total(tier)
@@ -244,7 +244,7 @@ def smallest_change(plan: MemoryPlan, ladder: Sequence[Change], replan: Replan) 
         return all(lack.place == "disk" for lack in changed_plan.lacks)
 
     helpful = [change for change in ladder if saves(change)]
-    for count in range(1, MOST_CHANGES + 1):
+    for count in range(1, MAX_CHANGES + 1):
         for changes in itertools.combinations(helpful, count):
             values = {change.option: change.value for change in changes}
             if len(values) < count:
@@ -255,14 +255,14 @@ def smallest_change(plan: MemoryPlan, ladder: Sequence[Change], replan: Replan) 
     return None
 
 
-def with_less(plan: MemoryPlan, phase: PlannedPhase, tier: MemoryTier, available: int) -> MemoryPlan:
+def with_less_memory(plan: MemoryPlan, phase: PlannedPhase, tier: MemoryTier, available: int) -> MemoryPlan:
     """`plan` reduced to `phase`, on a machine with `available` bytes in `tier`: for a failed allocation."""
     only = tuple(each for each in plan.phases if each.phase == phase)
     limits = {"accelerator": plan.machine.accelerator, "ram": plan.machine.ram, tier: available}
-    return replace(plan, phases=only, machine=Machine(limits["accelerator"], limits["ram"] or 0, None))
+    return replace(plan, phases=only, machine=MachineMemory(limits["accelerator"], limits["ram"] or 0, None))
 
 
-NAMES: Mapping[MemoryTier, str] = {"accelerator": "GPU", "ram": "RAM", "disk": "disk"}
+TIER_TITLES: Mapping[MemoryTier, str] = {"accelerator": "GPU", "ram": "RAM", "disk": "disk"}
 
 
 def plan_title(plan: MemoryPlan) -> str:
@@ -283,13 +283,13 @@ def phase_line(phase: PhasePlan) -> str:
         parts = sorted((part for part in phase.parts if part.place == tier), key=lambda part: -part.size)
         if phase.total(tier):
             part_list = ", ".join(f"{part.name} {format_size(part.size)}" for part in parts[:4] if part.size)
-            tiers.append(f"{NAMES[tier]} {format_size(phase.total(tier))} ({part_list})")
+            tiers.append(f"{TIER_TITLES[tier]} {format_size(phase.total(tier))} ({part_list})")
     return f"{phase.phase} ({phase.what}): {'; '.join(tiers)}"
 
 
 def plan_table(plan: MemoryPlan) -> list[str]:
     """Table of every part of every phase, for a terminal."""
-    rows: list[tuple[str, ...]] = [("", *(NAMES[tier] for tier in MEMORY_TIERS), "read")]
+    rows: list[tuple[str, ...]] = [("", *(TIER_TITLES[tier] for tier in MEMORY_TIERS), "read")]
     for phase in plan.phases:
         totals = (format_size(phase.total(tier)) for tier in MEMORY_TIERS)
         rows.append((f"{phase.phase}: {phase.what}", *totals, format_size(phase.read)))
@@ -305,10 +305,10 @@ def engine_table(plans: Mapping[Engine, MemoryPlan]) -> list[str]:
     """Table of the engines: memory, bytes sent per step, and the estimated time to send them, for a terminal."""
     rows: list[tuple[str, ...]] = []
     for engine, plan in plans.items():
-        tiers = [tier for tier in MEMORY_TIERS[:2] if plan.machine.has(tier) is not None]
+        tiers = [tier for tier in MEMORY_TIERS[:2] if plan.machine.available(tier) is not None]
         wire = plan.wire or Wire(0, 0)
         if not rows:
-            rows.append(("engine", *(NAMES[tier] for tier in tiers), "sent a step", *wire.links))
+            rows.append(("engine", *(TIER_TITLES[tier] for tier in tiers), "sent a step", *wire.links))
         times = map(format_seconds, wire.seconds().values())
         rows.append(
             (ENGINES[engine], *(format_size(plan.peak(tier)) for tier in tiers), format_size(wire.total), *times)
@@ -331,14 +331,16 @@ def verdict(plan: MemoryPlan) -> str:
     """One sentence that says whether the plan fits."""
     sizes = []
     for tier in MEMORY_TIERS:
-        available = plan.machine.has(tier)
+        available = plan.machine.available(tier)
         if available is not None and (plan.peak(tier) or tier != "disk"):
             phase = "" if tier == "disk" else f" ({plan.worst(tier).phase})"
             scope = "" if plan.machines == 1 else f" on each of {plan.machines} machines"
             if tier == "accelerator":
                 scope = "" if plan.processes == 1 else f" in each of {plan.processes}"
-            sizes.append(f"{NAMES[tier]} {format_size(plan.peak(tier))}{phase} of {format_size(available)}{scope}")
+            sizes.append(
+                f"{TIER_TITLES[tier]} {format_size(plan.peak(tier))}{phase} of {format_size(available)}{scope}"
+            )
     if plan.fits:
         return f"It fits: {', '.join(sizes)}."
-    names = " and ".join(NAMES[lack.place] for lack in plan.lacks)
+    names = " and ".join(TIER_TITLES[lack.place] for lack in plan.lacks)
     return f"It does not fit, for lack of {names}: {', '.join(sizes)}."

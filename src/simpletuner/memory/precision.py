@@ -25,7 +25,7 @@ from simpletuner.config.values import join_names
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtypes for computing, by their names in the options."""
 
-GROUPS = (128, 64, 32)
+GROUP_SIZES = (128, 64, 32)
 """Sizes of a group of weights that share a scale. The first takes least memory."""
 
 SLICE = 2**21
@@ -65,7 +65,7 @@ def quantized_from(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightLayout:
     """The tensors that store a weight of `shape` (outputs, inputs) in a precision."""
 
     precision: str
@@ -110,7 +110,7 @@ class Layout:
         if self.precision == "fp8-torchao" and (rows % _TILE or columns % _TILE):
             return f"{rows} outputs and {columns} inputs are no multiples of {_TILE}"
         is_grouped = PRECISIONS[self.precision].group is not None and self.precision != "nf4-bnb"
-        return f"{columns} inputs are no multiple of {GROUPS[-1]}" if is_grouped and not self.group else None
+        return f"{columns} inputs are no multiple of {GROUP_SIZES[-1]}" if is_grouped and not self.group else None
 
     @property
     def is_by_rows(self) -> bool:
@@ -120,7 +120,7 @@ class Layout:
     @property
     def group(self) -> int:
         """Number of inputs that share a scale, in precisions with groups; 0 if no group size divides the inputs."""
-        return next((size for size in GROUPS if self.shape[1] % size == 0), 0)
+        return next((size for size in GROUP_SIZES if self.shape[1] % size == 0), 0)
 
     def unpacked(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         """The dequantized weight in `dtype`; bit-identical to the library's if it was quantized from that dtype."""
@@ -170,7 +170,7 @@ def stored_bytes(shape: tuple[int, int], precision: str, itemsize: int) -> int:
     """
     if precision == NO_CHANGE:
         return math.prod(shape) * itemsize
-    fields = Layout(precision, shape).fields().values()
+    fields = WeightLayout(precision, shape).fields().values()
     return sum(math.prod(field_shape) * (dtype.itemsize if dtype else itemsize) for field_shape, dtype in fields)
 
 
@@ -196,7 +196,7 @@ class _Product(torch.autograd.Function):
     """Product with a quantized weight that a `_Saved` has saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, saved: list[Any], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layout: WeightLayout, saved: list[Any], *tensors: Tensor) -> Tensor:
         ctx.layout, ctx.saved = layout, saved
         return layout.product(x, tensors)
 
@@ -212,7 +212,7 @@ class _Frozen(torch.autograd.Function):
     """Product with a quantized weight. Saves only the quantized tensors and dequantizes them again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layout: WeightLayout, *tensors: Tensor) -> Tensor:
         ctx.layout = layout
         ctx.save_for_backward(*tensors)
         return layout.product(x, tensors)
@@ -234,7 +234,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, shape: tuple[int, int], precision: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
-        self.layout = Layout(precision, shape)
+        self.layout = WeightLayout(precision, shape)
         self.dtype = dtype
         """Dtype of the weight before quantization."""
         fields = self.layout.fields()
@@ -282,7 +282,7 @@ class QuantizedLinear(nn.Module):
         return out
 
 
-def targets(module: nn.Module, within: Sequence[str], precision: str) -> dict[str, nn.Linear]:
+def quantizable_linears(module: nn.Module, within: Sequence[str], precision: str) -> dict[str, nn.Linear]:
     """The Linears of `module` whose names begin with one of `within`, by name.
 
     Raises:
@@ -294,7 +294,8 @@ def targets(module: nn.Module, within: Sequence[str], precision: str) -> dict[st
         if isinstance(linear, nn.Linear) and name.startswith(tuple(within))
     }
     problems = {
-        name: Layout(precision, (linear.out_features, linear.in_features)).problem() for name, linear in linears.items()
+        name: WeightLayout(precision, (linear.out_features, linear.in_features)).problem()
+        for name, linear in linears.items()
     }
     unsupported = {name: problem for name, problem in problems.items() if problem is not None}
     if unsupported:
@@ -307,7 +308,7 @@ def targets(module: nn.Module, within: Sequence[str], precision: str) -> dict[st
     return linears
 
 
-def make_room(module: nn.Module, linears: Mapping[str, nn.Linear], precision: str, dtype: torch.dtype) -> None:
+def replace_by_empty(module: nn.Module, linears: Mapping[str, nn.Linear], precision: str, dtype: torch.dtype) -> None:
     """Replace `linears` of `module` by quantized Linears with uninitialized tensors on torch's default device."""
     for name, linear in linears.items():
         shape = linear.out_features, linear.in_features
@@ -320,10 +321,10 @@ def quantized(linear: nn.Linear, precision: str, device: torch.device | str | No
         raise ValueError("a Linear with a bias: no block of ours has one")
     weight = linear.weight.detach()
     device = weight.device if device is None else device
-    return held(linear, precision, packed(weight, precision), weight.dtype, device)
+    return quantized_from_tensors(linear, precision, quantized_tensors(weight, precision), weight.dtype, device)
 
 
-def held(
+def quantized_from_tensors(
     linear: nn.Linear, precision: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str
 ) -> QuantizedLinear:
     """A frozen Linear like `linear` on `device`; `tensors` are its weight in `precision`, quantized from `dtype`."""
@@ -335,10 +336,10 @@ def held(
 
 
 @torch.no_grad()
-def packed(weight: Float[Tensor, "rows columns"], precision: str) -> dict[str, Tensor]:
+def quantized_tensors(weight: Float[Tensor, "rows columns"], precision: str) -> dict[str, Tensor]:
     """Quantize `weight` to `precision` on its device; return the tensors by name. Calls the libraries."""
     rows, columns = weight.shape
-    layout = Layout(precision, (rows, columns))
+    layout = WeightLayout(precision, (rows, columns))
     step = max(_ROWS, SLICE // columns // _ROWS * _ROWS)
     quantize_slice = _MAKERS[PRECISIONS[precision].library]
     parts = [quantize_slice(weight[start : start + step].contiguous(), layout) for start in range(0, rows, step)]
@@ -353,7 +354,7 @@ def packed(weight: Float[Tensor, "rows columns"], precision: str) -> dict[str, T
     return {name: tensors[name] for name in layout.fields()}
 
 
-def _with_quanto(weight: Tensor, layout: Layout) -> dict[str, Tensor]:
+def _with_quanto(weight: Tensor, layout: WeightLayout) -> dict[str, Tensor]:
     with quiet_import():
         from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qtypes
 
@@ -372,7 +373,7 @@ def _with_quanto(weight: Tensor, layout: Layout) -> dict[str, Tensor]:
     return _grouped(data, {"scale": scale, "shift": shift}, len(weight), qtype.bits)
 
 
-def _with_torchao(weight: Tensor, layout: Layout) -> dict[str, Tensor]:
+def _with_torchao(weight: Tensor, layout: WeightLayout) -> dict[str, Tensor]:
     with quiet_import():
         from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
         from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
@@ -396,7 +397,7 @@ def _with_torchao(weight: Tensor, layout: Layout) -> dict[str, Tensor]:
     return _grouped(data, {"scale": scale, "zero": zero}, len(weight), 4)
 
 
-def _with_bitsandbytes(weight: Tensor, layout: Layout) -> dict[str, Tensor]:
+def _with_bitsandbytes(weight: Tensor, layout: WeightLayout) -> dict[str, Tensor]:
     with quiet_import():
         from bitsandbytes import functional
 

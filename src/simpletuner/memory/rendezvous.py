@@ -22,18 +22,18 @@ from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: i
 from torch.distributed.rendezvous import rendezvous
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.base.machine import own_address
+from simpletuner.base.machine import source_address
 from simpletuner.memory.device import choose_device
 from simpletuner.memory.world import (
     LOOK_FOR_RANKS_EVERY_S,
     ErrorKeys,
     KeyStore,
+    LifeSigns,
     PatientStore,
-    Signs,
     World,
-    explained,
+    collective_errors_reported,
 )
-from simpletuner.runs.ranks import RANKS_LISTENER, RankPlace, place_of
+from simpletuner.runs.ranks import RANKS_LISTENER, RankPlace, read_rank_place
 
 LOOPBACK_ADDRESS = "127.0.0.1"
 LOOPBACK_NAMES = ("lo", "lo0")
@@ -54,18 +54,18 @@ def join(environ: Mapping[str, str], timeout_s: float) -> World:
         ConfigError: the environment is incomplete or contradicts itself, or the network's interface is unknown.
         RanksError: the other ranks did not join within `timeout_s`.
     """
-    rank_place = place_of(environ)
+    rank_place = read_rank_place(environ)
     if rank_place is None:
         return World.single()
     address = LOOPBACK_ADDRESS if rank_place.machines == 1 else environ["MASTER_ADDR"]
-    hold_to_interface(address)
+    restrict_to_interface(address)
     device = choose_device()
     if device.type == "cuda":
         _check_gpu(rank_place)
         device = torch.device("cuda", rank_place.local_rank)
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_s)
-    with explained("waiting for all to start"):
+    with collective_errors_reported("waiting for all to start"):
         store = _store(rank_place, environ, address, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -81,16 +81,16 @@ def join(environ: Mapping[str, str], timeout_s: float) -> World:
     if rank_place.machines > 1:
         sign_store = PatientStore(sign_store, timeout_s)
     errors = rank_place.errors or ErrorKeys(rank_place.rank, rank_place.size, sign_store, address)
-    signs = Signs(sign_store, rank_place.rank, range(rank_place.size), timeout_s, errors)
+    signs = LifeSigns(sign_store, rank_place.rank, range(rank_place.size), timeout_s, errors)
     signs.start()
-    atexit.register(leave)
+    atexit.register(destroy_group)
     world = World(rank_place.rank, rank_place.size, device, signs, rank_place.machine, rank_place.machines)
-    return world if rank_place.machines == 1 else replace(world, of_machine=_of_machine(world, rank_place, timeout))
+    return world if rank_place.machines == 1 else replace(world, machine_world=_of_machine(world, rank_place, timeout))
 
 
 def _of_machine(world: World, rank_place: RankPlace, timeout: datetime.timedelta) -> World:
     """The world of this machine's ranks."""
-    with explained("waiting for all to start"):
+    with collective_errors_reported("waiting for all to start"):
         machines = [
             range(first, first + rank_place.local_size) for first in range(0, rank_place.size, rank_place.local_size)
         ]
@@ -107,7 +107,7 @@ def _of_machine(world: World, rank_place: RankPlace, timeout: datetime.timedelta
     )
 
 
-def leave() -> None:
+def destroy_group() -> None:
     """Destroy the process group.
 
     Otherwise a gloo thread that frees its last tensor while the interpreter shuts down would abort the process.
@@ -116,7 +116,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def hold_to_interface(address: str) -> None:
+def restrict_to_interface(address: str) -> None:
     """Make gloo and NCCL use the interface through which this machine reaches `address`, unless the user chose one.
 
     Raises:
@@ -143,7 +143,7 @@ def hold_to_interface(address: str) -> None:
 def _interface_to(address: str) -> str | None:
     """Name of the IPv4 interface through which `address` is reached; None if it is loopback or not found."""
     try:
-        local_address = own_address(address)
+        local_address = source_address(address)
     except OSError:
         return None
     if ipaddress.ip_address(local_address).is_loopback:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from simpletuner.memory.shard import RowSplit, Split, local
+from simpletuner.memory.shard import RowSplit, Split, local_shard
 from simpletuner.memory.world import World
 
 
-class Shards(abc.ABC):
+class RankShards(abc.ABC):
     """This rank's shards of a model's trainable parameters, on which the optimizer steps (`SteppedParameters`).
 
     Their gradients are sums over the ranks.
@@ -29,18 +29,18 @@ class Shards(abc.ABC):
         return {share: self.splits[name].first_element for name, share in self.parameters.items()}
 
     @abc.abstractmethod
-    def collect(self) -> None:
+    def take_gradients(self) -> None:
         """Move the gradients of the model's parameters to `parameters`. Call it after each backward pass."""
 
     @abc.abstractmethod
-    def settle(self) -> None:
+    def update_weights(self) -> None:
         """Make the model compute with the values of `parameters`. Call it after each change of them."""
 
-    def locals(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def local_shards(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's shards of whole tensors, by the parameters' names. Tensors of a mapped file are not read."""
         return {name: self.splits[name].of(tensor) if name in self.splits else tensor for name, tensor in whole.items()}
 
-    def wholes(self, shares: Mapping[str, Tensor], to: int) -> dict[str, Tensor] | None:
+    def whole_tensors(self, shares: Mapping[str, Tensor], to: int) -> dict[str, Tensor] | None:
         """Gather whole tensors from the ranks' `shares` to the CPU of rank `to`, by name; None on the others.
 
         All ranks call it.
@@ -49,7 +49,7 @@ class Shards(abc.ABC):
         return {name: tensor for name, tensor in gathered.items() if tensor is not None} or None
 
 
-class RowShards(Shards):
+class RowShards(RankShards):
     """This rank's rows of the parameters that FSDP2 shards, as plain tensors in the memory of FSDP's shards.
 
     FSDP sums the gradients over the ranks after each backward pass, also between accumulated micro-batches. Otherwise
@@ -69,18 +69,18 @@ class RowShards(Shards):
         self.splits = {
             name: RowSplit(tuple(weight.shape), world.rank, world.size) for name, weight in self._sharded.items()
         }
-        self.parameters = {name: nn.Parameter(local(weight)) for name, weight in self._sharded.items()}
+        self.parameters = {name: nn.Parameter(local_shard(weight)) for name, weight in self._sharded.items()}
         for name, rows in self.parameters.items():
             if tuple(rows.shape) != self.splits[name].local_shape:
                 raise ValueError(f"{name} is split into {tuple(rows.shape)}, not {self.splits[name].local_shape}")
 
-    def collect(self) -> None:
+    def take_gradients(self) -> None:
         """Move the gradients, which FSDP sums over the ranks, to `parameters`. Call it after each backward pass."""
         for name, weight in self._sharded.items():
             if weight.grad is None:
                 continue
-            gradient, rows = local(weight.grad), self.parameters[name]
-            if rows.data_ptr() != local(weight).data_ptr():
+            gradient, rows = local_shard(weight.grad), self.parameters[name]
+            if rows.data_ptr() != local_shard(weight).data_ptr():
                 raise RuntimeError(f"FSDP has moved the rows of {name}: steps on the old ones would be lost")
             if rows.grad is None:
                 rows.grad = gradient
@@ -100,7 +100,7 @@ class RowShards(Shards):
         if gradients:
             gradients[0].view(-1)[:1].add_(flag)
 
-    def settle(self) -> None:
+    def update_weights(self) -> None:
         """Free gathered weights, which are outdated. Call it after each change of `parameters`."""
         for fsdp_module in self._modules:
             fsdp_module.reshard()

@@ -30,7 +30,7 @@ class Sharding:
     """Whether a block's gathered weights are freed after its forward pass and gathered again in backward."""
     cpu_offload: bool = False
     """Whether shards are kept in host memory and copied to the device for each pass."""
-    trained_as: torch.dtype | None = None
+    gather_dtype: torch.dtype | None = None
     """None for a frozen model; otherwise the dtype in which trainable parameters are gathered. Their gradients are
     summed over the ranks in fp32, not averaged. fp32 parameters that are gathered as bf16 are their own masters
     (`memory.masters`)."""
@@ -43,7 +43,7 @@ class Sharding:
         return cls(world.device, options.fsdp_reshard_after_forward, options.fsdp_cpu_offload)
 
     @property
-    def resting(self) -> torch.device:
+    def shard_device(self) -> torch.device:
         """Device of the shards while their block does not compute."""
         return torch.device("cpu") if self.cpu_offload else self.device
 
@@ -74,7 +74,7 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], sharding: Sharding) -> 
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if sharding.cpu_offload else OffloadPolicy()
     # No param_dtype for a frozen model: torch 2.11 would cast every parameter to it, int8 too. No cast_forward_inputs:
     # the model casts its inputs itself, and keeps rotary angles in fp32.
-    trained_as = sharding.trained_as
+    trained_as = sharding.gather_dtype
     policy = MixedPrecisionPolicy()
     if trained_as is not None:
         policy = MixedPrecisionPolicy(param_dtype=trained_as, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -187,17 +187,17 @@ class FlatSplit:
 Split = RowSplit | FlatSplit
 
 
-def own_rows(tensor: Tensor) -> Tensor:
+def local_rows(tensor: Tensor) -> Tensor:
     """The rows of a whole `tensor` that this rank holds once it is sharded, as a view."""
-    return tensor[own_range(tuple(tensor.shape))]
+    return tensor[local_range(tuple(tensor.shape))]
 
 
-def own_range(shape: tuple[int, ...]) -> slice:
+def local_range(shape: tuple[int, ...]) -> slice:
     """Range of the rows of a whole tensor of `shape` that this rank holds once it is sharded."""
     return RowSplit(shape, torch.distributed.get_rank(), torch.distributed.get_world_size()).rows
 
 
-def local(parameter: Tensor) -> Tensor:
+def local_shard(parameter: Tensor) -> Tensor:
     """This rank's shard of `parameter`, detached, sharing its memory; a plain tensor is its own shard."""
     from torch.distributed.tensor import DTensor
 
@@ -205,9 +205,9 @@ def local(parameter: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def held_bytes(tensors: Iterable[Tensor]) -> int:
+def local_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of `tensors`, sharded or not, on this rank."""
-    return sum(local(tensor).nbytes for tensor in tensors)
+    return sum(local_shard(tensor).nbytes for tensor in tensors)
 
 
 def idle_pass(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from simpletuner.base.errors import CheckpointError, DiskError
 from simpletuner.base.files import sha256_file
 from simpletuner.base.tensorfile import TensorData, file_order, file_pieces
 from simpletuner.memory.shard import Split
-from simpletuner.memory.tensors import DTYPE_NAMES, as_written, load_tensors
+from simpletuner.memory.tensors import DTYPE_NAMES, load_tensors, tensor_data
 from simpletuner.memory.world import World
 
 _SHARE = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors")
@@ -41,7 +41,7 @@ class RankTensor:
         return self.local if world.rank == to else None
 
 
-def share_out(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
+def distribute(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
     """Distribute tensors of `sizes` bytes over `ranks`; returns names by rank.
 
     Deterministic: the largest first, each to the rank with least bytes. The last ranks, if they get no tensor, are left
@@ -82,13 +82,13 @@ def write_shares(
         DiskError: this rank's file reads back differently.
     """
     described = {name: _described(tensor, dtype) for name, tensor in tensors.items()}
-    shares = share_out({name: data.size for name, data in described.items()}, world.writing_ranks)
+    shares = distribute({name: data.size for name, data in described.items()}, world.writing_ranks)
     files = share_names(stem, len(shares))
     owners = {name: rank for rank, share in enumerate(shares) for name in share}
     gathered: dict[str, Tensor] = {}
 
     def gathered_bytes(name: str) -> Callable[[], bytes | memoryview]:
-        return lambda: as_written(gathered.pop(name), dtype).data()
+        return lambda: tensor_data(gathered.pop(name), dtype).data()
 
     own_tensors = {
         name: TensorData(described[name].dtype, described[name].shape, described[name].size, gathered_bytes(name))

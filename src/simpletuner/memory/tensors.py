@@ -39,10 +39,10 @@ def save_tensors(
 
     The same content gives the same bytes.
     """
-    write_tensors(path, {name: as_written(tensor, dtype) for name, tensor in tensors.items()}, metadata)
+    write_tensors(path, {name: tensor_data(tensor, dtype) for name, tensor in tensors.items()}, metadata)
 
 
-def as_written(tensor: Tensor, dtype: torch.dtype | None = None) -> TensorData:
+def tensor_data(tensor: Tensor, dtype: torch.dtype | None = None) -> TensorData:
     """`tensor`, optionally cast to `dtype`, as data for `base.tensorfile`. It is copied only when it is written."""
     dtype = dtype or tensor.dtype
 
@@ -115,7 +115,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         with safe_open(path, framework="pt") as file:
             yield TensorFile(file.keys(), file.metadata() or {}, file.get_tensor)
     except SafetensorError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_file_error(path, error) from error
 
 
 def non_finite_count(tensor: Tensor) -> int:
@@ -137,6 +137,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return dict(file)
 
 
-def unreadable(path: Path, error: Exception) -> CheckpointError:
+def unreadable_file_error(path: Path, error: Exception) -> CheckpointError:
     """The CheckpointError for a weight file that cannot be read."""
     return CheckpointError.of(f"{path} cannot be read ({error})", "a whole .safetensors file")

@@ -56,15 +56,15 @@ class Ledger(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Cost:
+class MemoryCost:
     """Bytes that a section of a model takes, without its weights and without tensors shared between sections."""
 
-    kept: int
+    saved: int
     """Saved from forward to backward, without the outputs. An input counts if backward needs it."""
     forward: int
     """Peak during the forward pass, with inputs and outputs."""
     backward: int
-    """Peak during the backward pass in addition to `kept`, with the gradients of outputs and inputs."""
+    """Peak during the backward pass in addition to `saved`, with the gradients of outputs and inputs."""
     gradients: int
     """Gradients of its weights that remain after the backward pass."""
 
@@ -109,7 +109,7 @@ TracedForward = Callable[..., Sequence[Tensor]]
 
 
 @contextlib.contextmanager
-def pretending(dtype: torch.dtype) -> Iterator[None]:
+def on_meta_device(dtype: torch.dtype) -> Iterator[None]:
     """Create tensors and modules on the meta device, by default in `dtype`, inside this context."""
     default_dtype = torch.get_default_dtype()
     with torch.device("meta"):
@@ -127,8 +127,8 @@ def trace(
     shared: Sequence[Tensor] = (),
     *,
     is_released: bool = False,
-) -> Cost:
-    """Memory of `run(*streams())` and its backward pass. All tensors must have been created inside `pretending`.
+) -> MemoryCost:
+    """Memory of `run(*streams())` and its backward pass. All tensors must have been created inside `on_meta_device`.
 
     Args:
         is_released: whether each weight's gradient is freed as soon as it is complete.
@@ -149,7 +149,7 @@ def trace(
     remaining = sum(weight.grad.nbytes for weight in weights if weight.grad is not None)
     for tensor in (*weights, *shared):
         tensor.grad = None
-    return Cost(saved, forward, backward, remaining)
+    return MemoryCost(saved, forward, backward, remaining)
 
 
 def _free_gradient(weight: Tensor) -> None:

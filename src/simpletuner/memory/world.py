@@ -48,7 +48,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    signs: "Signs | None" = None
+    signs: "LifeSigns | None" = None
     """The ranks' signs of life; None with one process."""
     machine: int = 0
     """Number of this rank's machine, from 0."""
@@ -56,7 +56,7 @@ class World:
     """Number of machines."""
     group: dist.ProcessGroup | None = None
     """Process group of these ranks; None if they are all ranks of the run."""
-    of_machine: "World | None" = None
+    machine_world: "World | None" = None
     """The ranks of this rank's machine, if there are several machines; None with one machine."""
     writers: int | None = None
     """Number of ranks, from rank 0, that can access the run's folder; None if all can."""
@@ -78,7 +78,7 @@ class World:
     @property
     def on_machine(self) -> "World":
         """The ranks of this rank's machine: all ranks if there is one machine."""
-        return self.of_machine or self
+        return self.machine_world or self
 
     @property
     def writing_ranks(self) -> int:
@@ -90,9 +90,9 @@ class World:
         """The store of errors that ended ranks; None with one process."""
         return None if self.signs is None else self.signs.errors
 
-    def told(self) -> contextlib.AbstractContextManager[None]:
-        """Report errors raised inside this context to the other ranks (`RankErrors.told`)."""
-        return contextlib.nullcontext() if self.errors is None else self.errors.told()
+    def reporting_errors(self) -> contextlib.AbstractContextManager[None]:
+        """Report errors raised inside this context to the other ranks (`RankErrors.reporting_errors`)."""
+        return contextlib.nullcontext() if self.errors is None else self.errors.reporting_errors()
 
     def check(self) -> None:
         """Raise the error of another rank, if one has failed.
@@ -114,7 +114,7 @@ class World:
         if self.signs is not None:
             self.signs.await_all(work)
 
-    def from_main(
+    def run_on_main(
         self,
         work: str,
         make: Callable[[], T],
@@ -139,7 +139,7 @@ class World:
             self.broadcast_json(record(value))
         return value
 
-    def from_each_machine(
+    def run_on_each_machine(
         self,
         work: str,
         make: Callable[[], T],
@@ -147,20 +147,20 @@ class World:
         record: Callable[[T], Any] = _unchanged,
         restore: Callable[[Any], T] = _unchanged,
     ) -> T:
-        """`from_main` for each machine: call `make` on the first rank of each machine.
+        """`run_on_main` for each machine: call `make` on the first rank of each machine.
 
         Machine 0 goes first, so the others find the files that it writes to shared folders.
 
         Raises:
             RanksError: as `barrier`.
         """
-        machine_world = self.of_machine
+        machine_world = self.machine_world
         if machine_world is None:
-            return self.from_main(work, make, record=record, restore=restore)
-        values = [machine_world.from_main(work, make, record=record, restore=restore)] if self.machine == 0 else []
+            return self.run_on_main(work, make, record=record, restore=restore)
+        values = [machine_world.run_on_main(work, make, record=record, restore=restore)] if self.machine == 0 else []
         self.barrier(work)
         if self.machine > 0:
-            values.append(machine_world.from_main(work, make, record=record, restore=restore))
+            values.append(machine_world.run_on_main(work, make, record=record, restore=restore))
         self.barrier(work)
         return values[0]
 
@@ -177,7 +177,7 @@ class World:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            with explained("summing the gradients"):
+            with collective_errors_reported("summing the gradients"):
                 dist.all_reduce(flat, group=self.group)
             parts = flat.split([tensor.numel() for tensor in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
@@ -194,7 +194,7 @@ class World:
             return [tensor]
         sent = tensor.contiguous().view(-1).view(torch.uint8)
         received = [torch.empty_like(sent) for _ in range(self.size)] if self.rank == to else None
-        with explained("gathering a tensor"):
+        with collective_errors_reported("gathering a tensor"):
             dist.gather(sent, received, group=self.group, group_dst=to)
         return None if received is None else [each.view(tensor.dtype).view(tensor.shape) for each in received]
 
@@ -213,7 +213,7 @@ class World:
         sends = [len(sent) if rank == to else 0 for rank in range(self.size)]
         receives = [count * piece.itemsize if self.rank == to else 0 for count in counts]
         received = sent.new_empty(sum(receives))
-        with explained("gathering a tensor"):
+        with collective_errors_reported("gathering a tensor"):
             dist.all_to_all_single(received, sent, receives, sends, group=self.group)
         return received.view(piece.dtype) if self.rank == to else None
 
@@ -226,7 +226,7 @@ class World:
         if self.is_alone:
             return list(flags)
         values = torch.tensor(flags, dtype=torch.uint8)
-        with explained("receiving a decision of rank 0"):
+        with collective_errors_reported("receiving a decision of rank 0"):
             dist.broadcast(values, group=self.group, group_src=0)
         return [bool(value) for value in values.tolist()]
 
@@ -239,7 +239,7 @@ class World:
         if self.is_alone:
             return value
         data = _json_bytes(value) if self.is_main else torch.empty(0, dtype=torch.uint8)
-        with explained("receiving a message from rank 0"):
+        with collective_errors_reported("receiving a message from rank 0"):
             length = torch.tensor([len(data)])
             dist.broadcast(length, group=self.group, group_src=0)
             if not self.is_main:
@@ -256,7 +256,7 @@ class World:
         if self.is_alone:
             return [value]
         data = _json_bytes(value)
-        with explained("exchanging messages"):
+        with collective_errors_reported("exchanging messages"):
             lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
             dist.all_gather(lengths, torch.tensor([len(data)]), group=self.group)
             longest = int(max(lengths))
@@ -287,7 +287,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def explained(doing: str) -> Iterator[None]:
+def collective_errors_reported(doing: str) -> Iterator[None]:
     """Turn the failure of a collective in this context into a RanksError; `doing` says what failed."""
     try:
         yield
@@ -300,7 +300,7 @@ def explained(doing: str) -> Iterator[None]:
 
 @runtime_checkable
 class KeyStore(Protocol):
-    """The methods of torch's stores that `Signs` uses."""
+    """The methods of torch's stores that `LifeSigns` uses."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -379,7 +379,7 @@ class ErrorKeys(RankErrors):
 
 
 @dataclass
-class Signs:
+class LifeSigns:
     """Signs of life of the ranks, and the barriers that each has reached, in a store that all of them can access."""
 
     store: KeyStore
@@ -443,8 +443,8 @@ class Signs:
                     silent.append(rank)
             if silent:
                 raise RanksError.of(
-                    f"{named(silent)} gave no sign of life for {self.timeout_s:.0f} s, while this process waited for "
-                    f"{work}"
+                    f"{ranks_text(silent)} gave no sign of life for {self.timeout_s:.0f} s, while this process waited "
+                    f"for {work}"
                 )
             if missing:
                 time.sleep(LOOK_FOR_RANKS_EVERY_S)
@@ -456,6 +456,6 @@ class Signs:
             raise RanksError.of(f"the processes' common store is gone ({error})") from error
 
 
-def named(ranks: Sequence[int]) -> str:
+def ranks_text(ranks: Sequence[int]) -> str:
     """ "rank 1", "ranks 1, 3"."""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, sorted(ranks)))}"

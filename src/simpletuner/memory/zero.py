@@ -22,7 +22,7 @@ from simpletuner.base.errors import RanksError, UserError
 from simpletuner.base.quiet import quiet_import
 from simpletuner.base.sizes import format_size
 from simpletuner.config.options.ranks import RankOptions
-from simpletuner.memory.row_shards import Shards
+from simpletuner.memory.row_shards import RankShards
 from simpletuner.memory.shard import FlatSplit, mark_sharded
 from simpletuner.memory.world import World
 
@@ -64,7 +64,7 @@ def landing_device(options: RankOptions, world: World) -> torch.device:
     return torch.device("cpu") if options.zero_stage == 3 and not world.is_alone else world.device
 
 
-class ZeroShards(Shards):
+class ZeroShards(RankShards):
     """This rank's shards of the trainable parameters of a model in DeepSpeed's engine.
 
     The optimizer steps on `parameters`: flat views of this rank's part of the engine's fp32 masters; some are empty.
@@ -149,7 +149,7 @@ class ZeroShards(Shards):
         """Discard the gradients. All ranks call it."""
         self.step(lambda: None)
 
-    def told(self) -> str:
+    def description(self) -> str:
         """What this rank steps and holds, as text."""
         stepped = sum(piece.nbytes for piece in self.parameters.values())
         whole = sum(4 * math.prod(split.shape) for split in self.splits.values())
@@ -162,10 +162,10 @@ class ZeroShards(Shards):
         held_bytes = sum(weight.ds_tensor.nbytes for weight in self._engine.module.parameters())
         return f"{text}, and holds {format_size(held_bytes)} of the model."
 
-    def collect(self) -> None:
+    def take_gradients(self) -> None:
         """Do nothing: `step` sets the gradients."""
 
-    def settle(self) -> None:
+    def update_weights(self) -> None:
         if self._update is None:  # during `step`, DeepSpeed does it afterwards
             _show_masters(self._engine.optimizer, self.stage)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import CheckpointError
 from simpletuner.base.files import file_errors_reported, read_json, sha256_file, sync_directory, write_json
-from simpletuner.base.parts import discard
+from simpletuner.base.parts import delete_path
 from simpletuner.runs.layout import RunDirectory
 
 MANIFEST = "manifest.json"
@@ -46,7 +46,7 @@ def building(final: Path) -> Iterator[Path]:
             yield folder
             finish(final, {})
         finally:
-            discard(folder)
+            delete_path(folder)
 
 
 def unfinished(final: Path) -> Path:
@@ -55,14 +55,14 @@ def unfinished(final: Path) -> Path:
 
 
 def begin(final: Path) -> Path:
-    """Make the empty temporary folder of the checkpoint `final`. End it with `finish` or `discard`.
+    """Make the empty temporary folder of the checkpoint `final`. End it with `finish` or `delete_path`.
 
     Raises:
         DiskError: it cannot be made.
     """
     folder = unfinished(final)
     with file_errors_reported(final):
-        discard(folder)
+        delete_path(folder)
         folder.mkdir(parents=True)
     return folder
 
@@ -78,7 +78,7 @@ def finish(final: Path, hashes: Mapping[str, str]) -> None:
     with file_errors_reported(final):
         _seal(folder, hashes)
         if os.path.lexists(final):  # a later attempt has reached the same step again
-            discard(replaced)
+            delete_path(replaced)
             os.replace(final, replaced)
         try:
             os.replace(folder, final)
@@ -87,7 +87,7 @@ def finish(final: Path, hashes: Mapping[str, str]) -> None:
                 os.replace(replaced, final)
             raise
         sync_directory(final.parent)
-        discard(replaced)
+        delete_path(replaced)
 
 
 def _seal(folder: Path, hashes: Mapping[str, str]) -> None:
@@ -192,4 +192,4 @@ def clear_unfinished(run: RunDirectory) -> None:
             if name.startswith(_REPLACED) and not os.path.lexists(final):
                 os.replace(run.checkpoints / name, final)
             elif name.startswith(".tmp-"):
-                discard(run.checkpoints / name)
+                delete_path(run.checkpoints / name)

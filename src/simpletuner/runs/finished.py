@@ -42,7 +42,7 @@ def write_finished(run: RunDirectory, step: int, checkpoint: Path, products: Map
     write_json(run.finished, {"version": FINISHED_VERSION, "step": step, "products": entries})
 
 
-def lacking(run: RunDirectory, step: int) -> str | None:
+def missing_result(run: RunDirectory, step: int) -> str | None:
     """The first missing or damaged result of a run that is trained to `step`; None if all are as listed."""
     try:
         value = read_json(run.finished)

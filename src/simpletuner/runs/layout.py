@@ -6,7 +6,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.base.files import DirectoryLock, file_errors_reported
-from simpletuner.base.parts import discard
+from simpletuner.base.parts import delete_path
 
 EVENTS_NAME = "events.jsonl"
 STARTING_NAME = "starting.json"
@@ -132,7 +132,7 @@ class RunDirectory:
         for folder in (self.root, self.root / EMA_FOLDER, self.profiles, *images):
             for path in folder.glob(".*"):
                 if _UNFINISHED.fullmatch(path.name):
-                    discard(path)
+                    delete_path(path)
 
     def create(self) -> None:
         """Make the directory.

@@ -17,8 +17,8 @@ from typing import Any
 
 from simpletuner.base.console import say
 from simpletuner.base.errors import ConfigError, Problem, RanksError
-from simpletuner.base.machine import own_address
-from simpletuner.config.values import shown
+from simpletuner.base.machine import source_address
+from simpletuner.config.values import value_text
 from simpletuner.runs.process import stop_if_asked
 
 LOOK_FOR_MACHINES_EVERY_S = 0.05
@@ -156,7 +156,7 @@ def meet(machine: int, count: int, host: str, port: int, terms: Mapping[str, Any
 
 def _address(host: str) -> str:
     """The address of `host`, which other machines must be able to reach."""
-    finding = f"main_process_ip = {shown(host)}"
+    finding = f"main_process_ip = {value_text(host)}"
     try:
         choices = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         # All machines must choose the same address, and gloo's interface is found by its IPv4 address.
@@ -167,7 +167,7 @@ def _address(host: str) -> str:
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if parsed.is_loopback or parsed.is_unspecified:
         try:
-            remedy = f"If this is machine 0, give --main_process_ip={own_address(EXTERNAL_ADDRESS)} on all machines."
+            remedy = f"If this is machine 0, give --main_process_ip={source_address(EXTERNAL_ADDRESS)} on all machines."
         except OSError:
             remedy = ""
         local = "" if host == address else f", {address} here"
@@ -235,7 +235,10 @@ def _admit(line: MachineLine, connected: dict[int, MachineLine], terms: Mapping[
             each.close()
             del connected[each.machine]
     problems = [
-        Problem(f"{name} = {shown(hello['terms'].get(name))} on machine {number}", f"{shown(value)}, as on machine 0")
+        Problem(
+            f"{name} = {value_text(hello['terms'].get(name))} on machine {number}",
+            f"{value_text(value)}, as on machine 0",
+        )
         for name, value in terms.items()
         if hello["terms"].get(name) != value
     ]

@@ -24,7 +24,7 @@ def read_note(run: RunDirectory) -> str:
     return ""
 
 
-def write_note(run: RunDirectory, text: str, seen: str | None = None) -> None:
+def write_note(run: RunDirectory, text: str, expected_note: str | None = None) -> None:
     """Replace the note by `text`; an empty text removes it.
 
     Args:
@@ -32,7 +32,7 @@ def write_note(run: RunDirectory, text: str, seen: str | None = None) -> None:
 
     Raises:
         ConfigError: the text is too long.
-        NoteChanged: the note differs from `seen`; it is kept.
+        NoteChanged: the note differs from `expected_note`; it is kept.
         DiskError: the disk is full or read-only.
     """
     text = text.strip()
@@ -45,7 +45,7 @@ def write_note(run: RunDirectory, text: str, seen: str | None = None) -> None:
             current = read_note(run)
             if current == text:
                 return
-            if seen is not None and current != seen.strip():
+            if expected_note is not None and current != expected_note.strip():
                 raise NoteChanged.of(f"the note of {run.root.name} was changed meanwhile, to: {current or '(nothing)'}")
             if text:
                 write_atomic(run.note, f"{text}\n".encode())

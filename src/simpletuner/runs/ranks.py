@@ -26,7 +26,14 @@ from pydantic import BaseModel, ConfigDict
 from simpletuner.base.console import complain
 from simpletuner.base.errors import ConfigError, DiskError, Problem, RanksError, UserError, error_class
 from simpletuner.base.files import file_problem, write_atomic
-from simpletuner.base.signals import ASKED_ELSEWHERE, AT_ONCE, REPEAT_S, STOPPED, WARNINGS, deferred_signals
+from simpletuner.base.signals import (
+    EXIT_SIGNALS,
+    REPEAT_S,
+    STOP_FROM_OTHER_MACHINE,
+    STOPPED,
+    WARNING_SIGNALS,
+    deferred_signals,
+)
 from simpletuner.runs.events import EndEvent, ErrorEvent, EventLog
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.machines import MachineLine, Machines
@@ -85,7 +92,7 @@ class RankPlace:
         return None if self.folder is None else ErrorFiles(self.rank, self.size, self.folder)
 
 
-def place_of(environ: Mapping[str, str]) -> RankPlace | None:
+def read_rank_place(environ: Mapping[str, str]) -> RankPlace | None:
     """The rank of this process among those that our supervisor or torchrun started; None for a single process.
 
     Raises:
@@ -184,7 +191,7 @@ class RankErrors(ABC):
             raise self._echoed(failed)
 
     @contextlib.contextmanager
-    def told(self) -> Iterator[None]:
+    def reporting_errors(self) -> Iterator[None]:
         """Report errors inside the context to the other ranks. If another rank's error broke a collective, raise that
         error instead.
 
@@ -276,21 +283,23 @@ def _ending(error: BaseException) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def as_rank(place: RankPlace | None) -> Iterator[None]:
+def as_rank(rank_place: RankPlace | None) -> Iterator[None]:
     """Run the context as one of several ranks: the process ends with its supervisor, and reports its errors to the
-    other ranks. Only rank 0 reacts to signals. Without a `place`, the context does nothing.
+    other ranks. Only rank 0 reacts to signals. Without a `rank_place`, the context does nothing.
     """
-    if place is None:
+    if rank_place is None:
         yield
         return
-    if place.rank > 0:
+    if rank_place.rank > 0:
         deferred_signals.is_obeying = False
-    if place.lifeline is not None and place.folder is not None:
-        os.set_inheritable(place.lifeline, False)
+    if rank_place.lifeline is not None and rank_place.folder is not None:
+        os.set_inheritable(rank_place.lifeline, False)
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # lets rank 0 print although the supervisor owns the terminal
-        threading.Thread(target=_end_with_supervisor, args=(place.lifeline, place.folder), daemon=True).start()
-    errors = place.errors
-    with contextlib.nullcontext() if errors is None else errors.told():
+        threading.Thread(
+            target=_end_with_supervisor, args=(rank_place.lifeline, rank_place.folder), daemon=True
+        ).start()
+    errors = rank_place.errors
+    with contextlib.nullcontext() if errors is None else errors.reporting_errors():
         yield
 
 
@@ -497,7 +506,7 @@ class Supervisor:
         elif "stop" in message and self._asked_at is None and not self._is_asked_elsewhere:
             self._is_asked_elsewhere = True
             complain(f"Machine {line.machine} was asked to stop.")
-            self._ranks[0].process.send_signal(ASKED_ELSEWHERE)
+            self._ranks[0].process.send_signal(STOP_FROM_OTHER_MACHINE)
         elif "ended" in message:
             line.exit_code = int(message["ended"])
             if line.machine == 0:
@@ -522,7 +531,7 @@ class Supervisor:
         """Whether `rank` is rank 0, and a forwarded signal ended it before it deferred signals."""
         ending = -rank.process.returncode
         is_asked = self._asked_at is not None or self._is_asked_elsewhere
-        return rank.number == 0 and is_asked and ending in (*AT_ONCE, *WARNINGS, ASKED_ELSEWHERE)
+        return rank.number == 0 and is_asked and ending in (*EXIT_SIGNALS, *WARNING_SIGNALS, STOP_FROM_OTHER_MACHINE)
 
     def _end_all(self) -> None:
         # SIGKILL, because rank 0 continues after SIGTERM until it has saved. Files are written atomically.
@@ -594,7 +603,10 @@ class Supervisor:
     def _signals(self) -> Iterator[None]:
         """Forward signals to stop to rank 0, and Ctrl-Z of the terminal to all ranks, inside the context."""
         handlers: dict[int, Callable[[int, FrameType | None], None]]
-        handlers = {**dict.fromkeys((*AT_ONCE, *WARNINGS, ASKED_ELSEWHERE), self._forward), signal.SIGTSTP: self._pause}
+        handlers = {
+            **dict.fromkeys((*EXIT_SIGNALS, *WARNING_SIGNALS, STOP_FROM_OTHER_MACHINE), self._forward),
+            signal.SIGTSTP: self._pause,
+        }
         previous_handlers = {
             number: signal.signal(number, handler)
             for number, handler in handlers.items()
@@ -611,7 +623,7 @@ class Supervisor:
         if self._asked_at is None:
             self._asked_at = now
             self._stop_is_due = self.first_rank > 0
-        elif number in AT_ONCE and now - self._asked_at >= REPEAT_S:
+        elif number in EXIT_SIGNALS and now - self._asked_at >= REPEAT_S:
             self._kill_at = min(self._kill_at, now + LEAVE_S)  # rank 0 may wait in a call that signals do not interrupt
         if self.first_rank == 0 and self._ranks:
             self._ranks[0].process.send_signal(number)

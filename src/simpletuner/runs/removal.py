@@ -13,7 +13,7 @@ from pathlib import Path
 from simpletuner.base.commandline import command_text
 from simpletuner.base.errors import CheckpointError, ConfigError
 from simpletuner.base.files import file_errors_reported
-from simpletuner.base.parts import discard
+from simpletuner.base.parts import delete_path
 from simpletuner.runs.checkpoints import steps
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.queue import Queue
@@ -154,7 +154,7 @@ def finish_deletions(folder: Path, depth: int = 3) -> None:
             if not entry.is_dir(follow_symlinks=False):
                 continue
             if _DELETED.fullmatch(entry.name):
-                discard(Path(entry.path))
+                delete_path(Path(entry.path))
             elif depth and not is_run(RunDirectory(Path(entry.path))):
                 finish_deletions(Path(entry.path), depth - 1)
 

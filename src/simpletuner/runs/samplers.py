@@ -16,7 +16,7 @@ _LOOK_EVERY_S = 0.05
 
 
 @contextlib.contextmanager
-def known_as_sampler(workspace: Path, environ: Mapping[str, str]) -> Iterator[None]:
+def registered_as_sampler(workspace: Path, environ: Mapping[str, str]) -> Iterator[None]:
     """Register this process as a sampler inside the context: a run that starts in `workspace` on the same GPU ends it.
 
     Raises:
@@ -30,7 +30,7 @@ def known_as_sampler(workspace: Path, environ: Mapping[str, str]) -> Iterator[No
             lock.path.unlink(missing_ok=True)
 
 
-def end_samplers(workspace: Path, environ: Mapping[str, str], report: Callable[[str], None]) -> None:
+def stop_samplers(workspace: Path, environ: Mapping[str, str], report: Callable[[str], None]) -> None:
     """End the samplers of `workspace` on the GPUs of this run, and wait until they have exited."""
     folder = workspace / SAMPLERS_FOLDER
     for path in sorted(path for gpu in run_gpus(environ) for path in folder.glob(f"{gpu}.*.lock")):

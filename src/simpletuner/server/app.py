@@ -58,7 +58,7 @@ class Compression(GZipMiddleware):
 def create_app(roots: Roots, access: Access | None = None, *, sampler_idle_s: float = IDLE_S) -> FastAPI:
     """Create the application that serves the files below `roots` to the clients that `access` admits: by default this
     machine only. The sampler process ends after `sampler_idle_s` seconds without work."""
-    shell = Shell(roots.workspace, roots.others)
+    shell = Shell(roots.workspace, roots.extra_roots)
     jobs = Jobs(shell)
     sampler = SamplerProcess(shell, sampler_idle_s)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from simpletuner.base.files import file_errors_reported, sha256_bytes, write_atomic
-from simpletuner.base.parts import editing, sweep_parts
+from simpletuner.base.parts import folder_locked, remove_abandoned_parts
 from simpletuner.server.faults import Fault
 
 LARGEST_DOCUMENT = 1_000_000
@@ -57,7 +57,7 @@ async def write_text(path: Path, text: str, revision: str, writing: asyncio.Lock
 
 def _replace(path: Path, data: bytes, revision: str) -> None:
     real = path.resolve()
-    with permissions_are_reported(path), editing(real):
+    with permissions_are_reported(path), folder_locked(real):
         _, current_revision = read_text(path)
         if current_revision != revision:
             raise Fault.of(
@@ -65,7 +65,7 @@ def _replace(path: Path, data: bytes, revision: str) -> None:
                 f"{path.name} was changed by someone else",
                 remedy="Load it again, then repeat your change.",
             )
-        sweep_parts(real.parent, f".{glob.escape(real.name)}.*.part")
+        remove_abandoned_parts(real.parent, f".{glob.escape(real.name)}.*.part")
         write_bytes(path, data)
 
 

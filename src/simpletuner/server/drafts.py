@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from simpletuner.base.errors import ConfigError, Problem
-from simpletuner.base.parts import locked_part, sweep_parts
+from simpletuner.base.parts import locked_part, remove_abandoned_parts
 from simpletuner.config.documents import read_document
 from simpletuner.server.body import RequestBody
 from simpletuner.server.documents import encoded, read_text
@@ -82,7 +82,7 @@ def draft_folder() -> Iterator[Path]:
     """Create a folder for a draft, private to this user, and remove it on exit. Folders that a killed server left are
     removed first."""
     folder = Path(tempfile.gettempdir()).resolve()
-    sweep_parts(folder, f".{_FOLDER_NAME}{'[0-9a-f]' * 16}.*.part")
+    remove_abandoned_parts(folder, f".{_FOLDER_NAME}{'[0-9a-f]' * 16}.*.part")
     with locked_part(folder / f"{_FOLDER_NAME}{secrets.token_hex(8)}", is_folder=True, mode=0o700) as draft:
         yield draft
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.base.parts import editing, locked_part, sweep_parts
+from simpletuner.base.parts import folder_locked, locked_part, remove_abandoned_parts
 from simpletuner.config.documents import read_document
 from simpletuner.config.load import CONFIG_NAMES, DATASETS_NAME, EXAMPLES_FOLDER, PROMPTS_NAME
-from simpletuner.config.paths import filled, joined
+from simpletuner.config.paths import fill_placeholders, join_working_folder
 from simpletuner.config.run import RunConfig
 from simpletuner.server.documents import LARGEST_DOCUMENT, permissions_are_reported, read_text, write_bytes
 from simpletuner.server.faults import Fault
@@ -120,8 +120,8 @@ def document_path(roots: Roots, values: dict[str, Any], document: DocumentName, 
     try:
         output_dir = values.get("output_dir", RunConfig.model_fields["output_dir"].default)
         if "{output_dir}" in named_path:
-            names["output_dir"] = filled(str(output_dir), names, None)
-        return Path(joined(roots.workspace, filled(named_path, names, None)))
+            names["output_dir"] = fill_placeholders(str(output_dir), names, None)
+        return Path(join_working_folder(roots.workspace, fill_placeholders(named_path, names, None)))
     except (ValueError, ConfigError) as error:
         raise Fault.of(422, f"{REFERENCES[document]} = {named_path!r}: {error}") from None
 
@@ -177,9 +177,9 @@ def make_environment(environment: Environment, files: dict[str, bytes]) -> None:
     environment.roots.resolve(str(folder))
     with permissions_are_reported(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with editing(folder):
+        with folder_locked(folder):
             refuse_existing(environment)
-            sweep_parts(folder.parent, f".{folder.name}.*.part")
+            remove_abandoned_parts(folder.parent, f".{folder.name}.*.part")
             if folder.exists():
                 # The config last: it makes the environment exist.
                 for name in sorted(files, key=CONFIG_NAMES.__contains__):
@@ -260,7 +260,11 @@ def rename(environment: Environment, new: Environment) -> None:
     """
     if not environment.name or not new.name:
         raise Fault.of(422, "the environment without a name cannot be renamed", remedy="Copy it to a new name.")
-    with permissions_are_reported(environment.folder), editing(environment.folder), editing(environment.config):
+    with (
+        permissions_are_reported(environment.folder),
+        folder_locked(environment.folder),
+        folder_locked(environment.config),
+    ):
         if os.path.lexists(new.folder):
             raise Fault.of(409, f"there is an environment {new.title}", remedy="Choose another name.")
         os.rename(environment.folder, new.folder)
@@ -274,7 +278,7 @@ def delete(environment: Environment) -> tuple[list[Path], list[Path]]:
     """
     folder = environment.config.parent
     removed = []
-    with permissions_are_reported(folder), editing(environment.config):
+    with permissions_are_reported(folder), folder_locked(environment.config):
         for name in KNOWN_FILES:
             path = folder / name
             if path.is_file():

@@ -57,9 +57,9 @@ class Fault(Exception):
         super().__init__(status, *map(str, problems))
 
     @classmethod
-    def of(cls, status: int, found: str, expected: str = "", remedy: str = "") -> Self:
+    def of(cls, status: int, finding: str, expected: str = "", remedy: str = "") -> Self:
         """A fault with a single problem."""
-        return cls(status, Problem(found, expected, remedy))
+        return cls(status, Problem(finding, expected, remedy))
 
 
 class ClientGone(Exception):

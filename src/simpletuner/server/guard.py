@@ -66,7 +66,7 @@ class Access:
     """Accepted host names, in lower case, besides localhost and IP addresses."""
     token: str | None = field(default=None, repr=False)
     """Required of every request; None requires nothing."""
-    knows_owner: bool = False
+    trusts_owner: bool = False
     """Whether connections by this user or root from this machine need no token."""
     is_tls: bool = False
 
@@ -93,10 +93,10 @@ class Refusal(Exception):
 
 
 def refusal(
-    status: int, found: str, expected: str = "", remedy: str = "", headers: dict[str, str] | None = None
+    status: int, finding: str, expected: str = "", remedy: str = "", headers: dict[str, str] | None = None
 ) -> Refusal:
     """Create a refusal in the API's error form."""
-    body = FaultAnswer(problems=[answered(Problem(found, expected, remedy))])
+    body = FaultAnswer(problems=[answered(Problem(finding, expected, remedy))])
     return Refusal(JSONResponse(body.model_dump(), status_code=status, headers=headers))
 
 
@@ -170,7 +170,7 @@ class Guard:
         }
         if "link" in valid_sources:
             raise Refusal(self._with_cookie(scope, token))
-        if valid_sources or (self._access.knows_owner and _is_own(scope)):
+        if valid_sources or (self._access.trusts_owner and _is_own(scope)):
             return
         now = self._clock()
         for _, guess in presented:

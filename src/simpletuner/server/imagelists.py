@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simpletuner.base.imagefiles import OWN_FOLDER, TRASH_FOLDER, UNDO_FILE, ImageFolder, list_images
+from simpletuner.base.imagefiles import SIMPLETUNER_FOLDER, TRASH_FOLDER, UNDO_FILE, ImageFolder, list_images
 from simpletuner.base.storage import Stamp, StoredFile
 from simpletuner.base.text import is_visible
 
@@ -73,12 +73,12 @@ class ImageLists:
 
 def trashed(folder: Path) -> int:
     """Number of files in a folder's trash, which can be restored."""
-    return sum(not path.is_dir() for path in (folder / OWN_FOLDER / TRASH_FOLDER).rglob("*"))
+    return sum(not path.is_dir() for path in (folder / SIMPLETUNER_FOLDER / TRASH_FOLDER).rglob("*"))
 
 
 def can_undo(folder: Path) -> bool:
     """Whether the last change of captions in a folder can be undone."""
-    return (folder / OWN_FOLDER / UNDO_FILE).is_file()
+    return (folder / SIMPLETUNER_FOLDER / UNDO_FILE).is_file()
 
 
 def held_images(folder: Path, holds: Callable[[Path], bool]) -> ImageFolder:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from simpletuner.base.machine import disk_room, gpus, host_memory
+from simpletuner.base.machine import free_disk_bytes, gpus, host_memory
 
 MAX_AGE_S = 2.0
 LOW_DISK_BYTES = 10 * 2**30
@@ -51,7 +51,7 @@ class Meter:
 
 
 def _measured(folder: Path) -> MachineMeter:
-    memory, free_bytes = host_memory(), disk_room(folder)
+    memory, free_bytes = host_memory(), free_disk_bytes(folder)
     return MachineMeter(
         ram_total_bytes=None if memory is None else memory.total_bytes,
         ram_available_bytes=None if memory is None else memory.available_bytes,

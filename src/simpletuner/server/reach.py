@@ -2,7 +2,7 @@
 
 A path is first resolved, placeholders and links included. It must then lie in the workspace or in another root, have no
 name below that root that begins with a dot, and be of the kind that its key accepts. For a configuration that the page
-passes to a command, the command applies the rule, because it resolves the paths: see `of_the_page`.
+passes to a command, the command applies the rule, because it resolves the paths: see `page_reach`.
 """
 
 import json
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from simpletuner.base.errors import ConfigError, Problem
-from simpletuner.base.imagefiles import PICTURE_SUFFIXES
+from simpletuner.base.imagefiles import IMAGE_SUFFIXES
 from simpletuner.base.tensorfile import is_weight_file
 from simpletuner.config.load import CONFIG_NAMES, PAGE_ROOTS_VARIABLE
-from simpletuner.config.values import shown
+from simpletuner.config.values import value_text
 from simpletuner.runs.layout import RunDirectory
 
 
@@ -86,17 +86,17 @@ class Reach:
     """The workspace, where relative paths start, and the other roots; all are real paths."""
 
     workspace: Path
-    others: tuple[Path, ...] = ()
+    extra_roots: tuple[Path, ...] = ()
 
     @property
     def all(self) -> tuple[Path, ...]:
-        return (self.workspace, *self.others)
+        return (self.workspace, *self.extra_roots)
 
-    def holds(self, path: Path) -> bool:
+    def contains(self, path: Path) -> bool:
         """Whether a real path (links followed) lies below a root."""
         return any(path.is_relative_to(root) for root in self.all)
 
-    def real(self, text: str, label: str = "") -> Path:
+    def checked_path(self, text: str, label: str = "") -> Path:
         """Return the real path that `text` names; it need not exist. Messages call it `label`, by default `text`.
 
         Raises:
@@ -126,13 +126,14 @@ class Reach:
         return path
 
     def real_for(self, key: str, text: str, label: str = "") -> Path:
-        """As `real`, for the value of the option or dataset key `key`. An existing path must be of the key's kind.
+        """As `checked_path`, for the value of the option or dataset key `key`. An existing path must be of the key's
+        kind.
 
         Raises:
-            OutOfReach: as `real`.
+            OutOfReach: as `checked_path`.
             ConfigError: it is not a valid path, or of another kind.
         """
-        path = self.real(text, label)
+        path = self.checked_path(text, label)
         if not self._is_a(PATHS[key].kind, path):
             raise ConfigError.of(label or text, PATHS[key].kind.value)
         return path
@@ -140,7 +141,7 @@ class Reach:
     def refusal(self, key: str, text: str) -> Problem | None:
         """Return the problem with `text` as the value of `key`, if any, for `simpletuner.config.load.examine`."""
         try:
-            self.real_for(key, text, f"{key} = {shown(text)}")
+            self.real_for(key, text, f"{key} = {value_text(text)}")
         except ConfigError as error:
             return replace(error.problems[0], key=key)
         return None
@@ -165,13 +166,13 @@ class Reach:
         if kind is PathKind.FOLDER:
             return is_folder
         if kind is PathKind.IMAGE:
-            return is_file and path.suffix.lower() in PICTURE_SUFFIXES
+            return is_file and path.suffix.lower() in IMAGE_SUFFIXES
         if kind is PathKind.MODEL:
             return is_folder or (is_file and is_weight_file(path.name))
         return is_folder or (is_file and path.suffix.lower() == ".safetensors")
 
     def _is_in_a_run(self, path: Path) -> bool:
-        folders = [folder for folder in path.parents if self.holds(folder) and folder not in self.all]
+        folders = [folder for folder in path.parents if self.contains(folder) and folder not in self.all]
         return any(RunDirectory(folder).events.exists() for folder in folders)
 
 
@@ -180,7 +181,7 @@ def _holds_a_config(folder: Path) -> bool:
     return not RunDirectory(folder).events.exists() and any((folder / name).exists() for name in CONFIG_NAMES)
 
 
-def of_the_page(environ: Mapping[str, str]) -> Reach | None:
+def page_reach(environ: Mapping[str, str]) -> Reach | None:
     """Return the reach of a command that the page started; None if a person started it."""
     text = environ.get(PAGE_ROOTS_VARIABLE)
     if text is None:

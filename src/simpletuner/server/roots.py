@@ -17,7 +17,7 @@ class Roots(Reach):
         Raises:
             Fault: 403, it lies outside or is hidden; 422, it is not a valid path.
         """
-        return _or_fault(lambda: self.real(text))
+        return _or_fault(lambda: self.checked_path(text))
 
     def resolve_for(self, key: str, text: str) -> Path:
         """As `resolve`, for the value of an option or dataset key, which accepts one kind of path.

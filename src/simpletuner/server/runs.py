@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Query
 from pydantic import BaseModel
 
-from simpletuner.config.paths import filled
+from simpletuner.config.paths import fill_placeholders
 from simpletuner.config.run import RunConfig
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.removal import finish_deletions
@@ -125,7 +125,7 @@ def output_folder(roots: Roots, text: str) -> Path:
         Fault: it lies outside the roots, is not a valid path, or uses an environment variable, which may be secret.
     """
     try:
-        return roots.resolve(filled(text, {"model_family": "flux2"}, None))
+        return roots.resolve(fill_placeholders(text, {"model_family": "flux2"}, None))
     except ValueError as error:
         raise Fault.of(422, f"output_dir = {text!r}: {error}") from None
 

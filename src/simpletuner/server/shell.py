@@ -41,7 +41,7 @@ class Shell:
     """Runs `simpletuner` commands in the workspace; their configurations may name paths in the page's folders only."""
 
     workspace: Path
-    others: tuple[Path, ...] = ()
+    extra_roots: tuple[Path, ...] = ()
     """The roots besides the workspace."""
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(COMMANDS_AT_ONCE))
     """Limits the commands for which `run` gets no slots of their own."""
@@ -54,7 +54,7 @@ class Shell:
         """Return a command's environment: the server's, since libraries read tokens and settings from it. A
         configuration can read only the `SIMPLETUNER_*` options of it, and only paths in the page's folders and in
         `extra_roots`."""
-        return {**os.environ, **Reach(self.workspace, self.others).variable(*extra_roots)}
+        return {**os.environ, **Reach(self.workspace, self.extra_roots).variable(*extra_roots)}
 
     async def start(
         self,

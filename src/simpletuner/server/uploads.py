@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from simpletuner.base.files import file_errors_reported
-from simpletuner.base.parts import locked_part, sweep_parts
+from simpletuner.base.parts import locked_part, remove_abandoned_parts
 from simpletuner.base.sizes import GIB
 from simpletuner.server.roots import Roots
 
@@ -179,13 +179,13 @@ def _check_picture(path: Path) -> None:
 def sweep_uploads(folder: Path, names: Iterable[str]) -> None:
     """Remove unfinished uploads that a killed server left in `folder`; `names` are its files."""
     if fnmatch.filter(names, _PARTS):
-        sweep_parts(folder, _PARTS)
+        remove_abandoned_parts(folder, _PARTS)
 
 
 @contextlib.contextmanager
 def part_beside(folder: Path) -> Iterator[Path]:
     """Create an empty file in `folder` and remove it on exit. Files that a killed server left are removed first."""
-    sweep_parts(folder, _PARTS)
+    remove_abandoned_parts(folder, _PARTS)
     with locked_part(folder / secrets.token_hex(8)) as path:
         yield path
 
@@ -195,7 +195,7 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
     """Create an empty folder in `folder`, created if missing, and remove it with its content on exit. Folders that a
     killed server left are removed first."""
     folder.mkdir(parents=True, exist_ok=True)
-    sweep_parts(folder, _PARTS)
+    remove_abandoned_parts(folder, _PARTS)
     with locked_part(folder / secrets.token_hex(8), is_folder=True) as path:
         yield path
 
@@ -274,7 +274,7 @@ def _extract(
     if entry.file_size > LARGEST_FILE:
         raise RefusedUpload(f"more than {LARGEST_FILE:,} bytes")
     target_folder = folder.joinpath(*folders).resolve()
-    if not roots.holds(target_folder):
+    if not roots.contains(target_folder):
         raise RefusedUpload("a link leads outside the folders of this page")
     with file_errors_reported(target_folder):
         try:

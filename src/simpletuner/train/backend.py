@@ -9,13 +9,13 @@ import torch
 from simpletuner.base.errors import ConfigError
 from simpletuner.config.rules import streaming_conflict
 from simpletuner.config.run import RunConfig
-from simpletuner.config.values import shown
+from simpletuner.config.values import value_text
 
 UNREPAID_STEPS = 200
 """A run of at most this many steps ends before faster steps repay the compilation."""
 
 FindLack = Callable[[str], str | None]
-"""(device type) → why blocks cannot be compiled for it; None if they can. That is `memory.compile.compiler_lack`."""
+"""(device type) → why blocks cannot be compiled for it; None if they can. That is `memory.compile.compiler_problem`."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def choose_backend(config: RunConfig, device: torch.device, steps: int, find_lac
     conflict = streaming_conflict(config)
     if conflict is not None:
         key, reason, _ = conflict
-        return uncompiled(f"enable_group_offload with {key} = {shown(vars(config)[key])}: {reason}")
+        return uncompiled(f"enable_group_offload with {key} = {value_text(vars(config)[key])}: {reason}")
     if config.zero_stage == 3:
         return uncompiled("DeepSpeed's stage 3 gathers weights inside the blocks")
     if steps <= UNREPAID_STEPS:

@@ -20,7 +20,7 @@ from simpletuner.flux2.routes import Route
 from simpletuner.flux2.tokens import reference_tokens
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory.world import World
-from simpletuner.train.caches import UNCONDITIONAL_CAPTION, Prepared
+from simpletuner.train.caches import UNCONDITIONAL_CAPTION, PreparedData
 from simpletuner.train.masks import MaskEffects, Masking
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.step import Objective
@@ -38,7 +38,7 @@ class BatchBuilder:
     """
 
     config: RunConfig
-    prepared: Prepared
+    prepared: PreparedData
     order: Order
     objective: Objective
     rollout: Rollout | None
@@ -71,10 +71,10 @@ class BatchBuilder:
             batches = [
                 replace(
                     batch,
-                    rolls_elsewhere=any(
+                    other_ranks_roll_out=any(
                         self._rolls(step, all_slots[index]) for index in round_indices if not is_distilled[index]
                     ),
-                    distills_elsewhere=any(is_distilled[index] for index in round_indices),
+                    other_ranks_distill=any(is_distilled[index] for index in round_indices),
                 )
                 for batch, round_indices in zip(batches, rounds, strict=True)
             ]
@@ -124,7 +124,7 @@ class BatchBuilder:
             preserved_weights=preserved_weights,
             choices=draw_choices(self.routes, self.config.seed, step, slots, height * width, masked.force_keep),
             masks=masked.weights,
-            outside=masked.outside,
+            outside_masks=masked.outside,
         )
 
     def _mask_effects(

@@ -13,11 +13,11 @@ from simpletuner.base import machine
 from simpletuner.base.errors import DataError, MemoryBudgetError
 from simpletuner.base.sizes import format_duration, format_seconds, format_size
 from simpletuner.config.datasets import ImageSet
-from simpletuner.config.load import Loaded
+from simpletuner.config.load import LoadedConfig
 from simpletuner.config.options.offload import AUTO
 from simpletuner.config.options.ranks import ZERO_STAGES
 from simpletuner.config.precisions import PRECISIONS
-from simpletuner.config.previews import preview_download
+from simpletuner.config.previews import preview_source
 from simpletuner.config.record import MAY_CHANGE
 from simpletuner.config.run import RunConfig
 from simpletuner.data.geometry import aligned_square
@@ -33,10 +33,10 @@ from simpletuner.flux2.tokenizer import longest_caption
 from simpletuner.memory.free import free_memory_bytes
 from simpletuner.memory.peak import PeakMemory
 from simpletuner.memory.planner import (
-    Change,
-    Machine,
+    MachineMemory,
     MemoryPlan,
     MemoryTier,
+    OptionValue,
     PlannedPhase,
     Remedy,
     engine_table,
@@ -45,19 +45,19 @@ from simpletuner.memory.planner import (
     plan_title,
     smallest_change,
     verdict,
-    with_less,
+    with_less_memory,
 )
 from simpletuner.memory.world import World
 from simpletuner.runs.events import Phase, PlanEvent
 from simpletuner.train.engine import EngineAdvice, advise, is_possible, with_options
-from simpletuner.train.length import Plan
+from simpletuner.train.length import RunSchedule
 
 RESOLUTION = "resolution"
 """An option of the image datasets, not of the run."""
 IN_SETS = "in each image set"
 """The place of such an option, in messages."""
 
-MEMORY_WORDS: Mapping[MemoryTier, str] = {"accelerator": "VRAM", "ram": "RAM"}
+TIER_WORDS: Mapping[MemoryTier, str] = {"accelerator": "VRAM", "ram": "RAM"}
 """Names of the memory tiers in the summary sentence."""
 
 REMEDY_TARGET = 0.9
@@ -73,7 +73,7 @@ PLANNED: Mapping[Phase, PlannedPhase] = {
 """The planned phase that contains each phase of a run."""
 
 
-def this_machine(device: torch.device, folder: Path, gpus: int = 1) -> Machine:
+def free_resources(device: torch.device, folder: Path, gpus: int = 1) -> MachineMemory:
     """The free bytes of this machine: on `device`, in RAM, and on the disk of `folder`, which need not exist yet.
 
     Args:
@@ -83,24 +83,24 @@ def this_machine(device: torch.device, folder: Path, gpus: int = 1) -> Machine:
     if accelerator is not None and gpus > 1:
         indices = range(min(gpus, torch.cuda.device_count()))
         accelerator = min(free_memory_bytes(torch.device("cuda", index)) for index in indices)
-    return Machine(accelerator, free_memory_bytes(torch.device("cpu")), machine.disk_room(folder))
+    return MachineMemory(accelerator, free_memory_bytes(torch.device("cpu")), machine.free_disk_bytes(folder))
 
 
-def machine_of(world: World, folder: Path) -> Machine:
-    """The minimum of `this_machine` over all processes of `world`, so that all of them make the same plan.
+def machine_of(world: World, folder: Path) -> MachineMemory:
+    """The minimum of `free_resources` over all processes of `world`, so that all of them make the same plan.
 
     Raises:
         RanksError: a process died or timed out.
     """
-    local = this_machine(world.device, folder)
+    local = free_resources(world.device, folder)
     if world.is_alone:
         return local
-    machines = [Machine(**each) for each in world.gather_json(asdict(local))]
+    machines = [MachineMemory(**each) for each in world.gather_json(asdict(local))]
 
     def least(values: Iterable[int | None]) -> int | None:
         return min((value for value in values if value is not None), default=None)
 
-    return Machine(
+    return MachineMemory(
         least(each.accelerator for each in machines),
         min(each.ram for each in machines),
         least(each.disk for each in machines),
@@ -115,7 +115,7 @@ def with_processes(config: RunConfig, gpus: int) -> RunConfig:
     return config.model_copy(update={"num_processes": config.num_machines * on_each})
 
 
-def configured(loaded: Loaded) -> Workload:
+def configured_workload(loaded: LoadedConfig) -> Workload:
     """The workload from the configuration alone, without reading any image."""
     sets = loaded.datasets.train_sets
     run_batch = loaded.config.train_batch_size
@@ -130,7 +130,7 @@ def configured(loaded: Loaded) -> Workload:
         )
         references += loose
     largest = max(loads, key=lambda load: load.tokens)
-    max_references = max((len(prompt.references) for prompt in loaded.drawn_prompts), default=0)
+    max_references = max((len(prompt.references) for prompt in loaded.validation_prompts), default=0)
     prompt_references = [LARGEST_REFERENCE] * max_references
     encoded = max([*map(_size, sets), *references, *prompt_references], key=math.prod)
     return Workload(
@@ -138,9 +138,9 @@ def configured(loaded: Loaded) -> Workload:
         largest.batch,
         references=largest.reference_tokens,
         strict_references=largest.strict_tokens,
-        encoded=None if encoded == largest.size else encoded,
-        drawn_references=sum(map(tokens_of, prompt_references)),
-        draws=_draws(loaded),
+        largest_encoded_size=None if encoded == largest.size else encoded,
+        prompt_reference_tokens=sum(map(tokens_of, prompt_references)),
+        samples_images=_draws(loaded),
     )
 
 
@@ -171,7 +171,7 @@ def _size(image_set: ImageSet) -> tuple[int, int]:
     return aligned_square(image_set)
 
 
-def looked_at(loaded: Loaded, limit: int = 50) -> Workload:
+def quick_workload(loaded: LoadedConfig, limit: int = 50) -> Workload:
     """The workload from a scan of the images, if that is quick: at most `limit` images are new since the last scan.
     Otherwise, or if a folder is missing or empty, the workload from the configuration.
     """
@@ -180,15 +180,15 @@ def looked_at(loaded: Loaded, limit: int = 50) -> Workload:
         for sets in (loaded.datasets.train_sets, loaded.datasets.eval_sets):
             pairs = [(each, loaded.datasets.conditions_of(each)) for each in sets]
             if sum(count_new(*pair) for pair in pairs) > limit:
-                return configured(loaded)
+                return configured_workload(loaded)
             manifests.append([scan_of(loaded, each) for each in sets])
     except (DataError, OSError):  # `train` and `dataset scan` report these errors
-        return configured(loaded)
-    return scanned(loaded, *manifests)
+        return configured_workload(loaded)
+    return scanned_workload(loaded, *manifests)
 
 
-def scanned(
-    loaded: Loaded,
+def scanned_workload(
+    loaded: LoadedConfig,
     train: Sequence[Manifest],
     held_out: Sequence[Manifest] = (),
     *,
@@ -212,7 +212,7 @@ def scanned(
     samples = [sample for manifest in (*train, *held_out) for sample in manifest.samples]
     references = {crop for sample in samples for crop in sample.references}
     if drawn is None:
-        drawn = reference_crops(path for prompt in loaded.drawn_prompts for path in prompt.references)
+        drawn = reference_crops(path for prompt in loaded.validation_prompts for path in prompt.references)
     references.update(drawn.values())
     encoded = max((crop.geometry.target for crop in (*samples, *references)), key=math.prod)
     captions = {caption for sample in samples for caption in sample.captions}
@@ -221,23 +221,24 @@ def scanned(
     longest = longest_caption(captions, loaded.config)
     per_step = loaded.config.gradient_accumulation_steps * loaded.config.ranks
     order = Order(train, seed=loaded.config.seed, batch_size=run_batch, batches_per_step=per_step)
-    plan = Plan.of(loaded.config, order, per_step)
+    plan = RunSchedule.of(loaded.config, order, per_step)
     train_images = sum(len(manifest.samples) for manifest in train)
     return Workload(
         largest.size,
         largest.batch,
         references=largest.reference_tokens,
         strict_references=largest.strict_tokens,
-        encoded=None if encoded == largest.size else encoded,
-        drawn_references=max(
-            (_reference_tokens(drawn[path] for path in prompt.references) for prompt in loaded.drawn_prompts), default=0
+        largest_encoded_size=None if encoded == largest.size else encoded,
+        prompt_reference_tokens=max(
+            (_reference_tokens(drawn[path] for path in prompt.references) for prompt in loaded.validation_prompts),
+            default=0,
         ),
         images=len(samples),
-        pictures=len(samples) + len(references),
+        cached_images=len(samples) + len(references),
         captions=len(captions) + 1,
         caption_tokens=longest.tokens,
         tokenizer=longest.tokenizer,
-        draws=_draws(loaded),
+        samples_images=_draws(loaded),
         steps=plan.steps,
         train_images=train_images,
         visits=order.visits(plan.steps * per_step) / train_images,
@@ -262,11 +263,11 @@ def _reference_tokens(references: Iterable[Crop]) -> int:
     return sum(tokens_of(reference.geometry.target) for reference in references)
 
 
-def _draws(loaded: Loaded) -> bool:
+def _draws(loaded: LoadedConfig) -> bool:
     return bool(loaded.prompts or loaded.config.validation_drift_prompts) and not loaded.config.validation_disable
 
 
-def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None) -> Iterator[Change]:
+def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None) -> Iterator[OptionValue]:
     """Yield changes that save memory, cheapest first: those that cost time, then precision, then the result.
 
     Args:
@@ -274,54 +275,54 @@ def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None)
     """
     is_lora = config.model_type == "lora"
     if config.ranks > 1 and not config.fsdp_enable and not config.zero_stage:
-        yield Change("fsdp_enable", True)
+        yield OptionValue("fsdp_enable", True)
     if config.ranks > 1 and config.zero_stage:
         for stage in range(config.zero_stage, len(ZERO_STAGES)):
-            yield Change("deepspeed_config", ZERO_STAGES[stage])
+            yield OptionValue("deepspeed_config", ZERO_STAGES[stage])
     if config.ranks > 1 and config.fsdp_enable and not config.fsdp_reshard_after_forward:
-        yield Change("fsdp_reshard_after_forward", True)
+        yield OptionValue("fsdp_reshard_after_forward", True)
     if fitting_blocks is not None:
-        yield Change("group_offload_resident_blocks", str(fitting_blocks))
+        yield OptionValue("group_offload_resident_blocks", str(fitting_blocks))
     if config.enable_group_offload and config.group_offload_use_stream == "true":
-        yield Change("group_offload_use_stream", "false")
+        yield OptionValue("group_offload_use_stream", "false")
     if not config.gradient_checkpointing:
-        yield Change("gradient_checkpointing", True)
+        yield OptionValue("gradient_checkpointing", True)
     elif config.gradient_checkpointing_interval is not None:
-        yield Change("gradient_checkpointing_interval", None)
+        yield OptionValue("gradient_checkpointing_interval", None)
     if config.text_encoder_mode != "streamed":
-        yield Change("text_encoder_mode", "streamed")
+        yield OptionValue("text_encoder_mode", "streamed")
     if config.text_encoder_batch_size > 1:
-        yield Change("text_encoder_batch_size", 1)
+        yield OptionValue("text_encoder_batch_size", 1)
     if config.vae_batch_size > 1:
-        yield Change("vae_batch_size", 1)
+        yield OptionValue("vae_batch_size", 1)
     if not config.vae_enable_tiling:
-        yield Change("vae_enable_tiling", True)
+        yield OptionValue("vae_enable_tiling", True)
     if config.use_ema and not config.is_average_on_cpu:
-        yield Change("ema_device", "cpu")
+        yield OptionValue("ema_device", "cpu")
     bits = PRECISIONS[config.base_model_precision].bits if config.base_model_precision in PRECISIONS else 16
     for precision in ("int8-quanto", "int4-quanto"):
         if is_lora and PRECISIONS[precision].bits < bits:
-            yield Change("base_model_precision", precision)
+            yield OptionValue("base_model_precision", precision)
     if config.gradient_checkpointing and not config.activation_offload:
-        yield Change("activation_offload", True)
+        yield OptionValue("activation_offload", True)
     if config.ranks > 1 and config.fsdp_enable and not config.fsdp_cpu_offload:
-        yield Change("fsdp_cpu_offload", True)
+        yield OptionValue("fsdp_cpu_offload", True)
     if is_lora and not config.enable_group_offload:
-        yield Change("enable_group_offload", True)
+        yield OptionValue("enable_group_offload", True)
     if not is_lora and not config.optimizer_release_gradients:
-        yield Change("optimizer_release_gradients", True)
+        yield OptionValue("optimizer_release_gradients", True)
     if not is_lora and config.optimizer != "adamw_bf16" and config.base_dtype != "fp16":
-        yield Change("optimizer", "adamw_bf16")
+        yield OptionValue("optimizer", "adamw_bf16")
     if work.batch > 1:
         is_set_batch = work.batch != config.train_batch_size
-        yield Change("train_batch_size", 1, IN_SETS if is_set_batch else "")
+        yield OptionValue("train_batch_size", 1, IN_SETS if is_set_batch else "")
     if any(math.prod(size) > 512 * 512 for size in config.sizes):
-        yield Change("validation_resolution", "512x512")
+        yield OptionValue("validation_resolution", "512x512")
     for edge in (768, 512):
         if math.prod(work.bucket) > edge * edge:
-            yield Change(RESOLUTION, edge, IN_SETS)
+            yield OptionValue(RESOLUTION, edge, IN_SETS)
     if config.enable_group_offload and config.group_offload_to_disk_path is None:
-        yield Change("group_offload_to_disk_path", "cache/blocks")
+        yield OptionValue("group_offload_to_disk_path", "cache/blocks")
 
 
 @dataclass(frozen=True)
@@ -329,8 +330,8 @@ class Budget:
     """A run's memory plan, also with other options, and its texts for the user."""
 
     config: RunConfig
-    work: Workload
-    machine: Machine
+    workload: Workload
+    machine: MachineMemory
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -338,7 +339,7 @@ class Budget:
 
     @cached_property
     def footprint(self) -> Footprint:
-        return Footprint(self.config, self.architecture, self.work, self.machine)
+        return Footprint(self.config, self.architecture, self.workload, self.machine)
 
     @cached_property
     def plan(self) -> MemoryPlan:
@@ -348,7 +349,7 @@ class Budget:
         """The plan with other values of options, and of `RESOLUTION`."""
         options = {option: value for option, value in changes.items() if option != RESOLUTION}
         config = with_options(self.config, options)
-        work = self.work
+        work = self.workload
         if "train_batch_size" in options:
             work = replace(work, batch=config.train_batch_size)
         if RESOLUTION in changes:
@@ -366,14 +367,14 @@ class Budget:
         return smallest_change(self.plan, self.rungs, self.with_changes)
 
     @property
-    def rungs(self) -> list[Change]:
+    def rungs(self) -> list[OptionValue]:
         """The changes of `ladder` that the other options allow."""
 
-        def is_allowed(change: Change) -> bool:
+        def is_allowed(change: OptionValue) -> bool:
             options = {} if change.where else {change.option: change.value}
             return is_possible(with_options(self.config, options))
 
-        return [change for change in ladder(self.config, self.work, self._fitting_blocks) if is_allowed(change)]
+        return [change for change in ladder(self.config, self.workload, self._fitting_blocks) if is_allowed(change)]
 
     @property
     def _fitting_blocks(self) -> int | None:
@@ -382,7 +383,7 @@ class Budget:
         if not configured_blocks or not self.footprint.streams_blocks or self.machine.accelerator is None:
             return None
         config = self.config.model_copy(update={"group_offload_resident_blocks": AUTO})
-        fitting = Footprint(config, self.architecture, self.work, self.machine).settled.resident_blocks or 0
+        fitting = Footprint(config, self.architecture, self.workload, self.machine).resolved_config.resident_blocks or 0
         return fitting if fitting < configured_blocks else None
 
     @cached_property
@@ -404,7 +405,7 @@ class Budget:
 
     @property
     def _task(self) -> str:
-        config, images, visits = self.config, self.work.train_images, self.work.visits
+        config, images, visits = self.config, self.workload.train_images, self.workload.visits
         model = base_name(config)
         if config.model_type == "full":
             target = f"all weights of {model}"
@@ -424,15 +425,15 @@ class Budget:
     def _requirements(self) -> str:
         """Peak memory of usable memory, and the download."""
         needs = []
-        for tier, name in MEMORY_WORDS.items():
-            usable, needed = self.machine.has(tier), self.plan.peak(tier)
+        for tier, name in TIER_WORDS.items():
+            usable, needed = self.machine.available(tier), self.plan.peak(tier)
             if usable is not None and needed:
                 per_unit = f" on each of {self.plan.machines} machines" if self.plan.machines > 1 else ""
                 if tier == "accelerator":
                     per_unit = f" on each of {self.plan.processes} GPUs" if self.plan.processes > 1 else ""
                 needs.append(f"{format_size(needed)} of {format_size(usable)} usable {name}{per_unit}")
         lacks = ", which is not enough" if any(lack.place != "disk" for lack in self.plan.lacks) else ""
-        download = missing_download(self.config, preview_download(self.config))
+        download = missing_download(self.config, preview_source(self.config))
         fetched = f", downloads {download / 1e9:.0f} GB" if download else ""
         return f"needs {' and '.join(needs)}{lacks}{fetched}"
 
@@ -468,7 +469,7 @@ class Budget:
         """The long text: each part of each phase, caches, minimum time, whether it fits, and the remedy. With
         `has_advice`, also the engine to use.
         """
-        work, foot = self.work, self.footprint
+        work, foot = self.workload, self.footprint
         basis = "from the configuration, without images" if work.images is None else f"{work.images} images"
         lines = [f"{plan_title(self.plan)} ({basis}):", *plan_table(self.plan), ""]
         lines.append(
@@ -486,7 +487,7 @@ class Budget:
         """A line with the tokens of the longest caption and the tokenizer that counted them; none if no caption was
         read.
         """
-        tokens, tokenizer, limit = self.work.caption_tokens, self.work.tokenizer, self.architecture.text_length
+        tokens, tokenizer, limit = self.workload.caption_tokens, self.workload.tokenizer, self.architecture.text_length
         if tokens is None:
             return []
         if tokenizer is None:
@@ -508,12 +509,12 @@ class Budget:
     @property
     def steps(self) -> int | None:
         """Steps of the run; None if they depend on images that are not scanned."""
-        return self.config.max_train_steps or self.work.steps
+        return self.config.max_train_steps or self.workload.steps
 
     @cached_property
     def step_flop(self) -> int:
         """FLOP of an optimizer step at the largest bucket, recompute included."""
-        passing = self.footprint.passing(self.work.bucket, self.work.batch, self.work.references)
+        passing = self.footprint.transformer_pass(self.workload.bucket, self.workload.batch, self.workload.references)
         return self.config.gradient_accumulation_steps * training_flop(passing).hardware
 
     def summary(self, flop_per_s: float | None = None, *, has_advice: bool = False) -> dict[str, Any]:
@@ -524,24 +525,24 @@ class Budget:
             has_advice: whether to include the engine to use.
         """
         foot = self.footprint
-        width, height = self.work.bucket
+        width, height = self.workload.bucket
         step_s = None if flop_per_s is None else self.step_flop / flop_per_s
         return {
             "summary": self.sentence(),
             "workload": {
                 "width": width,
                 "height": height,
-                "batch": self.work.batch,
-                "pictures": self.work.images,
-                "captions": self.work.captions,
-                "caption_tokens": self.work.caption_tokens,
-                "tokenizer": None if self.work.tokenizer is None else str(self.work.tokenizer),
+                "batch": self.workload.batch,
+                "pictures": self.workload.images,
+                "captions": self.workload.captions,
+                "caption_tokens": self.workload.caption_tokens,
+                "tokenizer": None if self.workload.tokenizer is None else str(self.workload.tokenizer),
             },
             "caches": {
                 "caption": foot.context_bytes,
                 "picture": foot.latent_bytes,
                 "checkpoint": foot.checkpoint_bytes,
-                "trained_parameters": foot.trained,
+                "trained_parameters": foot.trainable_parameters,
             },
             "time": {
                 "flop": self.step_flop,
@@ -596,13 +597,13 @@ class Budget:
         if tier == "ram":  # the plan counts RAM of all processes of a machine
             measured *= self.plan.processes_per_machine
         target = int(REMEDY_TARGET * min(phase.total(tier), measured))
-        reduced_plan = with_less(self.plan, phase.phase, tier, target)
+        reduced_plan = with_less_memory(self.plan, phase.phase, tier, target)
         # The run that failed used `auto` values settled for the full memory; search from these with less memory.
-        smaller = replace(self, config=self.footprint.settled, machine=reduced_plan.machine)
+        smaller = replace(self, config=self.footprint.resolved_config, machine=reduced_plan.machine)
         process_text = "" if self.plan.processes == 1 else f" in the first of {self.plan.processes} processes"
 
         def replan(changes: Mapping[str, object]) -> MemoryPlan:
-            return with_less(smaller.with_changes(changes), phase.phase, tier, target)
+            return with_less_memory(smaller.with_changes(changes), phase.phase, tier, target)
 
         sentences = [f"The plan was {phase_line(phase)}; the measured peak is {measured_text}{process_text}."]
         if saved:

@@ -14,9 +14,9 @@ from simpletuner.base.errors import DataError
 from simpletuner.base.files import sha256_json
 from simpletuner.base.sizes import format_duration
 from simpletuner.base.storage import Storage
-from simpletuner.config.datasets import WHOLE_RUN, ImageSet, PictureSet, TextStore, Windows
-from simpletuner.config.load import Loaded
-from simpletuner.config.previews import drawing_flavour
+from simpletuner.config.datasets import WHOLE_RUN, FolderDataset, ImageSet, TextStore, Windows
+from simpletuner.config.load import LoadedConfig
+from simpletuner.config.previews import sampling_flavour
 from simpletuner.config.prompts import Prompt
 from simpletuner.config.run import RunConfig
 from simpletuner.data.batch import read_contexts, read_latents
@@ -50,26 +50,26 @@ UNCONDITIONAL_CAPTION = ""
 
 
 @dataclass(frozen=True)
-class Encoders:
+class EncoderKeys:
     """Cache keys of the encoders: anything that changes a cached tensor changes the codec's key, or `latents`."""
 
     text: ContextCodec
     latents: str
 
     @classmethod
-    def of(cls, config: RunConfig, source: Source, *, all_bytes: bool = False) -> "Encoders":
+    def of(cls, config: RunConfig, source: Source, *, all_bytes: bool = False) -> "EncoderKeys":
         """The keys for the encoders' weights, precision and settings. `all_bytes` hashes all bytes of the text encoder,
         else only the first 4 KiB of each tensor.
         """
-        return cls(text_codec(config, config, source, whole=all_bytes), autoencoder_id(source, **_encoding(config)))
+        return cls(text_codec(config, config, source, all_bytes=all_bytes), autoencoder_id(source, **_encoding(config)))
 
     @classmethod
-    def claimed(cls, loaded: Loaded, source: Source, world: World) -> "Encoders":
+    def claimed(cls, loaded: LoadedConfig, source: Source, world: World) -> "EncoderKeys":
         """The keys of this machine's caches: from the first 4 KiB of each tensor, unless other weights claimed these
         keys first. The first rank of each machine reads the weights and the claims.
         """
         codec = CODECS[source.flavour.text.padding_side]
-        return world.from_each_machine(
+        return world.run_on_each_machine(
             "the fingerprints of the encoders",
             lambda: cls._claimed(loaded, source),
             record=lambda encoders: [encoders.text.key, encoders.text.least_bytes, encoders.latents],
@@ -77,10 +77,12 @@ class Encoders:
         )
 
     @classmethod
-    def _claimed(cls, loaded: Loaded, source: Source) -> "Encoders":
+    def _claimed(cls, loaded: LoadedConfig, source: Source) -> "EncoderKeys":
         config, datasets = loaded.config, loaded.datasets
         prefix, full = (cls.of(config, source, all_bytes=all_bytes) for all_bytes in (False, True))
-        earlier = (earlier_autoencoder_id(source, **_encoding(config), whole=all_bytes) for all_bytes in (False, True))
+        earlier = (
+            earlier_autoencoder_id(source, **_encoding(config), all_bytes=all_bytes) for all_bytes in (False, True)
+        )
         texts = [text_storage(store) for store in datasets.text_stores]
         picture_sets = (*datasets.train_sets, *datasets.eval_sets, *datasets.conditioning_sets)
         # Before the texts: in a storage of both, their claim would hide that the storage had no claims.
@@ -115,7 +117,7 @@ def base_fingerprints(
     Raises:
         AccessError: another machine has a different base model.
     """
-    fingerprints = world.from_each_machine(
+    fingerprints = world.run_on_each_machine(
         "the fingerprints of the base model", lambda: _base_fingerprints(config, source, like)
     )
     check_same_model(world, fingerprints)
@@ -125,11 +127,11 @@ def base_fingerprints(
 def _base_fingerprints(config: RunConfig, source: Source, like: Mapping[str, str] | None) -> dict[str, str]:
     all_bytes = like is None or has_full_fingerprints(like)
     fingerprints = {
-        "transformer": source.fingerprint("transformer", whole=all_bytes),
-        "text encoder": text_codec(config, config, source, whole=all_bytes).key,
+        "transformer": source.fingerprint("transformer", all_bytes=all_bytes),
+        "text encoder": text_codec(config, config, source, all_bytes=all_bytes).key,
     }
     if like is not None and EARLIER_VAE in like:
-        fingerprints[EARLIER_VAE] = earlier_autoencoder_id(source, **_encoding(config), whole=all_bytes)
+        fingerprints[EARLIER_VAE] = earlier_autoencoder_id(source, **_encoding(config), all_bytes=all_bytes)
     else:
         fingerprints["VAE encoder"] = autoencoder_id(source, **_encoding(config))
     return {name: f"{WHOLE if all_bytes else ''}{value}" for name, value in fingerprints.items()}
@@ -141,11 +143,11 @@ def has_full_fingerprints(record: Mapping[str, str]) -> bool:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """The scanned datasets, and access to their caches."""
 
-    loaded: Loaded
-    encoders: Encoders
+    loaded: LoadedConfig
+    encoders: EncoderKeys
     train: tuple[Manifest, ...]
     held_out: tuple[Manifest, ...]
 
@@ -156,7 +158,7 @@ class Prepared:
         Raises:
             ConfigError: lists every file that is not an image, or whose size is out of range for a reference.
         """
-        return reference_crops(path for prompt in self.loaded.drawn_prompts for path in prompt.references)
+        return reference_crops(path for prompt in self.loaded.validation_prompts for path in prompt.references)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -175,11 +177,11 @@ class Prepared:
         return {name: windows for name, windows in all_windows.items() if windows != WHOLE_RUN}
 
     @property
-    def pictures(self) -> int:
+    def image_count(self) -> int:
         """The number of training images."""
         return sum(len(manifest.samples) for manifest in self.train)
 
-    def latent_store(self, picture_set: PictureSet) -> Store:
+    def latent_store(self, picture_set: FolderDataset) -> Store:
         return Store(latent_storage(picture_set))
 
     def text_store(self, image_set: ImageSet | None) -> Store:
@@ -256,14 +258,16 @@ class Prepared:
         return read_contexts(self.text_store(image_set), prompts, self.encoders.text)
 
 
-def prepare(loaded: Loaded, source: Source, world: World, reporter: Reporter, *, verify: bool = False) -> Prepared:
+def prepare(
+    loaded: LoadedConfig, source: Source, world: World, reporter: Reporter, *, verify: bool = False
+) -> PreparedData:
     """Scan all datasets and fill all caches; see `scan_sets` and `fill_caches`."""
     prepared = scan_sets(loaded, source, world, reporter)
     fill_caches(prepared, source, world, reporter, verify=verify)
     return prepared
 
 
-def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) -> Prepared:
+def scan_sets(loaded: LoadedConfig, source: Source, world: World, reporter: Reporter) -> PreparedData:
     """Scan a run's datasets, without loading an encoder. The first rank of each machine scans; the other ranks use its
     result, even if a file has changed since.
 
@@ -275,7 +279,7 @@ def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) 
     image_sets = (*datasets.train_sets, *datasets.eval_sets)
     conditions = [datasets.conditions_of(each) for each in image_sets]
     with reporter.phase("scan") as progress:
-        manifests = world.from_each_machine(
+        manifests = world.run_on_each_machine(
             "the scan of the image sets",
             lambda: [scan_of(loaded, each, report=progress) for each in image_sets],
             record=lambda manifests: [manifest.record() for manifest in manifests],
@@ -288,15 +292,15 @@ def scan_sets(loaded: Loaded, source: Source, world: World, reporter: Reporter) 
     notice = PreservedPrompts(config).notice(manifests[:count])
     if notice is not None:
         reporter.notice(notice)
-    encoders = Encoders.claimed(loaded, source, world)
-    prepared = Prepared(loaded, encoders, tuple(manifests[:count]), tuple(manifests[count:]))
+    encoders = EncoderKeys.claimed(loaded, source, world)
+    prepared = PreparedData(loaded, encoders, tuple(manifests[:count]), tuple(manifests[count:]))
     _ = prepared.prompt_references  # validate now: report a bad file before an encoder loads
     return prepared
 
 
 def check_same_images(manifests: Sequence[Manifest], world: World) -> None:
     """Raise a DataError, on all ranks, if machines have different images, captions, references or masks."""
-    if world.of_machine is None:
+    if world.machine_world is None:
         return
     for manifest in manifests:
         samples = {row[0][1]: sha256_json(row) for row in manifest.record()[0]}
@@ -318,7 +322,7 @@ def ranks_of_cache(storages: Sequence[Storage], content: str, world: World, repo
     """The ranks that together fill the caches of `content` in `storages`: all ranks if all machines share the storages,
     else the ranks of this machine. Reports which.
     """
-    if world.of_machine is None:
+    if world.machine_world is None:
         return world
     folders = [folder for storage in storages if (folder := storage.local_path()) is not None]
     unshared = set(folders) - shared_folders(world, folders)
@@ -327,10 +331,12 @@ def ranks_of_cache(storages: Sequence[Storage], content: str, world: World, repo
         return world
     folder_names = ", ".join(map(str, sorted(unshared)))
     reporter.say(f"Each of {world.machines} machines fills its cache of {content}: they do not share {folder_names}.")
-    return world.of_machine
+    return world.machine_world
 
 
-def fill_caches(prepared: Prepared, source: Source, world: World, reporter: Reporter, *, verify: bool = False) -> None:
+def fill_caches(
+    prepared: PreparedData, source: Source, world: World, reporter: Reporter, *, verify: bool = False
+) -> None:
     """Fill every cache that the run will read. Masks come first, so that bad masks are reported before an encoder
     loads. All ranks call it, and each makes a share of the missing entries in caches that it can access. `verify` reads
     and hashes every cached file, also those checked earlier.
@@ -370,7 +376,7 @@ def report_manifest(manifest: Manifest, reporter: Reporter) -> None:
         reporter.notice(text)
 
 
-def prompts_to_encode(prepared: Prepared) -> dict[TextStore, list[str]]:
+def prompts_to_encode(prepared: PreparedData) -> dict[TextStore, list[str]]:
     """Every prompt that the run may use, by the store that caches it."""
     config, datasets = prepared.loaded.config, prepared.loaded.datasets
     prompts_of: dict[TextStore, list[str]] = {store: [] for store in datasets.text_stores}
@@ -384,7 +390,7 @@ def prompts_to_encode(prepared: Prepared) -> dict[TextStore, list[str]]:
     general += [UNCONDITIONAL_CAPTION, *(prompt.text for prompt in prepared.loaded.prompts.values())]
     if not config.validation_disable:
         general += config.validation_drift_prompts or ()
-    scales = drawing_flavour(config).scales(config.validation_guidance, config.validation_guidance_real)
+    scales = sampling_flavour(config).guidance_scales(config.validation_guidance, config.validation_guidance_real)
     if scales.real != 1.0:
         general.append(config.validation_negative_prompt)
     return prompts_of
@@ -394,7 +400,7 @@ MOST_NAMED = 50
 """Masks that an error lists."""
 
 
-def fill_mask_weights(prepared: Prepared, world: World, reporter: Reporter, *, verify: bool) -> None:
+def fill_mask_weights(prepared: PreparedData, world: World, reporter: Reporter, *, verify: bool) -> None:
     """Cache the missing masks, and report the share of the images that they train.
 
     Raises:
@@ -412,11 +418,11 @@ def fill_mask_weights(prepared: Prepared, world: World, reporter: Reporter, *, v
             report=progress,
             world=world,
         )
-        empty, share = world.from_main("the areas of the masks", lambda: _mask_areas(prepared, masks))
+        empty, share = world.run_on_main("the areas of the masks", lambda: _mask_areas(prepared, masks))
     if empty:
         raise _empty_masks_error(empty, prepared.loaded.config)
     reporter.say(
-        f"Masks: {report.encoded} made in {format_duration(report.seconds)}, {report.found} already cached. "
+        f"Masks: {report.encoded} made in {format_duration(report.seconds)}, {report.existing} already cached. "
         f"{len(masks)} images have one; on average it trains {share:.0%} of the image."
     )
 
@@ -431,7 +437,7 @@ def weighing_masks(manifests: Sequence[Manifest]) -> list[Crop]:
     return [sample.mask for manifest in weighed for sample in manifest.samples if sample.mask is not None]
 
 
-def _mask_areas(prepared: Prepared, masks: Sequence[Crop]) -> tuple[list[str], float]:
+def _mask_areas(prepared: PreparedData, masks: Sequence[Crop]) -> tuple[list[str], float]:
     """The names of masks with only zero weights, and the mean weight of a position."""
     masking = Masking(prepared.loaded.config, prepared.loaded.config.seed)
     empty, total = [], 0.0
@@ -455,7 +461,7 @@ def _empty_masks_error(empty: Sequence[str], config: RunConfig) -> DataError:
     )
 
 
-def fill_text(prepared: Prepared, source: Source, world: World, reporter: Reporter, *, verify: bool) -> None:
+def fill_text(prepared: PreparedData, source: Source, world: World, reporter: Reporter, *, verify: bool) -> None:
     """Encode the prompts that are not cached. Only ranks with prompts to encode load the encoder, and free it
     afterwards.
     """
@@ -470,7 +476,7 @@ def fill_text(prepared: Prepared, source: Source, world: World, reporter: Report
         if not encoders:
             folder = prepared.text_store(None).storage.local_path() or Path(config.output_dir)
             encoder = open_text_encoder(
-                config, config, config, source, world.device, folder=folder, say=reporter.say, sharing=sharing
+                config, config, config, source, world.device, folder=folder, report=reporter.say, processes=sharing
             )
             encoders.append(encoder)
         return encoders[0]
@@ -503,14 +509,14 @@ def fill_text(prepared: Prepared, source: Source, world: World, reporter: Report
     control_tokens = {prompt: names for encoder in encoders for prompt, names in encoder.control_tokens.items()}
     if control_tokens:
         reporter.notice(control_token_notice(control_tokens))
-    encoded, cached = sum(r.encoded for r in reports), sum(r.found for r in reports)
+    encoded, cached = sum(r.encoded for r in reports), sum(r.existing for r in reports)
     seconds = sum(r.seconds for r in reports)
     reporter.say(f"Captions: {encoded} encoded in {format_duration(seconds)}, {cached} already cached.")
     encoders.clear()
     release_memory(world.device)
 
 
-def fill_images(prepared: Prepared, source: Source, world: World, reporter: Reporter, *, verify: bool) -> None:
+def fill_images(prepared: PreparedData, source: Source, world: World, reporter: Reporter, *, verify: bool) -> None:
     """Encode the images that are not cached. Only ranks with images to encode load the VAE, and free it afterwards."""
     config = prepared.loaded.config
 
@@ -529,14 +535,14 @@ def fill_images(prepared: Prepared, source: Source, world: World, reporter: Repo
             report=progress,
             world=world,
         )
-        world.from_main("the references of prompts", lambda: _fill_prompt_references(prepared, load))
+        world.run_on_main("the references of prompts", lambda: _fill_prompt_references(prepared, load))
     reporter.say(
-        f"Images: {report.encoded} encoded in {format_duration(report.seconds)}, {report.found} already cached."
+        f"Images: {report.encoded} encoded in {format_duration(report.seconds)}, {report.existing} already cached."
     )
     release_memory(world.device)
 
 
-def _fill_prompt_references(prepared: Prepared, load: Callable[[], Encode]) -> None:
+def _fill_prompt_references(prepared: PreparedData, load: Callable[[], Encode]) -> None:
     """Encode the reference images of prompts that are not cached."""
     store, encoder = prepared.prompt_store, prepared.encoders.latents
     missing = [

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from simpletuner.base.errors import CheckpointError, DiskError, RanksError, UserError, error_class
 from simpletuner.base.files import file_errors_reported, read_json, write_json
-from simpletuner.base.parts import discard
-from simpletuner.memory.machines import make_missing, remove_made, send_folder, shared_folders
-from simpletuner.memory.row_shards import Shards
+from simpletuner.base.parts import delete_path
+from simpletuner.memory.machines import create_missing, remove_created, send_folder, shared_folders
+from simpletuner.memory.row_shards import RankShards
 from simpletuner.memory.shard import Split
 from simpletuner.memory.shares import RankTensor, load_shares, write_shares
 from simpletuner.memory.tensors import INTEGERS, save_tensors
@@ -112,7 +112,7 @@ def save_checkpoint(
         on_all_ranks(world, finish, folder)
     finally:
         if world.is_main:
-            discard(part)
+            delete_path(part)
     return folder
 
 
@@ -131,7 +131,7 @@ def on_each_machine(folder: Path, run: RunDirectory, world: World) -> Iterator[P
     final = run.checkpoints / f"{folder.name}-of-machine-{world.machine}"
     copy = checkpoints.unfinished(final)
     copies_here = world.machine > 0 and world.on_machine.is_main
-    made_folders = make_missing(run.checkpoints) if copies_here else []
+    made_folders = create_missing(run.checkpoints) if copies_here else []
     try:
         if copies_here:
             checkpoints.begin(final)
@@ -144,8 +144,8 @@ def on_each_machine(folder: Path, run: RunDirectory, world: World) -> Iterator[P
         world.barrier("the checkpoint on other machines")
     finally:
         if copies_here:
-            discard(copy)
-            remove_made(made_folders)
+            delete_path(copy)
+            remove_created(made_folders)
 
 
 def on_all_ranks(world: World, work: Callable[[], T], path: Path) -> list[T]:
@@ -243,7 +243,7 @@ def restore(
     shards = trained.shards
 
     def local_shards(wholes: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return wholes if shards is None else shards.locals(wholes)
+        return wholes if shards is None else shards.local_shards(wholes)
 
     try:
         tensors = load_shares(folder, OPTIMIZER_STEM)
@@ -260,7 +260,7 @@ def restore(
         ) from None
 
 
-def _local(name: str, tensor: Tensor, shards: Shards) -> Tensor:
+def _local(name: str, tensor: Tensor, shards: RankShards) -> Tensor:
     """This rank's shard of the tensor "<entry>/<parameter>", or the tensor itself if it has another shape."""
     split = shards.splits.get(name.partition("/")[2])
     return tensor if split is None or tuple(tensor.shape) != split.shape else split.of(tensor)

@@ -37,7 +37,7 @@ class Ema:
 
     def applied(self) -> AbstractContextManager[None]:
         """A context in which the model computes with the average. On exit its own values are back, bit for bit."""
-        return self._trained.holding(self._average)
+        return self._trained.with_weights(self._average)
 
     def state(self) -> dict[str, Tensor]:
         """The tensors of the average, not copied, by the names of the trained ones."""

@@ -8,7 +8,7 @@ from simpletuner.base.sizes import format_size
 from simpletuner.config.options.ranks import ZERO_STAGES, RankOptions
 from simpletuner.config.rules import findings
 from simpletuner.config.run import RunConfig
-from simpletuner.memory.planner import ENGINES, NAMES, Engine, MemoryPlan, MemoryTier
+from simpletuner.memory.planner import ENGINES, TIER_TITLES, Engine, MemoryPlan, MemoryTier
 
 if TYPE_CHECKING:
     from simpletuner.train.budget import Budget
@@ -136,7 +136,7 @@ def _fewest(budget: "Budget") -> int | None:
         plan = planned(count)
         if plan is None:
             return False
-        capacity = plan.machine.has(_tier(plan))
+        capacity = plan.machine.available(_tier(plan))
         return capacity is not None and plan.peak(_tier(plan)) <= capacity
 
     high = limit  # `low` is too small; `high` may be enough
@@ -178,7 +178,7 @@ def _tier(plan: MemoryPlan) -> MemoryTier:
 
 
 def _use(plan: MemoryPlan, tier: MemoryTier) -> str:
-    return f"{format_size(plan.peak(tier))} of {format_size(plan.machine.has(tier) or 0)} {NAMES[tier]}"
+    return f"{format_size(plan.peak(tier))} of {format_size(plan.machine.available(tier) or 0)} {TIER_TITLES[tier]}"
 
 
 def _lack(plan: MemoryPlan) -> str:

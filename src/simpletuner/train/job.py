@@ -29,9 +29,9 @@ from simpletuner.base.errors import (
 from simpletuner.base.files import file_errors_reported, sha256_json, write_json
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.flavours import GuidanceScales
-from simpletuner.config.load import Loaded
-from simpletuner.config.previews import drawing_flavour, preview_flavour
-from simpletuner.config.record import decisive, resolved
+from simpletuner.config.load import LoadedConfig
+from simpletuner.config.previews import preview_flavour, sampling_flavour
+from simpletuner.config.record import recorded_options, weight_options
 from simpletuner.config.rules import profile_findings
 from simpletuner.config.run import RunConfig
 from simpletuner.data.order import Cut, MicroBatch, Order, Visit
@@ -39,9 +39,9 @@ from simpletuner.flux2.components import check_precisions, check_trainable
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.footprint import tokens_of
 from simpletuner.flux2.load import checked_skeleton
-from simpletuner.flux2.located import located
+from simpletuner.flux2.located import locate_on_each_machine
 from simpletuner.flux2.lora import Adapter
-from simpletuner.flux2.modelspec import modelspec, usual_size
+from simpletuner.flux2.modelspec import modelspec, most_common_size
 from simpletuner.flux2.routes import Route, resolve
 from simpletuner.flux2.source import Source, locate, locate_preview
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
@@ -56,19 +56,19 @@ from simpletuner.memory.shard import idle_pass, is_sharded
 from simpletuner.memory.world import World
 from simpletuner.runs import checkpoints
 from simpletuner.runs.events import CheckpointEvent, EndEvent, ErrorEvent, EventLog, RunEvent, read_events
-from simpletuner.runs.finished import lacking, write_finished
+from simpletuner.runs.finished import missing_result, write_finished
 from simpletuner.runs.layout import EMA_FOLDER, RESULTS, RunDirectory
 from simpletuner.runs.process import Requests, stopped
-from simpletuner.runs.samplers import end_samplers
+from simpletuner.runs.samplers import stop_samplers
 from simpletuner.train import checkpoint, optim, resume, trackers
 from simpletuner.train.backend import BackendChoice, check_backend, choose_backend, uncompiled
 from simpletuner.train.batches import BatchBuilder
-from simpletuner.train.budget import Budget, configured, machine_of, reference_tokens_of, scanned
-from simpletuner.train.caches import Prepared, base_fingerprints, fill_caches, has_full_fingerprints, scan_sets
+from simpletuner.train.budget import Budget, configured_workload, machine_of, reference_tokens_of, scanned_workload
+from simpletuner.train.caches import PreparedData, base_fingerprints, fill_caches, has_full_fingerprints, scan_sets
 from simpletuner.train.drift import DriftMeter
 from simpletuner.train.ema import Ema
 from simpletuner.train.export import EXPORTS
-from simpletuner.train.length import Plan
+from simpletuner.train.length import RunSchedule
 from simpletuner.train.loop import TrainingLoop, best_step, check_free_disk, shapes_of
 from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
 from simpletuner.train.preservation import Preservation
@@ -97,13 +97,13 @@ WARM_UP_WORTH_S = 20.0
 class Job:
     """A run before it starts: configuration, processes, run directory and memory plan. No file has been written."""
 
-    loaded: Loaded
+    loaded: LoadedConfig
     world: World
     run: RunDirectory
     budget: Budget
 
 
-def build(loaded: Loaded, world: World) -> Job:
+def build(loaded: LoadedConfig, world: World) -> Job:
     """Construct the job of a checked configuration. Reads the free memory and disk space, writes nothing.
 
     Raises:
@@ -116,7 +116,7 @@ def build(loaded: Loaded, world: World) -> Job:
     directory = RunDirectory(Path(loaded.config.output_dir))
     with file_errors_reported(directory.root, ConfigError):
         machine = machine_of(world, directory.root)
-    return Job(loaded, world, directory, Budget(loaded.config, configured(loaded), machine))
+    return Job(loaded, world, directory, Budget(loaded.config, configured_workload(loaded), machine))
 
 
 def run(job: Job) -> int:
@@ -136,7 +136,7 @@ def run(job: Job) -> int:
             job.world.check()
 
         reporter = Reporter(events=events, log=job.run.log, poll=poll)
-        end_samplers(
+        stop_samplers(
             Path.cwd(), os.environ, reporter.say
         )  # started in the meantime: none may run beside a training run
         for text in job.loaded.notices:
@@ -145,7 +145,7 @@ def run(job: Job) -> int:
         try:
             with (
                 end_events(reporter, attempt),
-                job.world.told(),
+                job.world.reporting_errors(),
                 memory_is_explained(attempt),
                 file_errors_reported(job.run.root, doing="use"),
             ):
@@ -163,7 +163,11 @@ def follow(job: Job) -> int:
     """
     with Requests(job.run.control, is_obeying=False) as requests:
         attempt = Attempt(job, Reporter(is_muted=True, poll=job.world.check), requests)
-        with job.world.told(), memory_is_explained(attempt), file_errors_reported(job.run.root, doing="use"):
+        with (
+            job.world.reporting_errors(),
+            memory_is_explained(attempt),
+            file_errors_reported(job.run.root, doing="use"),
+        ):
             attempt()
     return 0
 
@@ -175,7 +179,7 @@ def check_device(config: RunConfig, device: torch.device) -> None:
             "mixed_precision = fp16 on a machine without a GPU", "bf16 or no", "Give --mixed_precision=bf16."
         )
     check_precisions(config, device)
-    check_backend(config, device, compilation.compiler_lack)
+    check_backend(config, device, compilation.compiler_problem)
 
 
 class Attempt:
@@ -193,7 +197,7 @@ class Attempt:
         self.state = TrainState()
         self.checkpoint: Path | None = None
         """The checkpoint that was saved or resumed last."""
-        self.compiled: compilation.Compiled | None = None
+        self.compiled: compilation.CompiledBlocks | None = None
         self.may_drop_compiled = False
         """Whether `dynamo_backend` auto chose to compile at this start, and may still fall back to eager blocks."""
         self.streaming: offload.Streaming | None = None
@@ -223,7 +227,7 @@ class Attempt:
                 self.reporter.say(f"dynamo_backend = {loaded.config.dynamo_backend}, as at the start of this run.")
             self.loaded, self.config = loaded, loaded.config
             check_device(self.config, self.device)
-            self.budget = Budget(self.config, configured(loaded), self.budget.machine)
+            self.budget = Budget(self.config, configured_workload(loaded), self.budget.machine)
         if resumed is not None:
             self.state, self.checkpoint = resumed.state, resumed.folder
         if resumed is not None and self.config.max_train_steps and self.is_finished(self.config.max_train_steps):
@@ -232,7 +236,7 @@ class Attempt:
         self.plan_memory()
         if self.world.is_main:
             check_free_disk(self.run, self.config, self.reporter, self.requests)
-        source = located(self.world, lambda: locate(self.config, report=self.reporter.say))
+        source = locate_on_each_machine(self.world, lambda: locate(self.config, report=self.reporter.say))
         if source.distillation_warning is not None:
             self.reporter.notice(source.distillation_warning)
         # Check these before the expensive work starts.
@@ -255,7 +259,7 @@ class Attempt:
         order = Order.of(prepared.train, seed=self.config.seed, cuts=self.state.cuts, now=current_cut)
         if resumed is not None:
             resume.check_windows(resumed, self.commands, prepared.windows, order)
-        plan = Plan.of(self.config, order, self.batches_per_step)
+        plan = RunSchedule.of(self.config, order, self.batches_per_step)
         for text in (*order.notices, *plan.notices):
             self.reporter.notice(text)
         if self.is_finished(plan.steps):
@@ -263,11 +267,11 @@ class Attempt:
         ConfigError.raise_if(problem for _, problem in profile_findings(self.config, plan.steps))
         fill_caches(prepared, source, self.world, self.reporter)
         if self.config.dynamo_backend == "auto":
-            choice = choose_backend(self.config, self.device, plan.steps, compilation.compiler_lack)
+            choice = choose_backend(self.config, self.device, plan.steps, compilation.compiler_problem)
             self.may_drop_compiled = choice.backend != "no"
             self.record_backend(choice)
         self.replan_memory(prepared)
-        self.state.config = resolved(self.config)
+        self.state.config = recorded_options(self.config)
         self.state.data = prepared.fingerprints
         self.state.windows = prepared.windows
         self.state.model = model
@@ -275,16 +279,16 @@ class Attempt:
 
     def train(
         self,
-        prepared: Prepared,
+        prepared: PreparedData,
         source: Source,
         preview: Source | None,
         order: Order,
-        plan: Plan,
+        plan: RunSchedule,
         resumed: resume.Resume | None,
     ) -> None:
         """Load the model, train it and export it."""
         with self.reporter.phase("load"):
-            settled_config = self.budget.footprint.settled
+            settled_config = self.budget.footprint.resolved_config
             product = PRODUCTS[self.config.model_type](settled_config, source, self.world, self.reporter)
             self.install(product.transformer, order)
             if self.world.is_main:
@@ -293,7 +297,7 @@ class Attempt:
         trained = product.trained
         if zero is not None:
             trained.masters = zero
-            self.reporter.say(zero.told())
+            self.reporter.say(zero.description())
         self.check_disk_space(product, plan)
         first_elements = None if trained.shards is None else trained.shards.first_elements
         optimizer = optim.build(product.groups(), self.config, seed=self.config.seed, first_elements=first_elements)
@@ -351,9 +355,9 @@ class Attempt:
         )
         model: SamplingModel = TrainedModel(denoiser)
         if preview is not None and isinstance(trained, Adapter):
-            leaves, average = self.budget.footprint.base_leaves, {} if ema is None else ema.state()
+            leaves, average = self.budget.footprint.offloads_base, {} if ema is None else ema.state()
             model = PreviewModel(
-                self.budget.footprint.settled,
+                self.budget.footprint.resolved_config,
                 preview,
                 trained,
                 self.device,
@@ -411,7 +415,7 @@ class Attempt:
             with self.reporter.phase("train"), self.compiling():
                 is_done = loop(self.state)
             if self.streaming is not None:
-                self.reporter.detail(f"Streamed: {self.streaming.told()}.")
+                self.reporter.detail(f"Streamed: {self.streaming.description()}.")
             if not is_done:
                 raise stopped(f"stopped after step {self.state.step} of {plan.steps}; the run is saved")
             if self.world.is_main:
@@ -424,13 +428,13 @@ class Attempt:
             self.reporter.say(choice.reason)
         self.config = self.config.model_copy(update={"dynamo_backend": choice.backend})
         self.loaded = replace(self.loaded, config=self.config)
-        self.state.config = resolved(self.config)
+        self.state.config = recorded_options(self.config)
         self.record_config()
 
     def record_config(self) -> None:
         """Write the configuration into the run directory."""
         if self.world.is_main:
-            write_json(self.run.config, resolved(self.config))
+            write_json(self.run.config, recorded_options(self.config))
 
     def plan_memory(self) -> None:
         """Report the memory plan from the configuration alone, before anything is downloaded or loaded.
@@ -443,20 +447,20 @@ class Attempt:
         self.reporter.emit(self.budget.event())
         self.budget.check()
 
-    def replan_memory(self, prepared: Prepared) -> None:
+    def replan_memory(self, prepared: PreparedData) -> None:
         """Plan memory again with the scanned images; report it only if the largest micro-batch differs from the first
         plan's.
 
         Raises:
             MemoryBudgetError: the accelerator is too small to train.
         """
-        before = self.budget.work
-        work = scanned(self.loaded, prepared.train, prepared.held_out, drawn=prepared.prompt_references)
+        before = self.budget.workload
+        work = scanned_workload(self.loaded, prepared.train, prepared.held_out, drawn=prepared.prompt_references)
         if self.config.tread_routes:
             work = replace(work, forced_share=max(prepared.forced_shares, default=0.0))
-        self.budget = replace(self.budget, work=work)
+        self.budget = replace(self.budget, workload=work)
         self.reporter.emit(self.budget.event())
-        if (before.bucket, before.batch) != (self.budget.work.bucket, self.budget.work.batch):
+        if (before.bucket, before.batch) != (self.budget.workload.bucket, self.budget.workload.batch):
             train = self.budget.plan.phase("train")
             assert train is not None  # every plan has it
             self.reporter.say(f"Planned with the largest images: {phase_line(train)}")
@@ -469,7 +473,7 @@ class Attempt:
         step = self.state.step
         if step < steps:
             return False
-        reason = lacking(self.run, step)
+        reason = missing_result(self.run, step)
         if self.world.decide([reason is not None and self.lacks_validation(step)])[0]:
             return False
         if not self.world.is_main:
@@ -508,12 +512,12 @@ class Attempt:
                 sizes_vary=len(shapes) > 1 or bool(self.config.tread_routes) or has_references,
                 has_references=has_references,
             )
-        settled_config = self.budget.footprint.settled
+        settled_config = self.budget.footprint.resolved_config
         self.streaming = stream_blocks(transformer, settled_config, self.device)
         if self.streaming is not None:
             self.reporter.say(f"Streamed: {self.streaming}{residency_text(settled_config, transformer.spec)}.")
         if self.config.gradient_checkpointing:
-            ahead = self.config.copies_ahead(self.device.type)
+            ahead = self.config.prefetches(self.device.type)
             inputs = recompute.HostInputs(self.device, ahead=ahead) if self.config.activation_offload else None
             recompute.install(
                 transformer.blocks,
@@ -529,13 +533,13 @@ class Attempt:
             )
         transformer.train()
 
-    def check_disk_space(self, product: Product, plan: Plan) -> None:
+    def check_disk_space(self, product: Product, plan: RunSchedule) -> None:
         """Raise a DiskError if one more checkpoint and the finished model do not fit on the disk. Notify the user if
         not all remaining checkpoints fit.
         """
         if self.state.step >= plan.steps or self.world.rank >= self.world.writing_ranks:
             return
-        size, free = product.checkpoint_bytes, machine.disk_room(self.run.root)
+        size, free = product.checkpoint_bytes, machine.free_disk_bytes(self.run.root)
         single = product.single_file_bytes
         if size + single > free:
             single_text = f" and the finished model's single file {format_size(single)}" if single else ""
@@ -555,13 +559,13 @@ class Attempt:
                 f"{format_size(free)} are free. Lower --checkpoints_total_limit, now {limit}, to need less."
             )
 
-    def routes(self, blocks: int, order: Order, prepared: Prepared) -> tuple[Route, ...]:
+    def routes(self, blocks: int, order: Order, prepared: PreparedData) -> tuple[Route, ...]:
         """TREAD's routes in a model of `blocks` blocks. Reports the tokens they keep, also those under masks."""
         routes = resolve(self.config.tread_routes, blocks)
         width, height = largest(order).bucket
         for route in routes:
             tokens = (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
-            self.reporter.say(f"{route.told(tokens, blocks)}, at {width}x{height}.")
+            self.reporter.say(f"{route.description(tokens, blocks)}, at {width}x{height}.")
         shares = prepared.forced_shares if routes else []
         if shares:
             exceeding = sum(share > min(route.keep_ratio for route in routes) for share in shares)
@@ -592,14 +596,14 @@ class Attempt:
         if preview_name is None or self.config.validation_disable or not self.loaded.prompts:
             return None
         flavour = preview_flavour(self.config)
-        preview = located(
+        preview = locate_on_each_machine(
             self.world,
             lambda: locate_preview(self.config, preview_name, source, flavour=flavour, report=self.reporter.say),
         )
         checked_skeleton(preview)
         return preview
 
-    def held_out(self, prepared: Prepared, denoiser: Denoiser, builder: BatchBuilder) -> HeldOutLoss | None:
+    def held_out(self, prepared: PreparedData, denoiser: Denoiser, builder: BatchBuilder) -> HeldOutLoss | None:
         """The held-out loss, over the first caption of every sample; None without eval datasets."""
         chosen = [
             (manifest.image_set, sample)
@@ -618,7 +622,7 @@ class Attempt:
         )
 
     def sampler(
-        self, prepared: Prepared, source: Source, model: SamplingModel, product: Product, ema: Ema | None
+        self, prepared: PreparedData, source: Source, model: SamplingModel, product: Product, ema: Ema | None
     ) -> ValidationSampler | None:
         """The sampler of the validation images; None without prompts."""
         if self.config.validation_disable or not self.loaded.prompts:
@@ -627,7 +631,7 @@ class Attempt:
             run=self.run,
             options=self.config,
             scales=self.validation_scales,
-            both_at_once=frozenset(size for size in self.config.sizes if self.budget.footprint.draws_both(size)),
+            both_at_once=frozenset(size for size in self.config.sizes if self.budget.footprint.batches_guidance(size)),
             seed=self.config.seed,
             model=model,
             trained=product.trained,
@@ -644,7 +648,9 @@ class Attempt:
             is_sharded=isinstance(model, TrainedModel) and is_sharded(product.transformer),
         )
 
-    def drift(self, prepared: Prepared, model: SamplingModel, product: Product, ema: Ema | None) -> DriftMeter | None:
+    def drift(
+        self, prepared: PreparedData, model: SamplingModel, product: Product, ema: Ema | None
+    ) -> DriftMeter | None:
         """The drift meter; None without `validation_drift_prompts`."""
         if self.config.validation_disable or self.config.validation_drift_prompts is None:
             return None
@@ -667,9 +673,11 @@ class Attempt:
     def validation_scales(self) -> GuidanceScales:
         """The guidance scales of the options, for the model that generates the validation images."""
         config = self.config
-        return drawing_flavour(config).scales(config.validation_guidance, config.validation_guidance_real)
+        return sampling_flavour(config).guidance_scales(config.validation_guidance, config.validation_guidance_real)
 
-    def announce(self, prepared: Prepared, plan: Plan, product: Product, resumed: resume.Resume | None) -> None:
+    def announce(
+        self, prepared: PreparedData, plan: RunSchedule, product: Product, resumed: resume.Resume | None
+    ) -> None:
         """Emit the run event, start the trackers, and report images, steps and epochs."""
         self.reporter.emit(
             RunEvent(
@@ -677,7 +685,7 @@ class Attempt:
                 pid=os.getpid(),
                 resumed_from=None if resumed is None else self.state.step,
                 steps=plan.steps,
-                pictures=prepared.pictures,
+                pictures=prepared.image_count,
                 trainable=product.trained.parameter_count,
                 processes=self.world.size,
                 engine=self.budget.footprint.engine,
@@ -689,14 +697,14 @@ class Attempt:
                 self.config,
                 root=self.run.root,
                 resumed_from=None if resumed is None else self.state.step,
-                config=resolved(self.config),
+                config=recorded_options(self.config),
                 run_id=sha256_json([self.run.root.name, first["time"]])[:12],
                 notice=self.reporter.notice,
             )
         processes = "" if self.world.is_alone else f" on {self.world.size} processes"
-        self.reporter.say(f"{prepared.pictures} images, {plan.steps} steps{processes}: {plan.epochs:.1f} epochs.")
+        self.reporter.say(f"{prepared.image_count} images, {plan.steps} steps{processes}: {plan.epochs:.1f} epochs.")
 
-    def run_compiled_trial(self, stepper: Stepper, builder: BatchBuilder, plan: Plan) -> None:
+    def run_compiled_trial(self, stepper: Stepper, builder: BatchBuilder, plan: RunSchedule) -> None:
         """Call `run_trial`, which may compile blocks for the first time. If compilation fails and `dynamo_backend` is
         auto, the run trains uncompiled from its first step.
         """
@@ -713,7 +721,7 @@ class Attempt:
             self.record_backend(uncompiled(error.problems[0].found))
             self.run_trial(stepper, builder, plan)
 
-    def run_trial(self, stepper: Stepper, builder: BatchBuilder, plan: Plan) -> None:
+    def run_trial(self, stepper: Stepper, builder: BatchBuilder, plan: RunSchedule) -> None:
         """Run one forward and backward pass at the largest bucket, without an update. The run thus fails now if memory
         is too small, not in an hour, and its duration can be estimated.
         """
@@ -745,7 +753,7 @@ class Attempt:
             f"A pass over {trial.size} × {width}x{height} takes {format_duration(seconds)}: "
             f"about {format_duration(total_seconds)} for {remaining_steps} steps, without validation and saving."
         )
-        image_count = builder.prepared.pictures
+        image_count = builder.prepared.image_count
         visits = plan.steps * plan.batches_per_step * trial.size / image_count
         if visits > MANY_VISITS:
             self.reporter.notice(
@@ -760,12 +768,12 @@ class Attempt:
                 f"--max_train_steps={once} shows each about once."
             )
 
-    def header(self, prepared: Prepared, source: Source, step: int) -> dict[str, str]:
+    def header(self, prepared: PreparedData, source: Source, step: int) -> dict[str, str]:
         """Metadata of a saved file, without paths or secrets. Its options and fingerprints cover everything that
         decides the weights, and no option that a resumed run may change.
         """
         config = self.config
-        options = decisive(resolved(config))
+        options = weight_options(recorded_options(config))
         data = [prepared.fingerprints, prepared.windows] if prepared.windows else prepared.fingerprints
         trigger, comment = config.modelspec_trigger_phrase, config.modelspec_comment
         fields = {
@@ -780,7 +788,7 @@ class Attempt:
         }
         optional_fields = {"comment": comment, "trigger_phrase": trigger}
         fields |= {name: text for name, text in optional_fields.items() if text is not None}
-        size = usual_size(manifest.buckets for manifest in prepared.train)
+        size = most_common_size(manifest.buckets for manifest in prepared.train)
         is_lora = config.model_type == "lora"
         return fields | modelspec(source.flavour, is_lora=is_lora, resolution=size, comment=comment, trigger=trigger)
 
@@ -795,7 +803,7 @@ class Attempt:
             write_finished(self.run, self.state.step, self.checkpoint, exported.products)
         return exported.lines
 
-    def finish(self, plan: Plan, source: Source, noun: str) -> None:
+    def finish(self, plan: RunSchedule, source: Source, noun: str) -> None:
         """Export, and report the held-out losses, the images and the result files."""
         lines = self.export(lambda: source)
         self.reporter.say("")

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.config.rules import uncovered
+from simpletuner.config.rules import gap_problem
 from simpletuner.config.run import RunConfig
 from simpletuner.data.order import Order
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunSchedule:
     """The number of steps of a run, and what is due after each of them."""
 
     config: RunConfig
@@ -22,7 +22,7 @@ class Plan:
     order: Order
 
     @classmethod
-    def of(cls, config: RunConfig, order: Order, batches_per_step: int) -> "Plan":
+    def of(cls, config: RunConfig, order: Order, batches_per_step: int) -> "RunSchedule":
         """The plan for `max_train_steps`, or for as many steps as `num_train_epochs` takes, rounded up.
 
         Raises:
@@ -32,7 +32,7 @@ class Plan:
         if steps is None and (end := order.end_of(config.num_train_epochs)) is not None:
             steps = max(1, math.ceil(end / batches_per_step))
         gaps = order.gaps(None if steps is None else steps * batches_per_step)
-        ConfigError.raise_if(uncovered("step", gap, steps) for gap in gaps)
+        ConfigError.raise_if(gap_problem("step", gap, steps) for gap in gaps)
         assert steps is not None  # epochs without an end count as a gap
         return cls(config, steps, batches_per_step, order)
 
@@ -40,7 +40,7 @@ class Plan:
     def epochs(self) -> float:
         """Epochs in the whole run, the last one as a fraction. An epoch that is cut short counts as one."""
         end = self.steps * self.batches_per_step
-        epoch, position = self.order.place(end)
+        epoch, position = self.order.position(end)
         return float(epoch) if position == 0 else epoch + position / len(self.order.epoch(epoch))
 
     @property
@@ -62,7 +62,7 @@ class Plan:
             return True
         if not every_epochs:
             return False
-        before, after = (self.order.place(each * self.batches_per_step)[0] for each in (step - 1, step))
+        before, after = (self.order.position(each * self.batches_per_step)[0] for each in (step - 1, step))
         return after // every_epochs > before // every_epochs
 
     def saves(self, step: int) -> bool:

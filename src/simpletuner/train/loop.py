@@ -13,7 +13,7 @@ from simpletuner.base import machine
 from simpletuner.base.errors import DataError, DiskError, UserError
 from simpletuner.base.sizes import format_duration, format_size
 from simpletuner.config.options.checkpoint import CheckpointOptions
-from simpletuner.data.ahead import map_ahead
+from simpletuner.data.ahead import prefetched_map
 from simpletuner.data.batch import GlobalBatch
 from simpletuner.flux2.tokens import PIXELS_PER_TOKEN
 from simpletuner.memory.free import release_memory
@@ -25,7 +25,7 @@ from simpletuner.runs.process import Requests
 from simpletuner.train import optim
 from simpletuner.train.drift import DriftMeter
 from simpletuner.train.ema import Ema
-from simpletuner.train.length import Plan
+from simpletuner.train.length import RunSchedule
 from simpletuner.train.profile import StepProfiler
 from simpletuner.train.report import AVERAGED_STEPS, Reporter, TrainingBar
 from simpletuner.train.resume import RestartCommands
@@ -40,7 +40,7 @@ from simpletuner.train.watch import Watch
 class TrainingLoop:
     """Trains a run step by step; validates, saves and reports at the steps where that is due."""
 
-    plan: Plan
+    plan: RunSchedule
     run: RunDirectory
     batches: Callable[[int], GlobalBatch]
     """Builds the global batch of a step from the caches. The result depends on the step alone."""
@@ -315,7 +315,7 @@ class TrainingLoop:
     def _check_free_disk(self, state: TrainState) -> None:
         """Call `check_free_disk` on rank 0. Before it stops the run, all ranks save a checkpoint."""
         options = self.plan.config
-        (is_low,) = self.world.decide([machine.disk_room(self.run.root) < options.disk_low_bytes])
+        (is_low,) = self.world.decide([machine.free_disk_bytes(self.run.root) < options.disk_low_bytes])
         if is_low and options.disk_low_action == "stop":
             self._save(state)
         if is_low and self.world.is_main:
@@ -336,7 +336,7 @@ def check_free_disk(
         DiskError: less space is free, and `disk_low_action` is stop.
     """
     limit = options.disk_low_bytes
-    free = machine.disk_room(run.root)
+    free = machine.free_disk_bytes(run.root)
     if free >= limit:
         return
     finding = f"{format_size(free)} free for {run.root}, below disk_low_threshold ({format_size(limit)})"
@@ -364,7 +364,7 @@ def batches_of(
     def build_pinned(step: int) -> GlobalBatch:
         return build(step).pin_memory()
 
-    return map_ahead(build_pinned, steps, workers=1, ahead=2) if prefetch else map(build_pinned, steps)
+    return prefetched_map(build_pinned, steps, workers=1, ahead=2) if prefetch else map(build_pinned, steps)
 
 
 def shapes_of(batch: GlobalBatch) -> str:

@@ -338,7 +338,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer, masters: SteppedParameter
     training_values = [parameter.detach().clone() for parameter in trained]
     optimizer.eval()
     if masters is not None:
-        masters.settle()
+        masters.update_weights()
     try:
         yield
     finally:
@@ -347,7 +347,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer, masters: SteppedParameter
             for parameter, value in zip(trained, training_values, strict=True):
                 parameter.copy_(value)
         if masters is not None:
-            masters.settle()
+            masters.update_weights()
 
 
 def clip(parameters: Sequence[torch.Tensor], options: OptimOptions, world: World | None = None) -> torch.Tensor:

@@ -46,7 +46,7 @@ def stream_blocks(
         transformer,
         groups,
         device=device,
-        ahead=options.copies_ahead(device.type),
+        ahead=options.prefetches(device.type),
         folder=None if folder is None else Path(folder),
     )
 

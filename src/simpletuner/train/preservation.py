@@ -10,12 +10,12 @@ from torch import Tensor
 
 from simpletuner.config.run import RunConfig
 from simpletuner.data.batch import Batch
-from simpletuner.flow.choice import Choice
+from simpletuner.flow.choice import TokenChoice
 from simpletuner.flow.condition import Condition
 from simpletuner.flow.loss import Prior
 from simpletuner.train.trained import Trainable
 
-DenoiseRouted = Callable[[Tensor, Tensor, Condition, Sequence[Choice]], Tensor]
+DenoiseRouted = Callable[[Tensor, Tensor, Condition, Sequence[TokenChoice]], Tensor]
 """(noised latents, sigma, condition, tokens kept by TREAD's routes) → velocity."""
 
 
@@ -59,10 +59,10 @@ class Preservation:
         """The prior outside the batch's masks; None if there is none. A rank without one takes part in the prediction
         of other ranks.
         """
-        if batch.outside is None:
-            self._join_other_ranks(may_predict=bool(self.prior) or batch.distills_elsewhere)
+        if batch.outside_masks is None:
+            self._join_other_ranks(may_predict=bool(self.prior) or batch.other_ranks_distill)
             return None
-        return Prior(self.predictions(batch, x, batch.condition), self.prior * batch.outside)
+        return Prior(self.predictions(batch, x, batch.condition), self.prior * batch.outside_masks)
 
     def second_pass(self, batch: Batch) -> tuple[Condition, Float[Tensor, " b"]] | None:
         """The condition of the preservation loss, and each sample's weight in it; None if the batch needs no such pass.
@@ -80,7 +80,7 @@ class Preservation:
     def passes(self, batch: Batch) -> tuple[int, int]:
         """The number of passes with gradients over `batch` on this rank, and of the base model's passes."""
         has_second = self.second_pass(batch) is not None
-        return 1 + has_second, has_second + (batch.is_regularization or batch.outside is not None)
+        return 1 + has_second, has_second + (batch.is_regularization or batch.outside_masks is not None)
 
     def _join_other_ranks(self, *, may_predict: bool) -> None:
         """If the model is sharded and other ranks may make a prediction, take part in it."""

@@ -55,7 +55,7 @@ class PreviewModel:
     @contextlib.contextmanager
     def ready(self) -> Iterator[Denoiser]:
         """A context with the model in eval mode. On exit, also by an error, the training state is back in place."""
-        with offload.set_aside(self.offloaded(), self.device):
+        with offload.moved_to_host(self.offloaded(), self.device):
             try:
                 yield self._loaded()
             except BaseException as error:
@@ -69,7 +69,7 @@ class PreviewModel:
         transformer = load_base(self.config, self.config, self.source, self.device, report=self.notice)
         transformer.requires_grad_(False)
         for name, layer in self.adapter.layers.items():
-            shared = wrap(transformer, name, layer.a, layer.b, place=layer.place, scale=layer.scale)
+            shared = wrap(transformer, name, layer.a, layer.b, adapted_range=layer.adapted_range, scale=layer.scale)
             shared.a, shared.b, shared.is_enabled = layer.a, layer.b, layer.is_enabled
         stream_blocks(transformer, self.config, self.device)
         return Denoiser(transformer.eval(), self.config.reference_attention)

@@ -29,7 +29,7 @@ from simpletuner.flux2.modelfile import (
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.precision import DTYPES, QuantizedLinear
-from simpletuner.memory.shard import Sharding, held_bytes
+from simpletuner.memory.shard import Sharding, local_bytes
 from simpletuner.memory.shares import RankTensor
 from simpletuner.memory.world import World
 from simpletuner.memory.zero import ZeroShards, engine_settings, landing_device
@@ -114,7 +114,7 @@ class LoraProduct:
             origin = ", as stored in its file," if config.base_model_precision == NO_CHANGE else ""
             reporter.say(f"The base in {' and '.join(precisions)}{origin} takes {format_size(base_bytes)}.")
         if sharding is not None:
-            shard_bytes = held_bytes(transformer.parameters())
+            shard_bytes = local_bytes(transformer.parameters())
             reporter.say(
                 f"Sharded: each of {world.size} processes holds {format_size(shard_bytes)} of "
                 f"{format_size(base_bytes)}."
@@ -169,12 +169,12 @@ class LoraProduct:
         self, folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], world: World
     ) -> dict[str, str]:
         shards = self.trained.shards
-        gathered = state if shards is None else shards.wholes(state, to=0)
+        gathered = state if shards is None else shards.whole_tensors(state, to=0)
         if world.is_main:
             assert gathered is not None
             dtype = DTYPES[self.config.lora_save_dtype]
             folder.mkdir(exist_ok=True)
-            with self.trained.showing(gathered):
+            with self.trained.with_export_weights(gathered):
                 save_lora(folder / LORA_NAME, self.trained, metadata=metadata, dtype=dtype)
         return {}
 
@@ -207,7 +207,7 @@ class FullProduct:
         if sharding is None:
             transformer = load_transformer(source, dtype, landing_device(config, world), is_plain=True)
             return cls(config, transformer, unfreeze(transformer, computes_in if has_masters else None))
-        trained = replace(sharding, trained_as=computes_in)
+        trained = replace(sharding, gather_dtype=computes_in)
         transformer = load_transformer(source, dtype, world.device, sharding=trained, is_plain=True)
         return cls(config, transformer, unfreeze_sharded(transformer, computes_in, world))
 

@@ -9,7 +9,7 @@ from torch.distributed import is_torchelastic_launched
 
 from simpletuner.base.errors import CheckpointError, ConfigError, Problem
 from simpletuner.config.datasets import WHOLE_RUN, Windows
-from simpletuner.config.load import Loaded
+from simpletuner.config.load import LoadedConfig
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.record import (
     SPLIT,
@@ -18,11 +18,11 @@ from simpletuner.config.record import (
     RecordComparison,
     compare,
     is_left_to_the_run,
-    resolved,
+    recorded_options,
     with_recorded,
 )
 from simpletuner.config.rules import findings
-from simpletuner.config.values import join_names, shown
+from simpletuner.config.values import join_names, value_text
 from simpletuner.data.manifest import LOSS_KEYS, ORDER_KEYS
 from simpletuner.data.order import Cut, Order
 from simpletuner.memory.world import World
@@ -69,7 +69,7 @@ class RestartCommands:
     """Commands that resume or restart a run, each as the user types it."""
 
     run: RunDirectory
-    loaded: Loaded
+    loaded: LoadedConfig
 
     def resume(self, **changes: object) -> str:
         """Resume from the newest checkpoint, with other values for the options in `changes`."""
@@ -119,8 +119,8 @@ class RestartCommands:
 
 
 def find_checkpoint(
-    run: RunDirectory, loaded: Loaded, reporter: Reporter, world: World
-) -> tuple[Resume | None, Loaded]:
+    run: RunDirectory, loaded: LoadedConfig, reporter: Reporter, world: World
+) -> tuple[Resume | None, LoadedConfig]:
     """The checkpoint that `resume_from_checkpoint` names (None for a fresh start) and the configuration to train with.
 
     The configuration is `loaded`; options that the user did not set take the checkpoint's values, so that a changed
@@ -130,7 +130,7 @@ def find_checkpoint(
         CheckpointError: the checkpoint is damaged or missing, or was trained with other values than the user's.
         ConfigError: the checkpoint's values conflict with options that the user changed.
     """
-    resume = world.from_main(
+    resume = world.run_on_main(
         "the checkpoint to resume from",
         lambda: Resume.of(chosen_checkpoint(RestartCommands(run, loaded), reporter)),
         record=_record,
@@ -144,7 +144,7 @@ def find_checkpoint(
     loaded = resumed_config(
         resume.folder, state, RestartCommands(run, loaded), reporter, is_elastic=is_torchelastic_launched()
     )
-    old_split, new_split = BatchSplit.of(state.config), BatchSplit.of(resolved(loaded.config))
+    old_split, new_split = BatchSplit.of(state.config), BatchSplit.of(recorded_options(loaded.config))
     if (old_split.train_batch_size, old_split.batches_per_step) != (
         new_split.train_batch_size,
         new_split.batches_per_step,
@@ -193,7 +193,7 @@ def chosen_checkpoint(commands: RestartCommands, reporter: Reporter) -> Path | N
 
 def resumed_config(
     folder: Path, state: TrainState, commands: RestartCommands, reporter: Reporter, *, is_elastic: bool = False
-) -> Loaded:
+) -> LoadedConfig:
     """The configuration to resume with: options that the user did not set take the values of the checkpoint in
     `folder`. An elastic run also keeps its effective batch size, or the nearest that the processes can reach, whatever
     gradient accumulation is set.
@@ -206,34 +206,35 @@ def resumed_config(
     )
     problems = [
         Problem(
-            f"{folder} was trained with {name} = {shown(value)}, which this release does not have",
+            f"{folder} was trained with {name} = {value_text(value)}, which this release does not have",
             remedy=f"Resume with the release that wrote it. To start over: {commands.fresh()}.",
         )
         for name, value in comparison.unavailable.items()
     ]
-    if comparison.refused:
+    if comparison.refused_changes:
         problems.append(_refused(folder, BatchSplit.of(state.config), comparison, sets_with_batch_size, commands))
     CheckpointError.raise_if(problems)
-    if comparison.kept or comparison.adapted:
-        config = with_recorded(loaded.config, comparison.kept | comparison.adapted)
+    if comparison.record_values or comparison.adapted_values:
+        config = with_recorded(loaded.config, comparison.record_values | comparison.adapted_values)
         ConfigError.raise_if(problem for _, problem in findings(config, loaded.datasets))
         values = ", ".join(
-            f"{name} = {shown(value)}"
-            for name, value in comparison.kept.items()
+            f"{name} = {value_text(value)}"
+            for name, value in comparison.record_values.items()
             if not is_left_to_the_run(name, vars(loaded.config)[name])
         )
         if values:
             reporter.notice(f"Not set, so kept at the values of {folder}: {values}.")
         loaded = replace(loaded, config=config)
-    is_cut_otherwise = "train_batch_size" in comparison.split
-    if quiet := comparison.quiet | ({} if is_cut_otherwise else comparison.split):
+    is_cut_otherwise = "train_batch_size" in comparison.split_changes
+    if quiet := comparison.permitted_changes | ({} if is_cut_otherwise else comparison.split_changes):
         reporter.say(f"Changed since step {state.step}: {_in_words(quiet)}.")
     if is_cut_otherwise:
         reporter.notice(
-            f"From step {state.step + 1} on this run is trained with {_in_words(comparison.split)}. A step still has "
-            f"{loaded.config.effective_batch} images, in another order; this epoch continues with its remaining images."
+            f"From step {state.step + 1} on this run is trained with {_in_words(comparison.split_changes)}. "
+            f"A step still has {loaded.config.effective_batch} images, in another order; this epoch continues with its "
+            "remaining images."
         )
-    old_split, new_split = (BatchSplit.of(record) for record in (state.config, resolved(loaded.config)))
+    old_split, new_split = (BatchSplit.of(record) for record in (state.config, recorded_options(loaded.config)))
     split_text = (
         f"{new_split.num_processes} processes with gradient_accumulation_steps = "
         f"{new_split.gradient_accumulation_steps}: a step has {new_split.effective_batch} images"
@@ -243,12 +244,12 @@ def resumed_config(
             f"From step {state.step + 1} on {split_text} instead of {old_split.effective_batch}. The loss is no "
             "longer that of a run without the change."
         )
-    elif "gradient_accumulation_steps" in comparison.adapted and is_elastic:
+    elif "gradient_accumulation_steps" in comparison.adapted_values and is_elastic:
         reporter.say(f"{split_text}, as before.")
-    if comparison.steering:
+    if comparison.curve_changes:
         reporter.notice(
-            f"From step {state.step + 1} on this run is trained with {_in_words(comparison.steering)}: its loss is no "
-            "longer that of a run without the change."
+            f"From step {state.step + 1} on this run is trained with {_in_words(comparison.curve_changes)}: "
+            "its loss is no longer that of a run without the change."
         )
     return loaded
 
@@ -260,10 +261,12 @@ def _refused(
     sets_with_batch_size: Sequence[str],
     commands: RestartCommands,
 ) -> Problem:
-    changes = comparison.refused
+    changes = comparison.refused_changes
     previous_values = {name: change.before for name, change in changes.items() if name not in SPLIT}
     # A flag cannot say null; an option that is not given keeps the checkpoint's value.
-    restored = {name: before for name, before in previous_values.items() if before is not None} | comparison.restoring
+    restored = {
+        name: before for name, before in previous_values.items() if before is not None
+    } | comparison.restoring_values
     unset = [f"leave out {name}" for name, before in previous_values.items() if before is None]
     steps = [*unset, *([f"type {commands.resume(**restored)}"] if restored else [])]
     batch = ""
@@ -283,7 +286,9 @@ def _refused(
 
 
 def _in_words(changes: Mapping[str, OptionChange]) -> str:
-    return ", ".join(f"{name} = {shown(change.now)} (was {shown(change.before)})" for name, change in changes.items())
+    return ", ".join(
+        f"{name} = {value_text(change.after)} (was {value_text(change.before)})" for name, change in changes.items()
+    )
 
 
 def newest_checkpoint(commands: RestartCommands, reporter: Reporter) -> Path | None:
@@ -334,7 +339,7 @@ def check_windows(resume: Resume, commands: RestartCommands, windows: Mapping[st
     if step == 0:
         return
     # If the windows agree on the past, the new order counts past epochs as the old one did.
-    epoch = order.place(step * order.batches_per_step - 1)[0] + 1
+    epoch = order.position(step * order.batches_per_step - 1)[0] + 1
     changed_sets = [
         name
         for name in sorted(recorded.keys() | windows.keys())

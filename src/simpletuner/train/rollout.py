@@ -74,7 +74,7 @@ class Rollout:
     @property
     def _solver_calls(self) -> int:
         """The part of `calls` that the solver makes."""
-        return self.steps * self.solver.calls_a_step
+        return self.steps * self.solver.calls_per_step
 
     def probability(self, step: int) -> float:
         """The probability that a sample of `step` draws a length."""
@@ -130,7 +130,7 @@ class Rollout:
         """
         latents, condition, sigma, noise = batch.latents, batch.condition, batch.sigma, batch.noise
         if batch.rollout is None:
-            self._join_other_ranks(self.calls if batch.rolls_elsewhere else 0)
+            self._join_other_ranks(self.calls if batch.other_ranks_roll_out else 0)
             return RolloutInputs(noised(latents, noise, sigma))
         unrolled = None
         if not len(batch.rollout.rolled):  # all samples with a length are at sigma 1, where no rollout is possible

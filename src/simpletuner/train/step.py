@@ -16,13 +16,13 @@ from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.data.batch import Batch, GlobalBatch
-from simpletuner.flow.choice import Choice
+from simpletuner.flow.choice import TokenChoice
 from simpletuner.flow.condition import Denoise
 from simpletuner.flow.loss import Penalty, distillation_loss, flow_loss, huber, smooth_l1, squared
 from simpletuner.flow.path import noised
 from simpletuner.flow.sigma import in_stratum
 from simpletuner.memory.masters import SteppedParameters
-from simpletuner.memory.row_shards import RowShards, Shards
+from simpletuner.memory.row_shards import RankShards, RowShards
 from simpletuner.memory.world import World
 from simpletuner.memory.zero import ZeroShards
 from simpletuner.train import optim
@@ -34,7 +34,7 @@ from simpletuner.train.timesteps import Timesteps
 
 
 @dataclass(frozen=True)
-class Draws:
+class SampleDraws:
     """Random draws for the samples of one batch, on the CPU, in fp32."""
 
     sigma: Float[Tensor, " b"]
@@ -76,7 +76,7 @@ class Objective:
             strata=strata if schedule.timestep_strata else None,
         )
 
-    def draw(self, step: int, slots: Sequence[int], shape: tuple[int, int, int], offset: float = 0.0) -> Draws:
+    def draw(self, step: int, slots: Sequence[int], shape: tuple[int, int, int], offset: float = 0.0) -> SampleDraws:
         """The draws of the samples in `slots` of `step`. `shape` is that of one sample's latents, (channels, h, w);
         `offset` is the dataset's `timestep_sampling_offset`.
         """
@@ -87,7 +87,7 @@ class Objective:
             low if low == high else low + (high - low) * self._uniform("guidance", step, slot) for slot in slots
         ]
         noise = [torch.randn(shape, generator=self._generator("noise", step, slot)) for slot in slots]
-        return Draws(torch.tensor(sigma), torch.tensor(guidance), torch.stack(noise))
+        return SampleDraws(torch.tensor(sigma), torch.tensor(guidance), torch.stack(noise))
 
     def _quantile(self, step: int, slot: int) -> float:
         """The quantile of the sample's sigma in its density, in (0, 1)."""
@@ -141,7 +141,7 @@ class Stepper:
     objective: Objective
     scaler: torch.amp.GradScaler
     device: torch.device
-    route: Callable[[Sequence[Choice]], Denoise] | None = None
+    route: Callable[[Sequence[TokenChoice]], Denoise] | None = None
     """Returns the denoiser with TREAD routing for a batch's choices; used in the pass with gradients and for
     predictions that are compared with it, but not in a rollout.
     """
@@ -158,9 +158,9 @@ class Stepper:
     """If not None, each rank trains on its micro-batches of the global batch, and all ranks make the same step."""
 
     @property
-    def shards(self) -> Shards | None:
+    def shards(self) -> RankShards | None:
         """The sharding, if `parameters` are this rank's shards; else None."""
-        return self.masters if isinstance(self.masters, Shards) else None
+        return self.masters if isinstance(self.masters, RankShards) else None
 
     @property
     def zero(self) -> ZeroShards | None:
@@ -278,7 +278,7 @@ class Stepper:
             if self._has_second_loss:
                 preserved.append(self._preserve(batch, inputs.x, global_batch.size))
             if self.masters is not None:
-                self.masters.collect()
+                self.masters.take_gradients()
         return torch.cat(losses + preserved)
 
     def _preserve(self, batch: Batch, x: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, " b"]:
@@ -343,7 +343,7 @@ class Stepper:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.masters is not None:
-            self.masters.settle()
+            self.masters.update_weights()
         self.optimizer.zero_grad(set_to_none=True)
         preservation_loss = math.fsum(preserved) / global_batch.size if self._has_second_loss else None
         return StepResult(math.fsum(losses) / global_batch.size, grad_norm, calls, preservation_loss)

@@ -25,7 +25,7 @@ class Strata:
 
     def __call__(self, step: int, slot: int) -> tuple[int, int]:
         """(stratum, number of strata) of the sample in `slot` of `step`, counted from 1."""
-        epoch, micro_batch = self.order.place((step - 1) * self.batches_per_step)
+        epoch, micro_batch = self.order.position((step - 1) * self.batches_per_step)
         while True:
             starts, strata = self._cached_draw(epoch)
             sample_index = int(starts[micro_batch]) + slot

@@ -8,7 +8,7 @@ import torch
 from simpletuner.config.data_sheets import DENSE_BF16_FLOP_PER_S
 from simpletuner.config.run import RunConfig
 from simpletuner.data.batch import GlobalBatch
-from simpletuner.flux2.activations import Pass
+from simpletuner.flux2.activations import TransformerPass
 from simpletuner.flux2.arithmetic import PassFlop, attached_adapters, sampling_flop, training_flop
 from simpletuner.flux2.footprint import recomputed_blocks
 from simpletuner.flux2.routes import Route
@@ -55,12 +55,12 @@ class FlopMeter:
         is_compiled: bool = False,
         preservation: Preservation | None = None,
     ) -> None:
-        self._passing = Pass(
+        self._passing = TransformerPass(
             spec=transformer.spec,
             dtype=transformer.dtype,
             batch=1,
-            text=0,
-            image=0,
+            text_tokens=0,
+            image_tokens=0,
             is_autocast=config.is_autocast,
             is_full=config.model_type == "full",
             recomputed=recomputed_blocks(config, transformer.spec.blocks),
@@ -84,12 +84,14 @@ class FlopMeter:
             condition = batch.condition
             passing = replace(
                 self._passing,
-                text=condition.context.index.shape[1],
-                image=height * width,
-                references=0 if condition.references is None else condition.references.tokens.shape[1],
+                text_tokens=condition.context.index.shape[1],
+                image_tokens=height * width,
+                reference_tokens=0 if condition.references is None else condition.references.tokens.shape[1],
             )
             # Masks may force TREAD to keep more tokens than the route's ratio.
-            routes = tuple(Route(each.start, each.end, each.kept.shape[1] / passing.image) for each in batch.choices)
+            routes = tuple(
+                Route(each.start, each.end, each.kept_tokens.shape[1] / passing.image_tokens) for each in batch.choices
+            )
             routed = replace(passing, routes=routes)
             trained, predicted = (1, 0) if self._preservation is None else self._preservation.passes(batch)
             total += self._training(routed) * count * trained

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from simpletuner.memory.masters import SteppedParameters
-from simpletuner.memory.row_shards import Shards
+from simpletuner.memory.row_shards import RankShards
 
 
 @runtime_checkable
@@ -24,7 +24,7 @@ class Trainable(Protocol):
         """The model's trainable parameters, by name."""
 
     @property
-    def shards(self) -> Shards | None:
+    def shards(self) -> RankShards | None:
         """The sharding of the parameters; None where each rank holds all of them. If sharded, `named_parameters`,
         `state` and `load` use this rank's shards, and FSDP2 or DeepSpeed sums gradients over the ranks.
         """
@@ -42,7 +42,7 @@ class Trainable(Protocol):
     def disabled(self) -> AbstractContextManager[None] | None:
         """A context in which the model is the base model; None where training changes the base weights."""
 
-    def holding(self, state: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    def with_weights(self, state: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """A context in which the model computes with `state`."""
 
     def state(self) -> dict[str, Tensor]:

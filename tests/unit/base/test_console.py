@@ -16,13 +16,13 @@ import pytest
 
 from simpletuner.base.console import (
     GuardedStream,
-    answer_to,
+    ask_user,
     complain,
     guarded,
-    interject,
     is_terminal,
+    output_failures_ignored,
     say,
-    work_goes_on,
+    say_in_handler,
 )
 from simpletuner.base.errors import DiskError
 
@@ -89,7 +89,7 @@ def test_output_on_a_full_disk_ends_a_command() -> None:
 
 @pytest.mark.parametrize("lost", ["full", "unread"])
 def test_work_goes_on_without_output(lost: str) -> None:
-    with output_to(lost), guarded(), work_goes_on():
+    with output_to(lost), guarded(), output_failures_ignored():
         for line in ("one", "two"):
             say(line)
 
@@ -100,7 +100,7 @@ def test_a_broken_standard_error_ends_nothing(monkeypatch: pytest.MonkeyPatch) -
         with guarded():
             complain("one line")
             print("a warning of a library", file=sys.stderr, flush=True)
-            interject("from a signal handler")
+            say_in_handler("from a signal handler")
 
 
 def test_a_terminal_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_streams_are_as_before_afterwards(capsys: pytest.CaptureFixture[str]) ->
 def test_without_a_terminal_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for stream in (None, io.StringIO("yes")):
         monkeypatch.setattr(sys, "stdin", stream)
-        assert answer_to("Delete it?") is None
+        assert ask_user("Delete it?") is None
 
 
 def test_closed_streams_take_no_file_that_is_opened_later(tmp_path: Path) -> None:

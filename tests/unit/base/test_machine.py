@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.base import machine
-from simpletuner.base.machine import Gpu, HostMemory, disk_room, gpus, host_memory, visible_gpus
+from simpletuner.base.machine import Gpu, HostMemory, free_disk_bytes, gpus, host_memory, visible_gpus
 
 MIB = 2**20
 
@@ -47,7 +47,7 @@ def test_a_system_that_does_not_say_has_no_known_memory(kernel: Path) -> None:
 
 
 def test_room_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
-    assert abs(disk_room(tmp_path / "not" / "yet") - disk_room(tmp_path)) < 2**30
+    assert abs(free_disk_bytes(tmp_path / "not" / "yet") - free_disk_bytes(tmp_path)) < 2**30
 
 
 def smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:

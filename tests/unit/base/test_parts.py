@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.base.parts import locked_part, sweep_parts
+from simpletuner.base.parts import locked_part, remove_abandoned_parts
 
 PATTERN = ".*.part"
 
@@ -31,11 +31,11 @@ with locked_part(Path({str(tmp_path / "base")!r}), is_folder={is_folder}) as par
     with process:
         assert process.stdout is not None
         part = tmp_path / process.stdout.readline().strip()
-        sweep_parts(tmp_path, PATTERN)
+        remove_abandoned_parts(tmp_path, PATTERN)
         assert part.exists()
         process.send_signal(signal.SIGKILL)
     assert part.exists()
-    sweep_parts(tmp_path, PATTERN)
+    remove_abandoned_parts(tmp_path, PATTERN)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -61,7 +61,7 @@ def test_sweeping_leaves_links_and_other_names_and_never_waits(tmp_path: Path) -
     (tmp_path / "film.part").touch()
     os.mkfifo(tmp_path / ".pipe.1.part")
     began = time.monotonic()
-    sweep_parts(tmp_path, PATTERN)
-    sweep_parts(tmp_path / "none", PATTERN)
+    remove_abandoned_parts(tmp_path, PATTERN)
+    remove_abandoned_parts(tmp_path / "none", PATTERN)
     assert time.monotonic() - began < 5
     assert {path.name for path in tmp_path.iterdir()} == {"target", ".link.1.part", "film.part"}

@@ -8,9 +8,9 @@ from itertools import chain
 import pytest
 
 from simpletuner.base import signals
-from simpletuner.base.signals import ASKED_ELSEWHERE, AT_ONCE, STOPPED, WARNINGS, DeferredSignals
+from simpletuner.base.signals import EXIT_SIGNALS, STOP_FROM_OTHER_MACHINE, STOPPED, WARNING_SIGNALS, DeferredSignals
 
-ALL = (*AT_ONCE, *WARNINGS, ASKED_ELSEWHERE)
+ALL = (*EXIT_SIGNALS, *WARNING_SIGNALS, STOP_FROM_OTHER_MACHINE)
 
 
 def ended_with(code: str) -> int:
@@ -32,7 +32,7 @@ def test_a_signal_is_recorded_and_raises_nothing(number: signal.Signals) -> None
 def test_what_warns_is_never_the_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "REPEAT_S", 0.0)
     with DeferredSignals() as deferred:
-        for number in (signal.SIGINT, *WARNINGS, *WARNINGS):
+        for number in (signal.SIGINT, *WARNING_SIGNALS, *WARNING_SIGNALS):
             signal.raise_signal(number)
         assert deferred.first == signal.SIGINT
 
@@ -40,14 +40,14 @@ def test_what_warns_is_never_the_second_signal(monkeypatch: pytest.MonkeyPatch) 
 def test_what_another_machine_was_asked_is_never_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "REPEAT_S", 0.0)
     with DeferredSignals() as deferred:
-        for number in (ASKED_ELSEWHERE, ASKED_ELSEWHERE, signal.SIGTERM):
+        for number in (STOP_FROM_OTHER_MACHINE, STOP_FROM_OTHER_MACHINE, signal.SIGTERM):
             signal.raise_signal(number)
         assert deferred.first == signal.SIGTERM
 
 
 def test_a_repeat_within_a_second_counts_as_one() -> None:
     with DeferredSignals() as deferred:
-        for number in chain(AT_ONCE, AT_ONCE):
+        for number in chain(EXIT_SIGNALS, EXIT_SIGNALS):
             signal.raise_signal(number)
         assert deferred.first == signal.SIGINT
 

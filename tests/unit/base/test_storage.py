@@ -140,15 +140,15 @@ def test_a_name_is_shown_as_it_would_be_typed(storage: Storage, tmp_path: Path) 
         "memory": "memory://images/sub/a b.png",
     }
     kind = storage.url.partition(":")[0] if isinstance(storage, FsspecStorage) else "LocalStorage"
-    assert storage.shown("sub/a b.png") == expected[kind]
-    assert storage.shown() + "/sub/a b.png" == expected[kind]
+    assert storage.text("sub/a b.png") == expected[kind]
+    assert storage.text() + "/sub/a b.png" == expected[kind]
 
 
 def test_a_local_path_leads_to_the_same_bytes(storage: Storage) -> None:
     storage.write("a b.png", b"bytes")
     path = storage.local_path("a b.png")
     if path is None:
-        assert storage.shown().startswith("memory://")
+        assert storage.text().startswith("memory://")
     else:
         assert path.read_bytes() == b"bytes"
 

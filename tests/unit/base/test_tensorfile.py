@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from simpletuner.base.errors import AccessError
-from simpletuner.base.parts import locked_part, sweep_parts
+from simpletuner.base.parts import locked_part, remove_abandoned_parts
 from simpletuner.base.tensorfile import (
     HEADER_LIMIT,
     TensorData,
@@ -128,7 +128,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
 def test_a_locked_part_stays_locked_while_it_is_filled(tmp_path: Path) -> None:
     with locked_part(tmp_path / "a.safetensors") as part:
         write_tensors(part, {"x": TensorData("U8", (3,), 3, lambda: memoryview(b"abc"))}, {})
-        sweep_parts(tmp_path, ".*.part")
+        remove_abandoned_parts(tmp_path, ".*.part")
         assert part.stat().st_size > 3
     assert not part.exists()
 

@@ -13,7 +13,7 @@ from PIL import Image
 from simpletuner.base.errors import ConfigError, DataError
 from simpletuner.cli.init import run
 from simpletuner.cli.main import INTERRUPTED, main
-from simpletuner.config.load import Loaded, load
+from simpletuner.config.load import LoadedConfig, load
 
 FILES = ("config.json", "multidatabackend.json", "user_prompt_library.json")
 
@@ -44,7 +44,7 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> Any:
     return type_lines
 
 
-def loaded(folder: Path, *arguments: str) -> Loaded:
+def loaded(folder: Path, *arguments: str) -> LoadedConfig:
     return load(arguments, folder=folder, environ={})
 
 

@@ -15,7 +15,7 @@ from simpletuner.cli.like import likeness
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.main import main
 from simpletuner.config.flavours import FLAVOURS
-from simpletuner.config.record import decisive, resolved
+from simpletuner.config.record import recorded_options, weight_options
 from simpletuner.config.run import RunConfig
 
 TRAINED: dict[str, Any] = {
@@ -35,7 +35,7 @@ TRAINED: dict[str, Any] = {
 def record_of(**options: Any) -> dict[str, Any]:
     """The options of a run, as its files have them."""
     flavour = FLAVOURS[options.get("model_flavour", "dev")]
-    return decisive(json.loads(json.dumps(resolved(RunConfig(**(flavour.option_defaults | options))))))
+    return weight_options(json.loads(json.dumps(recorded_options(RunConfig(**(flavour.option_defaults | options))))))
 
 
 def lora(path: Path, options: object, **fields: str) -> Path:
@@ -61,7 +61,7 @@ def folder(own_folder: Path) -> Path:
 def test_another_run_decides_the_weights_alike(capsys: pytest.CaptureFixture[str]) -> None:
     """All options that decide them, and nothing else, come from the header."""
     loaded = load_here(["--like", "cats.safetensors", "--data_backend_config=sets.json", "--output_dir=output/new"])
-    assert json.loads(json.dumps(decisive(resolved(loaded.config)))) == record_of(**TRAINED)
+    assert json.loads(json.dumps(weight_options(recorded_options(loaded.config)))) == record_of(**TRAINED)
     assert loaded.config.max_train_steps == 700
     told = capsys.readouterr().err
     assert "From cats.safetensors: " in told
@@ -74,7 +74,7 @@ def test_another_run_decides_the_weights_alike(capsys: pytest.CaptureFixture[str
     Path("cats.safetensors").unlink()
     assert load_here(loaded.arguments).config == loaded.config
     kept = load_here(config_copier(loaded)(Path("aside")))
-    assert decisive(resolved(kept.config)) == decisive(resolved(loaded.config))
+    assert weight_options(recorded_options(kept.config)) == weight_options(recorded_options(loaded.config))
 
 
 @pytest.mark.usefixtures("folder")
@@ -158,7 +158,7 @@ def test_at_a_terminal_it_asks_for_datasets_and_paths(
         asked.append(question)
         return next(answers)
 
-    monkeypatch.setattr(loading, "answer_to", answer)
+    monkeypatch.setattr(loading, "ask_user", answer)
     loaded = load_here(["--like", "mine.safetensors"])
     assert asked == [
         "The file that lists the datasets [multidatabackend.json]: ",

@@ -185,8 +185,8 @@ def test_a_request_before_the_training_says_when_it_is_obeyed(capsys: pytest.Cap
         run(["stop", "output/cats"])
         run(["validate", "output/cats"])
     stop, validate = capsys.readouterr().out.splitlines()
-    assert stop.endswith("The run is encoding pictures and ends at once; finished work is kept.")
-    assert validate.endswith("The run is encoding pictures; it executes the request after the first step.")
+    assert stop.endswith("The run is encoding images and ends at once; finished work is kept.")
+    assert validate.endswith("The run is encoding images; it executes the request after the first step.")
 
 
 @contextlib.contextmanager

@@ -134,7 +134,7 @@ def test_who_needs_a_token() -> None:
     def knows_owner(address: str, **flags: object) -> bool:
         access = server._access(server.ServerCommand(**flags), address)  # type: ignore[arg-type]
         assert access.token is not None
-        return access.knows_owner
+        return access.trusts_owner
 
     assert knows_owner("127.0.0.1")
     assert knows_owner("::1")

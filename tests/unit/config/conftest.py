@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.config.load import Loaded, load
+from simpletuner.config.load import LoadedConfig, load
 
 CONFIG = {"model_flavour": "tiny", "max_train_steps": 10}
 IMAGES = {"id": "cats", "type": "local", "instance_data_dir": "datasets/cats", "caption_strategy": "textfile"}
@@ -31,7 +31,7 @@ class Workplace:
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
         return path
 
-    def load(self, *arguments: str, environ: Mapping[str, str] | None = None) -> Loaded:
+    def load(self, *arguments: str, environ: Mapping[str, str] | None = None) -> LoadedConfig:
         if self.config is not None:
             self.write("config/config.json", self.config)
         if self.datasets is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from simpletuner.config.deepspeed import ZeroOffload, ZeroSettings, deepspeed_lack
+from simpletuner.config.deepspeed import ZeroOffload, ZeroSettings, deepspeed_problem
 from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.config.run import RunConfig
 
@@ -258,7 +258,7 @@ def test_it_must_be_installed_and_new_enough(
     ]
     for version in ("0.19.8", "0.20.0+cpu", "1.0"):
         said_deepspeed(version)
-        assert deepspeed_lack() is None
+        assert deepspeed_problem() is None
 
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)

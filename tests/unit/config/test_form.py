@@ -3,8 +3,8 @@
 import json
 
 from simpletuner.config.datasets import ConditioningSet, ImageSet, TextStore
-from simpletuner.config.form import BASIC, BASIC_OF_SETS, UNITS, form
-from simpletuner.config.labels import LABELS, LABELS_OF_SETS
+from simpletuner.config.form import BASIC, BASIC_DATASET_KEYS, UNITS, form
+from simpletuner.config.labels import DATASET_LABELS, LABELS
 from simpletuner.config.run import OPTION_NAMES, RunConfig
 
 KEYS_OF_SETS = ImageSet.model_fields.keys() | ConditioningSet.model_fields.keys() | TextStore.model_fields.keys()
@@ -19,13 +19,13 @@ def test_every_option_is_asked_for_once() -> None:
 
 def test_what_is_marked_is_an_option() -> None:
     assert set(OPTION_NAMES) >= BASIC
-    assert KEYS_OF_SETS >= BASIC_OF_SETS
+    assert KEYS_OF_SETS >= BASIC_DATASET_KEYS
     assert KEYS_OF_SETS | set(OPTION_NAMES) >= UNITS.keys()
     assert len(BASIC) <= 30
 
 
 def test_every_option_has_a_label_in_words_and_no_two_are_equal() -> None:
-    for labels, names in ((LABELS, set(OPTION_NAMES)), (LABELS_OF_SETS, KEYS_OF_SETS)):
+    for labels, names in ((LABELS, set(OPTION_NAMES)), (DATASET_LABELS, KEYS_OF_SETS)):
         assert labels.keys() == names
         assert len({label.lower() for label in labels.values()}) == len(labels)
         assert [label for label in labels.values() if "_" in label or not label[0].isupper() or len(label) > 30] == []

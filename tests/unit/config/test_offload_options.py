@@ -31,7 +31,7 @@ def test_other_numbers_of_resident_blocks_are_refused(place: Any, given: object,
 def test_the_stream_is_auto_or_a_boolean_as_before(place: Any, given: object, on_gpu: bool, on_cpu: bool) -> None:
     place.config |= {"enable_group_offload": True, "group_offload_use_stream": given}
     config = place.load().config
-    assert (config.copies_ahead("cuda"), config.copies_ahead("cpu")) == (on_gpu, on_cpu)
+    assert (config.prefetches("cuda"), config.prefetches("cpu")) == (on_gpu, on_cpu)
     if given is not True:
         flag = f"--group_offload_use_stream={str(given).lower()}"
     else:
@@ -45,5 +45,5 @@ def test_another_word_for_the_stream_is_refused(place: Any) -> None:
 
 
 def test_auto_streams_on_cuda_and_true_on_every_accelerator() -> None:
-    assert not OffloadOptions().copies_ahead("mps")
-    assert OffloadOptions(group_offload_use_stream="true").copies_ahead("mps")
+    assert not OffloadOptions().prefetches("mps")
+    assert OffloadOptions(group_offload_use_stream="true").prefetches("mps")

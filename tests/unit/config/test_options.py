@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from simpletuner.config.datasets import ConditioningSet, ImageSet, TextStore
 from simpletuner.config.run import OPTION_NAMES, SLICES, RunConfig
-from simpletuner.config.values import OptionType, from_text, is_quoted_number, join_names, kinds, nearest, shown
+from simpletuner.config.values import OptionType, from_text, is_quoted_number, join_names, kinds, nearest, value_text
 
 
 def test_slices_are_disjoint_and_complete() -> None:
@@ -175,8 +175,14 @@ def test_lists_in_words() -> None:
 
 
 def test_values_are_shown_as_typed_and_cut() -> None:
-    assert [shown(value) for value in ("al", -1, True, None, {"a": 1})] == ["'al'", "-1", "true", "null", '{"a": 1}']
-    assert len(shown("x" * 1000)) == 80
+    assert [value_text(value) for value in ("al", -1, True, None, {"a": 1})] == [
+        "'al'",
+        "-1",
+        "true",
+        "null",
+        '{"a": 1}',
+    ]
+    assert len(value_text("x" * 1000)) == 80
 
 
 def test_the_nearest_name() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.config.previews import drawing_flavour, preview_download, with_preview_defaults
+from simpletuner.config.previews import preview_source, sampling_flavour, with_preview_defaults
 from simpletuner.config.rules import findings
 from simpletuner.config.run import RunConfig
 
@@ -30,17 +30,17 @@ def test_a_preview_model_draws_with_its_own_steps_and_guidance(
     asked: str | None, drawing: str, download: str | None
 ) -> None:
     made = with_preview_defaults(config(validation_preview_model=asked), set())
-    assert drawing_flavour(made).name == drawing
+    assert sampling_flavour(made).name == drawing
     usual = (4, 1.0) if drawing.endswith("distilled") else (50, 4.0)
     assert (made.validation_num_inference_steps, made.validation_guidance) == usual
-    assert preview_download(made) == download
+    assert preview_source(made) == download
 
 
 def test_a_folder_is_distilled_if_its_model_index_says_so(tmp_path: Path) -> None:
     named = config(validation_preview_model=str(tmp_path))
-    assert drawing_flavour(named).name == "klein-4b"
+    assert sampling_flavour(named).name == "klein-4b"
     (tmp_path / "model_index.json").write_text(json.dumps({"is_distilled": True}))
-    assert drawing_flavour(named).name == "klein-4b-distilled"
+    assert sampling_flavour(named).name == "klein-4b-distilled"
 
 
 def test_steps_that_are_given_stay() -> None:

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from simpletuner.config.datasets import MOST_REFERENCES
+from simpletuner.config.datasets import MAX_REFERENCES
 from simpletuner.config.prompts import BUILT_IN_PROMPTS, Prompt
 
 
@@ -110,8 +110,8 @@ def test_every_fault_of_a_prompt_with_references_is_told(place: Any) -> None:
         "none": {"references": []},
         "text": {"prompt": "", "references": "a.png"},
         "files": {"prompt": "a cat", "references": ["gone.png", "folder", "notes.txt", "{nobody}.png", "a.png"]},
-        "many": {"prompt": "a cat", "references": ["a.png"] * (MOST_REFERENCES + 1)},
-        "most": {"prompt": "a cat", "references": ["a.png"] * MOST_REFERENCES},
+        "many": {"prompt": "a cat", "references": ["a.png"] * (MAX_REFERENCES + 1)},
+        "most": {"prompt": "a cat", "references": ["a.png"] * MAX_REFERENCES},
     }
     place.write("config/user_prompt_library.json", entries)
     found = [text.removeprefix("config/user_prompt_library.json: ") for text in place.problems()]

@@ -8,7 +8,7 @@ import pytest
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.recipes import (
     CARDS,
-    LEAST_STEPS,
+    MIN_STEPS,
     RECIPES,
     Recipe,
     RecipeName,
@@ -59,9 +59,9 @@ def test_only_the_recipe_of_the_embedded_model_counts_as_tested() -> None:
 
 def test_few_images_are_seen_more_often() -> None:
     style = recipe("style", "dev")
-    assert style.epochs(5) * 5 == LEAST_STEPS
+    assert style.epochs(5) * 5 == MIN_STEPS
     assert style.epochs(100) == 30
-    assert recipe("subject", "tiny").epochs(12) * 2 == LEAST_STEPS
+    assert recipe("subject", "tiny").epochs(12) * 2 == MIN_STEPS
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from simpletuner.config.record import (
     OptionChange,
     RecordComparison,
     compare,
-    decisive,
-    resolved,
+    recorded_options,
+    weight_options,
     with_recorded,
 )
 from simpletuner.config.run import OPTION_NAMES, RunConfig
@@ -36,7 +36,7 @@ def test_paths_stay_out(place: Any) -> None:
         "user_prompt_library": "config/user_prompt_library.json",
     }
     place.write("config/user_prompt_library.json", {})
-    kept = resolved(place.load().config)
+    kept = recorded_options(place.load().config)
     assert str(place.folder) not in json.dumps(kept)
     for key in ("init_lora", "cache_dir", "output_dir", "pretrained_model_name_or_path", "user_prompt_library"):
         assert key not in kept
@@ -44,16 +44,16 @@ def test_paths_stay_out(place: Any) -> None:
 
 def test_a_hub_id_is_kept(place: Any) -> None:
     place.config["pretrained_model_name_or_path"] = "black-forest-labs/FLUX.2-dev"
-    assert resolved(place.load().config)["pretrained_model_name_or_path"] == "black-forest-labs/FLUX.2-dev"
+    assert recorded_options(place.load().config)["pretrained_model_name_or_path"] == "black-forest-labs/FLUX.2-dev"
 
 
 def test_a_path_to_nothing_is_not_taken_for_a_hub_id(place: Any) -> None:
     place.config["pretrained_model_name_or_path"] = "/a/b"
-    assert "pretrained_model_name_or_path" not in resolved(place.load().config)
+    assert "pretrained_model_name_or_path" not in recorded_options(place.load().config)
 
 
 def test_what_is_kept_is_json_in_the_order_of_the_docs() -> None:
-    kept = resolved(RunConfig())
+    kept = recorded_options(RunConfig())
     assert json.loads(json.dumps(kept)) == kept
     assert list(kept) == [name for name in OPTION_NAMES if name in kept]
     assert kept["lora_rank"] == 16
@@ -71,7 +71,7 @@ def test_every_free_text_was_thought_about() -> None:
 
 
 def test_equal_configs_differ_in_nothing() -> None:
-    old = json.loads(json.dumps(resolved(RunConfig(peft_lora_target_modules=("to_q",)))))
+    old = json.loads(json.dumps(recorded_options(RunConfig(peft_lora_target_modules=("to_q",)))))
     assert compare(old, RunConfig(peft_lora_target_modules=("to_q",)), OPTION_NAMES) == EQUAL
 
 
@@ -97,29 +97,29 @@ def test_equal_configs_differ_in_nothing() -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_a_resumed_run_may_change_this(change: dict[str, object]) -> None:
-    found = compare(resolved(RunConfig()), RunConfig.model_validate(change), OPTION_NAMES)
-    assert replace(found, quiet={}) == EQUAL
-    recorded = {name for name in change if name in resolved(RunConfig())}
-    assert set(found.quiet) == recorded
+    found = compare(recorded_options(RunConfig()), RunConfig.model_validate(change), OPTION_NAMES)
+    assert replace(found, permitted_changes={}) == EQUAL
+    recorded = {name for name in change if name in recorded_options(RunConfig())}
+    assert set(found.permitted_changes) == recorded
 
 
 def test_a_resumed_run_must_keep_the_rest() -> None:
     changed = RunConfig(seed=1, lora_rank=8, train_batch_size=2, max_train_steps=9)
-    found = compare(resolved(RunConfig()), changed, OPTION_NAMES)
-    assert found.refused == {
+    found = compare(recorded_options(RunConfig()), changed, OPTION_NAMES)
+    assert found.refused_changes == {
         "lora_rank": OptionChange(16, 8),
         "seed": OptionChange(42, 1),
         "train_batch_size": OptionChange(1, 2),
     }
-    assert found.quiet == {"max_train_steps": OptionChange(None, 9)}
+    assert found.permitted_changes == {"max_train_steps": OptionChange(None, 9)}
 
 
 def test_a_resumed_run_may_change_the_curve_and_that_is_told_apart() -> None:
     changed = RunConfig(learning_rate=1e-3, max_grad_norm=0.5, seed=1)
-    found = compare(resolved(RunConfig()), changed, ["learning_rate", "seed"])
-    assert found.steering == {"learning_rate": OptionChange(1e-4, 1e-3)}
-    assert found.kept == {"max_grad_norm": 2.0}, "what is not given stays"
-    assert found.refused == {"seed": OptionChange(42, 1)}
+    found = compare(recorded_options(RunConfig()), changed, ["learning_rate", "seed"])
+    assert found.curve_changes == {"learning_rate": OptionChange(1e-4, 1e-3)}
+    assert found.record_values == {"max_grad_norm": 2.0}, "what is not given stays"
+    assert found.refused_changes == {"seed": OptionChange(42, 1)}
     assert not CHANGE_THE_CURVE & MAY_CHANGE
     assert {*OPTION_NAMES} >= CHANGE_THE_CURVE | MAY_CHANGE
 
@@ -144,8 +144,8 @@ def divided(size: int, accumulation: int, processes: int | None = None) -> RunCo
 def test_a_resumed_run_may_divide_the_effective_batch_otherwise(
     before: tuple[int, int, int | None], now: tuple[int, int, int | None], changed: dict[str, tuple[int, int]]
 ) -> None:
-    found = compare(resolved(divided(*before)), divided(*now), OPTION_NAMES)
-    assert found == replace(EQUAL, split={name: OptionChange(*values) for name, values in changed.items()})
+    found = compare(recorded_options(divided(*before)), divided(*now), OPTION_NAMES)
+    assert found == replace(EQUAL, split_changes={name: OptionChange(*values) for name, values in changed.items()})
 
 
 @pytest.mark.parametrize(
@@ -163,116 +163,118 @@ def test_a_resumed_run_may_divide_the_effective_batch_otherwise(
 def test_another_effective_batch_is_refused_with_what_restores_it(
     before: tuple[int, int, int | None], now: tuple[int, int, int | None], restoring: dict[str, int]
 ) -> None:
-    old = resolved(divided(*before))
+    old = recorded_options(divided(*before))
     found = compare(old, divided(*now), OPTION_NAMES)
-    assert found.refused
-    assert found.refused.keys() <= {*SPLIT}
-    assert (found.restoring, found.split, found.adapted) == (restoring, {}, {})
+    assert found.refused_changes
+    assert found.refused_changes.keys() <= {*SPLIT}
+    assert (found.restoring_values, found.split_changes, found.adapted_values) == (restoring, {}, {})
     again = divided(*now).model_copy(update=restoring)
-    assert not compare(old, again, OPTION_NAMES).refused, "the remedy works"
+    assert not compare(old, again, OPTION_NAMES).refused_changes, "the remedy works"
 
 
 def test_accumulation_that_is_not_given_makes_up_for_processes() -> None:
-    old = resolved(divided(1, 4))
+    old = recorded_options(divided(1, 4))
     found = compare(old, divided(1, 1, 2), ["num_processes"])
     assert found == replace(
         EQUAL,
-        split={"gradient_accumulation_steps": OptionChange(4, 2), "num_processes": OptionChange(1, 2)},
-        adapted={"gradient_accumulation_steps": 2},
+        split_changes={"gradient_accumulation_steps": OptionChange(4, 2), "num_processes": OptionChange(1, 2)},
+        adapted_values={"gradient_accumulation_steps": 2},
     )
-    assert with_recorded(divided(1, 1, 2), found.adapted) == divided(1, 2, 2)
+    assert with_recorded(divided(1, 1, 2), found.adapted_values) == divided(1, 2, 2)
     # torchrun's processes are not given as an option, and are there all the same
-    assert compare(old, divided(1, 1, 4), []).adapted == {}
-    assert compare(old, divided(1, 1, 4), []).split.keys() == {"gradient_accumulation_steps", "num_processes"}
-    back = compare(resolved(divided(1, 2, 2)), divided(1, 1), [])
-    assert back.adapted == {"gradient_accumulation_steps": 4}
+    assert compare(old, divided(1, 1, 4), []).adapted_values == {}
+    assert compare(old, divided(1, 1, 4), []).split_changes.keys() == {"gradient_accumulation_steps", "num_processes"}
+    back = compare(recorded_options(divided(1, 2, 2)), divided(1, 1), [])
+    assert back.adapted_values == {"gradient_accumulation_steps": 4}
     # A batch size that is not given stays: with it the order of the images would change.
-    found = compare(resolved(divided(2, 4)), divided(1, 1, 2), ["num_processes"])
-    assert (found.kept, found.adapted) == ({"train_batch_size": 2}, {"gradient_accumulation_steps": 2})
+    found = compare(recorded_options(divided(2, 4)), divided(1, 1, 2), ["num_processes"])
+    assert (found.record_values, found.adapted_values) == ({"train_batch_size": 2}, {"gradient_accumulation_steps": 2})
     # Nothing makes up for three.
     found = compare(old, divided(1, 1, 3), ["num_processes"])
-    assert found.refused == {"num_processes": OptionChange(1, 3)}
-    assert found.restoring == {"num_processes": 1}
+    assert found.refused_changes == {"num_processes": OptionChange(1, 3)}
+    assert found.restoring_values == {"num_processes": 1}
 
 
 def test_beside_a_set_with_its_own_batch_size_the_runs_may_not_change() -> None:
-    old = resolved(divided(2, 2))
+    old = recorded_options(divided(2, 2))
     found = compare(old, divided(1, 2, 2), OPTION_NAMES, has_own_sizes=True)
-    assert found.refused.keys() == {"train_batch_size", "num_processes"}
-    assert found.restoring == {"train_batch_size": 2, "gradient_accumulation_steps": 1}
-    assert not compare(old, divided(2, 1, 2), OPTION_NAMES, has_own_sizes=True).refused
+    assert found.refused_changes.keys() == {"train_batch_size", "num_processes"}
+    assert found.restoring_values == {"train_batch_size": 2, "gradient_accumulation_steps": 1}
+    assert not compare(old, divided(2, 1, 2), OPTION_NAMES, has_own_sizes=True).refused_changes
 
 
 def test_a_record_from_before_there_were_processes_counts_as_one() -> None:
-    old = resolved(divided(1, 4))
+    old = recorded_options(divided(1, 4))
     for name in RankOptions.model_fields:
         old.pop(name, None)
     assert compare(old, divided(1, 4), OPTION_NAMES) == EQUAL
-    assert compare(old, divided(1, 2, 2), OPTION_NAMES).split["num_processes"] == OptionChange(1, 2)
+    assert compare(old, divided(1, 2, 2), OPTION_NAMES).split_changes["num_processes"] == OptionChange(1, 2)
 
 
 def test_a_header_names_what_one_process_would_have_to_do_for_the_same_weights() -> None:
-    alone = decisive(resolved(divided(2, 4)))
+    alone = weight_options(recorded_options(divided(2, 4)))
     assert alone["gradient_accumulation_steps"] == 4
     assert not alone.keys() & RankOptions.model_fields.keys()
     sharded = RunConfig(fsdp_enable=True, train_batch_size=2, gradient_accumulation_steps=2, num_processes=2)
-    assert decisive(resolved(sharded)) == decisive(resolved(divided(2, 1, 4))) == alone
-    assert decisive(resolved(divided(1, 8))) != alone, "other images in other steps"
+    assert weight_options(recorded_options(sharded)) == weight_options(recorded_options(divided(2, 1, 4))) == alone
+    assert weight_options(recorded_options(divided(1, 8))) != alone, "other images in other steps"
 
 
 def test_a_resumed_run_must_keep_its_routes() -> None:
     first, other = ({"routes": [{"selection_ratio": share}]} for share in (0.5, 0.25))
-    old = json.loads(json.dumps(resolved(RunConfig(tread_config=first))))
+    old = json.loads(json.dumps(recorded_options(RunConfig(tread_config=first))))
     assert compare(old, RunConfig(tread_config=first), OPTION_NAMES) == EQUAL
-    assert compare(old, RunConfig(tread_config=other), OPTION_NAMES).refused.keys() == {"tread_config"}
+    assert compare(old, RunConfig(tread_config=other), OPTION_NAMES).refused_changes.keys() == {"tread_config"}
 
 
 def test_a_record_counts_where_nothing_is_given() -> None:
     """Whether the default is another by now, or was given when the run began."""
     config = RunConfig(lora_rank=8)
     first = RunConfig(seed=3, lora_rank=8, flow_custom_timesteps=(100.0, 200.0), mixed_precision="no")
-    old = json.loads(json.dumps(resolved(first)))
+    old = json.loads(json.dumps(recorded_options(first)))
     found = compare(old, config, ["lora_rank"])
-    assert found.kept == {"flow_custom_timesteps": [100.0, 200.0], "mixed_precision": "no", "seed": 3}
-    assert (found.refused, found.unavailable) == ({}, {})
-    assert with_recorded(config, found.kept) == first
-    assert compare(old, config, ["lora_rank", "seed"]).refused.keys() == {"seed"}
+    assert found.record_values == {"flow_custom_timesteps": [100.0, 200.0], "mixed_precision": "no", "seed": 3}
+    assert (found.refused_changes, found.unavailable) == ({}, {})
+    assert with_recorded(config, found.record_values) == first
+    assert compare(old, config, ["lora_rank", "seed"]).refused_changes.keys() == {"seed"}
 
 
 def test_a_hub_id_counts_where_none_is_given() -> None:
-    old = resolved(RunConfig(pretrained_model_name_or_path="some/model"))
-    assert compare(old, RunConfig(), []).kept == {"pretrained_model_name_or_path": "some/model"}
+    old = recorded_options(RunConfig(pretrained_model_name_or_path="some/model"))
+    assert compare(old, RunConfig(), []).record_values == {"pretrained_model_name_or_path": "some/model"}
     here = RunConfig(pretrained_model_name_or_path="/a/folder")
-    assert compare(old, here, ["pretrained_model_name_or_path"]).refused.keys() == {"pretrained_model_name_or_path"}
+    assert compare(old, here, ["pretrained_model_name_or_path"]).refused_changes.keys() == {
+        "pretrained_model_name_or_path"
+    }
     # Of a folder nothing is recorded: its weights are compared by their fingerprint.
-    assert compare(resolved(here), RunConfig(), []) == EQUAL
+    assert compare(recorded_options(here), RunConfig(), []) == EQUAL
 
 
 def test_what_was_left_to_the_run_stays_as_it_chose_unless_another_value_is_given() -> None:
     for before, other in (("no", "inductor"), ("inductor", "no")):
-        old = resolved(RunConfig(dynamo_backend=before))
+        old = recorded_options(RunConfig(dynamo_backend=before))
         kept = RecordComparison({"dynamo_backend": before}, {}, {})
         assert compare(old, RunConfig(), []) == kept
         assert compare(old, RunConfig(dynamo_backend="auto"), ["dynamo_backend"]) == kept
         # Such as `no`, where a compiled run no longer compiles.
         assert compare(old, RunConfig(dynamo_backend=other), ["dynamo_backend"]) == EQUAL
     del old["dynamo_backend"]  # a record from before there was the option
-    assert compare(old, RunConfig(), []).kept == {"dynamo_backend": "no"}
+    assert compare(old, RunConfig(), []).record_values == {"dynamo_backend": "no"}
 
 
 def test_a_new_option_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    old = resolved(RunConfig())
+    old = recorded_options(RunConfig())
     del old["seed"]
     assert compare(old, RunConfig(), OPTION_NAMES) == EQUAL
-    assert compare(old, RunConfig(seed=1), ["seed"]).refused == {"seed": OptionChange(42, 1)}
+    assert compare(old, RunConfig(seed=1), ["seed"]).refused_changes == {"seed": OptionChange(42, 1)}
     monkeypatch.setitem(record.INTRODUCED, "seed", 7)
     assert compare(old, RunConfig(), []) == RecordComparison({"seed": 7}, {}, {})
     assert compare(old, RunConfig(seed=7), ["seed"]) == EQUAL
-    assert compare(old, RunConfig(), ["seed"]).refused == {"seed": OptionChange(7, 42)}
+    assert compare(old, RunConfig(), ["seed"]).refused_changes == {"seed": OptionChange(7, 42)}
 
 
 def test_an_option_that_is_gone_is_no_difference_where_it_changed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    old = resolved(RunConfig())
+    old = recorded_options(RunConfig())
     assert compare({**old, "gone": None}, RunConfig(), []) == EQUAL
     assert compare({**old, "gone": False}, RunConfig(), []) == RecordComparison({}, {}, {"gone": False})
     monkeypatch.setitem(record.REMOVED, "gone", (False,))
@@ -281,13 +283,15 @@ def test_an_option_that_is_gone_is_no_difference_where_it_changed_nothing(monkey
 
 
 def test_a_renamed_option_is_read_under_its_new_name() -> None:
-    old = resolved(RunConfig())
+    old = recorded_options(RunConfig())
     old["flow_use_beta_schedule_alpha"] = old.pop("flow_beta_schedule_alpha") + 1
-    assert compare(old, RunConfig(), []).kept == {"flow_beta_schedule_alpha": old["flow_use_beta_schedule_alpha"]}
+    assert compare(old, RunConfig(), []).record_values == {
+        "flow_beta_schedule_alpha": old["flow_use_beta_schedule_alpha"]
+    }
 
 
 def test_a_value_that_is_gone_is_named() -> None:
-    old = {**resolved(RunConfig()), "lr_scheduler": "staircase", "seed": 5}
+    old = {**recorded_options(RunConfig()), "lr_scheduler": "staircase", "seed": 5}
     assert compare(old, RunConfig(), []) == RecordComparison({"seed": 5}, {}, {"lr_scheduler": "staircase"})
 
 
@@ -298,10 +302,10 @@ def test_a_slice_is_frozen_and_exact() -> None:
 
 
 def test_an_option_that_is_younger_than_the_fingerprints_is_named_only_where_it_is_chosen() -> None:
-    usual = resolved(RunConfig())
-    named = decisive(usual)
+    usual = recorded_options(RunConfig())
+    named = weight_options(usual)
     assert named.keys() == usual.keys() - MAY_CHANGE - FINGERPRINTED_IF_SET.keys()
-    chosen = decisive(usual | {"optimizer_release_gradients": True})
+    chosen = weight_options(usual | {"optimizer_release_gradients": True})
     assert chosen == named | {"optimizer_release_gradients": True}
 
 
@@ -310,18 +314,28 @@ def test_an_elastic_run_keeps_its_effective_batch_or_comes_near_it() -> None:
 
     def restarted(before: tuple[int, int, int], now: tuple[int, int, int]) -> tuple[int, RecordComparison]:
         config = divided(*now)
-        found = compare(resolved(divided(*before)), config, OPTION_NAMES, is_elastic=True)
-        return with_recorded(config, found.adapted).effective_batch, found
+        found = compare(recorded_options(divided(*before)), config, OPTION_NAMES, is_elastic=True)
+        return with_recorded(config, found.adapted_values).effective_batch, found
 
     effective, found = restarted((2, 1, 4), (2, 1, 2))
-    assert (effective, found.adapted, found.kept, found.refused) == (8, {"gradient_accumulation_steps": 2}, {}, {})
+    assert (effective, found.adapted_values, found.record_values, found.refused_changes) == (
+        8,
+        {"gradient_accumulation_steps": 2},
+        {},
+        {},
+    )
     effective, found = restarted((2, 2, 2), (2, 1, 2))  # once more with as many
-    assert (effective, found.adapted, found.kept, found.split) == (8, {"gradient_accumulation_steps": 2}, {}, {})
+    assert (effective, found.adapted_values, found.record_values, found.split_changes) == (
+        8,
+        {"gradient_accumulation_steps": 2},
+        {},
+        {},
+    )
     effective, found = restarted((2, 2, 2), (2, 1, 4))
-    assert (effective, found.adapted) == (8, {})
+    assert (effective, found.adapted_values) == (8, {})
     assert restarted((1, 1, 4), (1, 1, 3))[0] == 3
     assert restarted((1, 1, 3), (1, 1, 2))[0] == 4
     assert restarted((1, 1, 2), (1, 1, 8))[0] == 8, "at least one micro-batch each"
     _, found = restarted((1, 1, 4), (2, 1, 4))
-    assert found.refused.keys() == {"train_batch_size"}, "that is a change of the command"
+    assert found.refused_changes.keys() == {"train_batch_size"}, "that is a change of the command"
     assert restarted((2, 2, 2), (2, 2, 2))[1] == EQUAL

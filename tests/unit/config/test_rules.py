@@ -529,7 +529,7 @@ def test_a_flavours_own_layers_may_be_written_down(place: Any) -> None:
     [("dev", (4.0, 3.0)), ("klein-9b", (1.0, 4.0)), ("klein-9b-distilled", (1.0, 1.0)), ("tiny-klein", (1.0, 4.0))],
 )
 def test_guidance_is_an_input_or_a_second_prediction_or_nothing(flavour: Any, scales: tuple[float, float]) -> None:
-    assert FLAVOURS[flavour].scales(4.0, 3.0) == scales
+    assert FLAVOURS[flavour].guidance_scales(4.0, 3.0) == scales
 
 
 RELEASING = {"model_type": "full", "optimizer_release_gradients": True}

@@ -5,17 +5,17 @@ from contextlib import closing
 
 import pytest
 
-from simpletuner.data.ahead import map_ahead
+from simpletuner.data.ahead import prefetched_map
 
 
 def test_results_come_in_order() -> None:
-    assert list(map_ahead(lambda n: n * n, range(100), workers=4, ahead=8)) == [n * n for n in range(100)]
-    assert list(map_ahead(str, [], workers=1, ahead=1)) == []
+    assert list(prefetched_map(lambda n: n * n, range(100), workers=4, ahead=8)) == [n * n for n in range(100)]
+    assert list(prefetched_map(str, [], workers=1, ahead=1)) == []
 
 
 def test_no_more_than_asked_for_is_started() -> None:
     started: list[int] = []
-    results = map_ahead(started.append, range(100), workers=2, ahead=3)
+    results = prefetched_map(started.append, range(100), workers=2, ahead=3)
     with closing(results):
         for taken in range(1, 20):
             next(results)
@@ -34,7 +34,7 @@ def test_an_error_comes_in_its_place_and_ends_the_rest() -> None:
             gate.wait(5)
         return number
 
-    results = map_ahead(work, range(1000), workers=1, ahead=50)
+    results = prefetched_map(work, range(1000), workers=1, ahead=50)
     assert [next(results), next(results)] == [0, 1]
     gate.set()
     with pytest.raises(ValueError, match="two"):

@@ -10,7 +10,7 @@ from tests.thread_ranks import ALONE, on_ranks
 from torch import Tensor
 
 from simpletuner.base.errors import DataError, DiskError
-from simpletuner.base.machine import disk_room
+from simpletuner.base.machine import free_disk_bytes
 from simpletuner.base.storage import LocalStorage
 from simpletuner.data.cache import store as store_module
 from simpletuner.data.cache.contexts import (
@@ -91,7 +91,7 @@ def test_batches_are_sorted_by_length_then_text_and_each_prompt_is_encoded_once(
     encoder = BatchEncoder()
     report = fill(["ccc", "a", "bb", "a", "aa", "ccc", ""], store, encoder)
     assert encoder.batches == [["", "a"], ["aa", "bb"], ["ccc"]]
-    assert (report.encoded, report.found) == (5, 0)
+    assert (report.encoded, report.existing) == (5, 0)
 
 
 def test_what_is_missing_is_made_again_with_its_batch_and_is_the_same_bytes(store: Store) -> None:
@@ -103,7 +103,7 @@ def test_what_is_missing_is_made_again_with_its_batch_and_is_the_same_bytes(stor
     encoder = BatchEncoder()
     report = fill(prompts[::-1], store, encoder, write_batch_size=64)
     assert encoder.batches == [["a", "bb"], ["eeeee"]]
-    assert (report.encoded, report.found, report.damaged) == (3, 3, 1)
+    assert (report.encoded, report.existing, report.damaged) == (3, 3, 1)
     assert files(store) == whole
 
 
@@ -236,7 +236,7 @@ def test_a_file_of_dev_is_its_rows_one_row_of_padding_and_less_than_a_kilobyte(s
 def test_contexts_for_which_the_disk_has_no_room_are_refused_before_the_encoder_loads(store: Store) -> None:
     folder = store.storage.local_path()
     assert folder is not None
-    codec = RightPaddedCodec("text", least_bytes=disk_room(folder) // 2)
+    codec = RightPaddedCodec("text", least_bytes=free_disk_bytes(folder) // 2)
     states = {"batch_size": 2, "write_batch_size": 3, "report": lambda *_: None, "world": ALONE}
 
     def load() -> ContextEncoder:
@@ -299,7 +299,7 @@ def test_ranks_share_out_the_batches_of_one_process(store: Store, counted: Store
     names = [name for name in counted.storage.written if name.endswith(".safetensors")]
     assert len(names) == len(set(names)) == len(PROMPTS), "no file is written twice"
     assert [each.batches for each in encoders] == [alone.batches[rank::ranks] for rank in range(ranks)]
-    assert {(r.encoded, r.found, r.damaged) for r in reports} == {(len(PROMPTS), 0, 0)}, "of all, on each"
+    assert {(r.encoded, r.existing, r.damaged) for r in reports} == {(len(PROMPTS), 0, 0)}, "of all, on each"
     assert told == sorted(told)
     assert told[0] == (0, len(PROMPTS))
     assert told[-1] == (len(PROMPTS), len(PROMPTS))
@@ -319,7 +319,7 @@ def test_a_rank_without_a_share_loads_no_encoder(store: Store) -> None:
     on_ranks(4, fill_share)
     assert set(loaded) == {0, 1}, "there are two batches"
     loaded.clear()
-    assert {report.found for report in on_ranks(4, fill_share)} == {len(PROMPTS)}
+    assert {report.existing for report in on_ranks(4, fill_share)} == {len(PROMPTS)}
     assert not loaded
 
 
@@ -338,7 +338,7 @@ def test_what_a_rank_that_fails_leaves_is_finished_by_any_number_of_ranks(
     left = len(files(store))
     assert 0 < left < len(PROMPTS)
     reports = fill_shared(store, ranks, lambda _: BatchEncoder())
-    assert {report.found for report in reports} == {left}
+    assert {report.existing for report in reports} == {left}
     other = Store(LocalStorage(tmp_path / "other"))
     fill(PROMPTS, other, BatchEncoder())
     assert files(store) == files(other)
@@ -354,14 +354,14 @@ def test_a_damaged_file_is_found_by_rank_0_and_made_again_by_whoever_has_its_bat
         counted.storage.local_path(counted.name(context_key(prompt, CODEC))).write_bytes(b"damaged")
     encoders = [BatchEncoder() for _ in range(2)]
     reports = fill_shared(counted, 2, lambda world: encoders[world.rank])
-    assert {(r.encoded, r.found, r.damaged) for r in reports} == {(4, len(PROMPTS) - 2, 2)}
+    assert {(r.encoded, r.existing, r.damaged) for r in reports} == {(4, len(PROMPTS) - 2, 2)}
     assert [each.batches for each in encoders] == [[["a", "bb"]], [["ccc", "dddd"]]]
     assert files(counted) == files(store)
 
 
 def test_rank_0_checks_the_room_for_all(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     codec = LeftPaddedCodec("text", least_bytes=10)
-    monkeypatch.setattr(store_module, "disk_room", lambda _: 10 * len(PROMPTS) - 1)
+    monkeypatch.setattr(store_module, "free_disk_bytes", lambda _: 10 * len(PROMPTS) - 1)
 
     def fill_share(world: World) -> FillReport:
         sizes = {"batch_size": 2, "write_batch_size": 3}

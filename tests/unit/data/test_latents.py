@@ -76,7 +76,7 @@ def manifest(save: Save, scanned: Scanned) -> Manifest:
 def test_a_latent_is_the_encoders_of_the_crop(manifest: Manifest) -> None:
     vae = BatchVae()
     report = fill([manifest], vae)
-    assert (report.encoded, report.found, report.damaged) == (8, 0, 0)
+    assert (report.encoded, report.existing, report.damaged) == (8, 0, 0)
     assert [len(batch) for batch in vae.batches] == [3, 3, 2]
     store = Store(LocalStorage(Path(manifest.image_set.cache_dir_vae)))
     sample = manifest.samples[0]
@@ -105,7 +105,7 @@ def test_a_full_cache_needs_no_encoder(manifest: Manifest) -> None:
     report = fill_latents(
         [manifest], lambda _: store, "vae", no_encoder, batch_size=3, workers=2, report=lambda *_: None, world=ALONE
     )
-    assert (report.encoded, report.found) == (0, 8)
+    assert (report.encoded, report.existing) == (0, 8)
 
 
 def test_a_batch_that_lacks_one_is_made_again_whole(manifest: Manifest) -> None:
@@ -117,7 +117,7 @@ def test_a_batch_that_lacks_one_is_made_again_whole(manifest: Manifest) -> None:
     damaged = store.storage.local_path(store.name(latent_key(manifest.samples[0], "vae")))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
     report = fill([manifest], BatchVae())
-    assert (report.encoded, report.found, report.damaged) == (6, 6, 1)
+    assert (report.encoded, report.existing, report.damaged) == (6, 6, 1)
     assert files(folder) == whole
 
 
@@ -152,7 +152,7 @@ def test_a_file_that_changed_after_the_scan_is_named(manifest: Manifest, save: S
     save("wide-3.png").unlink()
     with pytest.raises(DataError, match=r"wide-3\.png changed while .* No such file"):
         fill([manifest], BatchVae())
-    os.mkfifo(Path(manifest.samples[-1].images.shown("wide-3.png")))
+    os.mkfifo(Path(manifest.samples[-1].images.text("wide-3.png")))
     with pytest.raises(DataError, match=r"wide-3\.png changed while .* neither a file nor a link to one"):
         fill([manifest], BatchVae())
 
@@ -221,7 +221,7 @@ def test_a_fill_that_is_killed_leaves_no_trace(
     assert process.returncode == -signal.SIGKILL
     killed = files(Path(image_set.cache_dir_vae))
     assert 13 <= len(killed) < 30
-    assert fill([scanned()], BatchVae()).found == len(killed)
+    assert fill([scanned()], BatchVae()).existing == len(killed)
 
     elsewhere = scanned(cache_dir_vae=str(tmp_path / "uninterrupted"))
     fill([elsewhere], BatchVae())
@@ -243,7 +243,7 @@ def test_ranks_share_out_the_batches_of_one_process(manifest: Manifest, scanned:
         shares = alone.batches[rank::ranks]
         assert all(map(torch.equal, each.batches, shares))
         assert len(each.batches) == len(shares)
-    assert {(r.encoded, r.found, r.damaged) for r in reports} == {(len(manifest.samples), 0, 0)}
+    assert {(r.encoded, r.existing, r.damaged) for r in reports} == {(len(manifest.samples), 0, 0)}
 
 
 def test_ranks_make_only_what_is_missing(manifest: Manifest) -> None:
@@ -256,7 +256,7 @@ def test_ranks_make_only_what_is_missing(manifest: Manifest) -> None:
     encoders = [BatchVae() for _ in range(3)]
     reports = on_ranks(3, lambda world: fill([manifest], encoders[world.rank], world=world))
     assert [len(each.batches) for each in encoders] == [1, 1, 0]
-    assert {(r.found, r.damaged) for r in reports} == {(len(manifest.samples) - 2, 1)}
+    assert {(r.existing, r.damaged) for r in reports} == {(len(manifest.samples) - 2, 1)}
     assert files(folder) == whole
 
 

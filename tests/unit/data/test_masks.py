@@ -210,19 +210,19 @@ def test_the_cache_holds_each_mask_once_and_makes_what_it_lacks(
     masks: list[Crop], sources: dict[str, MaskSource]
 ) -> None:
     first = filled(masks, sources)
-    assert (first.encoded, first.found, first.damaged) == (5, 0, 0)
+    assert (first.encoded, first.existing, first.damaged) == (5, 0, 0)
     for mask in masks:
         source = sources[mask.dataset]
         assert torch.equal(source.read(mask), source.make(mask))
     assert sources["masks"].read(masks[1]).tolist() == [[torch.tensor(60 / 255).item()] * 2]
     assert sources["parts"].read(masks[5]).tolist() == [[1, 1]]
-    assert filled(masks, sources).found == 5
+    assert filled(masks, sources).existing == 5
     store = sources["masks"].store
     damaged = store.storage.local_path(store.name(sources["masks"].key(masks[0])))
     assert damaged is not None
     damaged.write_bytes(b"damaged")
     again = filled(masks, sources)
-    assert (again.encoded, again.found, again.damaged) == (1, 4, 1)
+    assert (again.encoded, again.existing, again.damaged) == (1, 4, 1)
 
 
 def test_what_a_killed_process_left_half_written_is_removed(masks: list[Crop], sources: dict[str, MaskSource]) -> None:

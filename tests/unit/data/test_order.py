@@ -46,7 +46,7 @@ def test_each_bucket_is_told_also_where_the_first_epoch_leaves_it_out(manifest: 
         batches = order.by_bucket()
         assert sorted(batch.bucket for batch in batches) == sorted(found.buckets)
         assert {len(batch.visits) for batch in batches} == {2}
-    shown = {batch.bucket: count for batch, count in order.shown(10)}
+    shown = {batch.bucket: count for batch, count in order.batches_shown(10)}
     assert sum(shown.values()) == pytest.approx(6)  # from step 5 on
 
 
@@ -133,7 +133,7 @@ def test_another_batch_size_neither_repeats_nor_skips_but_for_what_fills_batches
     old = Order([found], seed=5, batch_size=before)
     new = Order.of([found], seed=5, cuts=[first], now=now)
     change = steps * first.batches_per_step
-    number, place = old.place(change)
+    number, place = old.position(change)
     done = [old.epoch(number)[each] for each in range(place)]
     rest = []
     index = steps * now.batches_per_step
@@ -150,7 +150,7 @@ def test_another_batch_size_neither_repeats_nor_skips_but_for_what_fills_batches
         "what fills batches of two buckets, before and after"
     )
     # Whole epochs follow, those of this batch size, and the epochs of a step are counted on.
-    assert new.place(index) == (number + 1, 0)
+    assert new.position(index) == (number + 1, 0)
     plain = Order([found], seed=5, batch_size=after)
     later = [new.micro_batch(index + each) for each in range(2 * len(new.epoch(0)))]
     assert [batch for _, batch in later] == epoch(plain, number + 1) + epoch(plain, number + 2)
@@ -166,7 +166,7 @@ def test_an_epoch_may_be_cut_anew_more_than_once(manifest: Scanned) -> None:
     for number, cut in enumerate(cuts):
         part = Order.of([found], seed=5, cuts=cuts[:number], now=cut)
         at = range(start * cut.batches_per_step, cut.steps * cut.batches_per_step)
-        assert {part.place(index)[0] for index in at} == {0}
+        assert {part.position(index)[0] for index in at} == {0}
         seen += visits([part.micro_batch(index)[1] for index in at])
         start = cut.steps
     assert sum(seen.values()) == 32
@@ -175,7 +175,7 @@ def test_an_epoch_may_be_cut_anew_more_than_once(manifest: Scanned) -> None:
     assert min(seen.values()) == 4
     assert sum(seen.values()) - 40 <= 2
     # A step at which an epoch ends leaves nothing of it.
-    assert Order.of([found], seed=5, cuts=[Cut(10, 1, 4)], now=Cut(10, 2, 2)).place(20) == (1, 0)
+    assert Order.of([found], seed=5, cuts=[Cut(10, 1, 4)], now=Cut(10, 2, 2)).position(20) == (1, 0)
 
 
 def test_of_a_set_with_a_probability_the_chosen_pictures_come(manifest: Scanned) -> None:

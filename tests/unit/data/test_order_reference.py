@@ -212,7 +212,7 @@ def test_windows_change_what_is_drawn_at_the_step_or_epoch_that_they_name(case: 
     for epoch in range(1, expected[-1][-1][0] + 1) if expected else ():
         end = order.end_of(epoch)
         assert end is not None
-        assert order.place(end - 1)[0] < epoch <= order.place(end)[0]
+        assert order.position(end - 1)[0] < epoch <= order.position(end)[0]
 
 
 def each_keys(each: Manifest) -> dict[str, Any]:
@@ -234,8 +234,8 @@ def test_windows_stay_where_the_batch_size_changes(case: int) -> None:
     cut, now = Cut(steps, before, 4 // before), Cut(steps, after, 4 // after)
     old = Order(manifests, seed=case, batch_size=before, batches_per_step=4 // before)
     new = Order.of(manifests, seed=case, cuts=[cut], now=now)
-    epoch, _ = old.place(steps * cut.batches_per_step)
-    assert new.place(steps * now.batches_per_step)[0] in (epoch, epoch + 1)
+    epoch, _ = old.position(steps * cut.batches_per_step)
+    assert new.position(steps * now.batches_per_step)[0] in (epoch, epoch + 1)
     last = epoch
     for step in range(steps, 40):
         for place in range(now.batches_per_step):

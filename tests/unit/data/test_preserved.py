@@ -8,7 +8,7 @@ from tests.recipes.conftest import PICTURES
 
 from simpletuner.base.errors import DataError
 from simpletuner.config.datasets import ImageSet
-from simpletuner.config.options.preservation import PreservationOptions, replaced
+from simpletuner.config.options.preservation import PreservationOptions, with_trigger_replaced
 from simpletuner.data.manifest import Manifest, scan
 from simpletuner.data.preserved import PreservedPrompts
 
@@ -28,12 +28,12 @@ CLASS = {"preservation": "class", "preservation_trigger": "zwx cat", "preservati
     ],
 )
 def test_the_trigger_is_replaced_where_it_stands_as_a_word(caption: str, prompt: str | None) -> None:
-    assert replaced(caption, "zwx", "dog") == prompt
+    assert with_trigger_replaced(caption, "zwx", "dog") == prompt
 
 
 def test_triggers_and_classes_are_texts_and_no_patterns() -> None:
-    assert replaced("a (z.w)+ b", "(z.w)+", r"\1 \g<0>") == r"a \1 \g<0> b"
-    assert replaced("a zzw b", "z.w", "dog") is None
+    assert with_trigger_replaced("a (z.w)+ b", "(z.w)+", r"\1 \g<0>") == r"a \1 \g<0> b"
+    assert with_trigger_replaced("a zzw b", "z.w", "dog") is None
 
 
 def prompts(**options: Any) -> PreservedPrompts:

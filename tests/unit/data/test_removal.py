@@ -7,7 +7,7 @@ import pytest
 
 from simpletuner.base.errors import DataError
 from simpletuner.base.storage import LocalStorage
-from simpletuner.data.removal import bring_back, empty_trash, plan_partner_removal, plan_removal, remove_images
+from simpletuner.data.removal import empty_trash, plan_partner_removal, plan_removal, remove_images, restore_images
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def test_an_image_goes_with_its_captions_and_comes_back(folder: Path) -> None:
     assert listed(folder) == ["b.png", "b.txt"]
     assert (trash / "inner" / "c.png").read_text() == "inner/c.png"
     remove_images(plan_removal(folder, ["b.png"]))
-    assert bring_back(folder) == (2, [])
-    assert bring_back(folder) == (6, [])
+    assert restore_images(folder) == (2, [])
+    assert restore_images(folder) == (6, [])
     assert listed(folder) == before
     with pytest.raises(DataError, match="no deleted files to restore"):
-        bring_back(folder)
+        restore_images(folder)
 
 
 def test_partners_go_with_their_image_unless_another_image_has_them(folder: Path, tmp_path: Path) -> None:
@@ -48,13 +48,13 @@ def test_partners_go_with_their_image_unless_another_image_has_them(folder: Path
     assert plan.captions == ("a.1.txt",)
     remove_images(plan)
     assert listed(beside) == ["b.png", "inner/d.png"]
-    assert bring_back(beside) == (4, [])
+    assert restore_images(beside) == (4, [])
 
 
 def test_what_is_in_the_way_stays_and_so_does_what_was_deleted(folder: Path) -> None:
     remove_images(plan_removal(folder, ["a.jpg"]))
     (folder / "a.txt").write_text("new")
-    returned, left = bring_back(folder)
+    returned, left = restore_images(folder)
     assert (returned, [each.name for each in left]) == (2, ["a.txt"])
     assert (folder / "a.txt").read_text() == "new"
     assert empty_trash(folder) == 1

@@ -102,7 +102,7 @@ def test_the_index_and_the_ledger_are_kept_beside_the_cache(remote: ImageSet, mo
     manifest = scanned(remote)
     fill(manifest, lambda: vae)
     monkeypatch.setattr("time.time", lambda: 4e9)  # no file is young any more
-    assert fill(manifest, never).found == 3
+    assert fill(manifest, never).existing == 3
     files = {file.name: file for file in latent_storage(remote).list()}
     index, ledger = (next(name for name in files if name.startswith(start)) for start in ("scan-", "verified"))
     assert len(json.loads(latent_storage(remote).read(index))["files"]) == 4

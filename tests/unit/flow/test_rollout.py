@@ -93,7 +93,7 @@ def test_a_sample_with_length_0_keeps_its_bits_and_takes_no_part(solver: str) ->
     assert torch.equal(found[1], plain[1])
     for index in (0, 2, 3):
         assert not torch.equal(found[index], plain[index])
-    assert model.calls == [(3, False)] * (3 * SOLVERS[solver].calls_a_step)
+    assert model.calls == [(3, False)] * (3 * SOLVERS[solver].calls_per_step)
     assert not found.requires_grad
 
 

@@ -94,7 +94,7 @@ def test_a_second_order_solver_is_better_at_the_same_number_of_calls() -> None:
     exact = along_a_gaussian(NOISE, torch.tensor(SOURCE).double(), torch.tensor(TARGET).double())
     errors = {
         name: (
-            solver.integrate(to_a_gaussian, NOISE, grid(SOURCE, TARGET, 8 // solver.calls_a_step)) - exact
+            solver.integrate(to_a_gaussian, NOISE, grid(SOURCE, TARGET, 8 // solver.calls_per_step)) - exact
         ).abs().max().item()
         for name, solver in SOLVERS.items()
     }  # fmt: skip
@@ -116,7 +116,7 @@ def counted(velocity: Velocity) -> tuple[Velocity, Callable[[], int]]:
 def test_the_calls_a_step_are_those_that_are_told(name: str, steps: int) -> None:
     asked, calls = counted(to_a_gaussian)
     SOLVERS[name].integrate(asked, NOISE, grid(SOURCE, TARGET, steps))
-    assert calls() == steps * SOLVERS[name].calls_a_step
+    assert calls() == steps * SOLVERS[name].calls_per_step
 
 
 @pytest.mark.parametrize("name", SOLVERS)

@@ -10,7 +10,7 @@ from torch import Tensor
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.flow.condition import Condition, References, TextContext
-from simpletuner.flux2.activations import Pass, sampling, saved_bytes, training
+from simpletuner.flux2.activations import TransformerPass, sampling, saved_bytes, training
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.footprint import adapted_blocks
 from simpletuner.flux2.full import unfreeze
@@ -27,7 +27,7 @@ TEXT = 130
 """Tokens. With those of a picture more than 256, above which attention on a CPU is the fused kernel's."""
 
 
-def built(at: Pass, options: LoraOptions | None, every: int | None) -> Flux2Transformer:
+def built(at: TransformerPass, options: LoraOptions | None, every: int | None) -> Flux2Transformer:
     torch.manual_seed(0)
     transformer = Flux2Transformer(at.spec).to(at.dtype)
     if options is None:
@@ -39,20 +39,21 @@ def built(at: Pass, options: LoraOptions | None, every: int | None) -> Flux2Tran
     return transformer.train()
 
 
-def step(transformer: Flux2Transformer, at: Pass, side: tuple[int, int]) -> tuple[int, int]:
+def step(transformer: Flux2Transformer, at: TransformerPass, side: tuple[int, int]) -> tuple[int, int]:
     """(kept between the passes, most at a time) of a real forward and backward pass, weights and inputs left out."""
     for weight in transformer.parameters() if at.is_released else ():
         weight.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
     latents = torch.randn(at.batch, 128, *side)
-    context = torch.randn(at.batch, at.text, at.spec.context_dim, dtype=at.dtype)
+    context = torch.randn(at.batch, at.text_tokens, at.spec.context_dim, dtype=at.dtype)
     references = None
-    if at.references:
+    if at.reference_tokens:
         references = References(
-            torch.randn(at.batch, at.references, 128), torch.zeros(at.batch, at.references, 4, dtype=torch.int64)
+            torch.randn(at.batch, at.reference_tokens, 128),
+            torch.zeros(at.batch, at.reference_tokens, 4, dtype=torch.int64),
         )
     sigma, condition = torch.rand(at.batch), Condition.at(TextContext.dense(context), 1.0, references)
     denoise = Denoiser(transformer, at.reference_attention)
-    routes = draw_choices(at.routes, 0, 1, range(at.batch), at.image)
+    routes = draw_choices(at.routes, 0, 1, range(at.batch), at.image_tokens)
     ledger = Ledger([*transformer.parameters(), latents, context])
     with ledger:
         loss = (denoise(latents, sigma, condition, routes).float() - latents).square().mean()
@@ -71,8 +72,8 @@ def described(
     every: int | None = None,
     recomputes: bool = False,
     is_released: bool = False,
-) -> Pass:
-    return Pass(
+) -> TransformerPass:
+    return TransformerPass(
         spec,
         dtype,
         batch,
@@ -112,14 +113,14 @@ CASES = [
 ]
 
 
-def shared_bytes(at: Pass) -> int:
+def shared_bytes(at: TransformerPass) -> int:
     """What is there from the first block to the last and belongs to none, at most: tokens and context as they come in,
     their embeddings, the time's vector and the modulations, tables of positions.
     """
-    tokens = at.batch * (at.text + at.image)
-    inputs = at.batch * (at.text * at.spec.context_dim + 2 * at.image * 128) * 4
+    tokens = at.batch * (at.text_tokens + at.image_tokens)
+    inputs = at.batch * (at.text_tokens * at.spec.context_dim + 2 * at.image_tokens * 128) * 4
     vectors = 48 * at.batch * at.spec.hidden * at.dtype.itemsize + 8 * at.batch * 256 * 4
-    tables = (at.text + at.image) * (4 * 8 + at.spec.head_dim * 4)
+    tables = (at.text_tokens + at.image_tokens) * (4 * 8 + at.spec.head_dim * 4)
     return inputs + vectors + tables + tokens * at.spec.hidden * at.dtype.itemsize
 
 
@@ -136,7 +137,7 @@ def test_the_sum_of_blocks_is_what_a_real_step_holds(
     assert saved_bytes(at) <= kept <= saved_bytes(at) + shared_bytes(at)
     worst = training(at)
     # A trace holds the gradient that comes into a block to the end; in fp16 `clipped` replaces it.
-    held = at.batch * (at.text + at.image) * spec.hidden * 2 if at.dtype == torch.float16 else 0
+    held = at.batch * (at.text_tokens + at.image_tokens) * spec.hidden * 2 if at.dtype == torch.float16 else 0
     assert worst.total - worst.gradients // 50 - held <= peak <= worst.total + shared_bytes(at)
 
 
@@ -156,8 +157,8 @@ def test_the_blocks_keep_exactly_what_autograd_saves_in_them(
     def stream(tokens: int) -> Tensor:
         return torch.randn(at.batch, tokens, spec.hidden, dtype=at.dtype, requires_grad=at.is_full)
 
-    image, text = stream(at.image), stream(at.text)
-    half = (at.text + at.image, spec.head_dim // 2)
+    image, text = stream(at.image_tokens), stream(at.text_tokens)
+    half = (at.text_tokens + at.image_tokens, spec.head_dim // 2)
     shared = [
         *(torch.randn(at.batch, 1, n * spec.hidden, dtype=at.dtype, requires_grad=at.is_full) for n in (6, 6, 3)),
         *(torch.randn(half) for _ in range(2)),
@@ -172,10 +173,10 @@ def test_the_blocks_keep_exactly_what_autograd_saves_in_them(
     counted = sum(t.untyped_storage().nbytes() for at_, t in saved.items() if at_ not in known)
     # Of each normed token, mean and deviation: in 16 bits a CPU keeps them in two bytes each, an accelerator in four.
     norms = 2 * spec.double_blocks + spec.single_blocks if at.dtype.itemsize == 2 else 0
-    assert 0 <= blocks_keep(at) - counted <= 4 * norms * at.batch * (at.text + at.image)
+    assert 0 <= blocks_keep(at) - counted <= 4 * norms * at.batch * (at.text_tokens + at.image_tokens)
 
 
-def blocks_keep(at: Pass) -> int:
+def blocks_keep(at: TransformerPass) -> int:
     """`saved_bytes` without the last layers, which are those of a model without blocks."""
     none = replace(at.spec, double_blocks=0, single_blocks=0)
     return saved_bytes(at) - saved_bytes(replace(at, spec=none, adapted=(), recomputed=()))
@@ -195,9 +196,11 @@ def test_routes_leave_out_what_goes_around(recomputes: bool) -> None:
 @pytest.mark.parametrize(("view", "recomputes"), [("full", True), ("own", False)])
 def test_references_are_in_the_sum(view: str, recomputes: bool) -> None:
     alone = described(WIDE, (12, 12), options=LORA, recomputes=recomputes, batch=2)
-    at = replace(alone, references=160, reference_attention=view)  # type: ignore[arg-type]
+    at = replace(alone, reference_tokens=160, reference_attention=view)  # type: ignore[arg-type]
     kept, peak = step(built(at, LORA, None), at, (12, 12))
-    beside = shared_bytes(replace(at, image=at.image + at.references)) * at.batch  # a table of positions each
+    beside = (
+        shared_bytes(replace(at, image_tokens=at.image_tokens + at.reference_tokens)) * at.batch
+    )  # a table of positions each
     assert saved_bytes(alone) < saved_bytes(at) <= kept <= saved_bytes(at) + beside
     assert training(at).total <= peak <= training(at).total + beside
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from simpletuner.config.flavours import FLAVOURS, TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
-from simpletuner.flux2.activations import Pass
+from simpletuner.flux2.activations import TransformerPass
 from simpletuner.flux2.arithmetic import (
     PassFlop,
     attached_adapters,
@@ -57,12 +57,12 @@ TARGETS = {
 }
 
 
-def passing(**changes: object) -> Pass:
-    plain = Pass(SPEC, torch.float32, batch=BATCH, text=TEXT, image=IMAGE)
+def passing(**changes: object) -> TransformerPass:
+    plain = TransformerPass(SPEC, torch.float32, batch=BATCH, text_tokens=TEXT, image_tokens=IMAGE)
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
-def transformer_of(options: LoraOptions | None, at: Pass) -> Flux2Transformer:
+def transformer_of(options: LoraOptions | None, at: TransformerPass) -> Flux2Transformer:
     """With adapters, or, without options, all of it trainable; blocks recomputed as in `at`."""
     torch.manual_seed(0)
     transformer = Flux2Transformer(SPEC)
@@ -74,24 +74,24 @@ def transformer_of(options: LoraOptions | None, at: Pass) -> Flux2Transformer:
     return transformer
 
 
-def counted(transformer: Flux2Transformer, at: Pass, device: str = "cpu", *, backward: bool = True) -> int:
+def counted(transformer: Flux2Transformer, at: TransformerPass, device: str = "cpu", *, backward: bool = True) -> int:
     """What torch counts of a pass through the whole module."""
     transformer = transformer.to(device, at.dtype)
-    kept = [route.keeps(at.image) + at.references for route in at.routes]
-    tokens = at.image + at.references
+    kept = [route.keeps(at.image_tokens) + at.reference_tokens for route in at.routes]
+    tokens = at.image_tokens + at.reference_tokens
     with torch.device(device):
         image = torch.randn(at.batch, tokens, SPEC.in_channels, dtype=at.dtype)
-        text = torch.randn(at.batch, at.text, SPEC.context_dim, dtype=at.dtype)
-        image_ids, text_ids = torch.zeros(tokens, 4).long(), torch.zeros(at.text, 4).long()
+        text = torch.randn(at.batch, at.text_tokens, SPEC.context_dim, dtype=at.dtype)
+        image_ids, text_ids = torch.zeros(tokens, 4).long(), torch.zeros(at.text_tokens, 4).long()
         choices = [
             Choice(route.start, route.end, torch.arange(count).expand(at.batch, -1))
             for route, count in zip(at.routes, kept, strict=True)
         ]
         with FlopCounterMode(display=False, custom_mapping=FUSED) as counter, torch.set_grad_enabled(backward):
-            references = ReferenceAttention(at.references, is_own=at.reference_attention == "own")
+            references = ReferenceAttention(at.reference_tokens, is_isolated=at.reference_attention == "own")
             ones = torch.ones(at.batch)
             velocity = transformer(
-                image, text, ones, ones, image_ids, text_ids, choices, None, references if at.references else None
+                image, text, ones, ones, image_ids, text_ids, choices, None, references if at.reference_tokens else None
             )
             if backward:
                 velocity.sum().backward()
@@ -176,9 +176,9 @@ def test_references_are_counted(view: str) -> None:
 def test_what_references_cost_at_the_proportions_of_dev(view: str, expected: tuple[float, float]) -> None:
     """Model FLOP of a step with one and with four references as large as the image, 1024x1024, over that without."""
     spec = FLAVOURS["dev"].transformer
-    step = Pass(spec, torch.bfloat16, 1, 512, 4096, adapted=adapted_blocks(spec, LoraOptions()), rank=16)
-    own: tuple[Pass, ...] = tuple(
-        replace(step, references=4096 * count, reference_attention=view)  # type: ignore[arg-type]
+    step = TransformerPass(spec, torch.bfloat16, 1, 512, 4096, adapted=adapted_blocks(spec, LoraOptions()), rank=16)
+    own: tuple[TransformerPass, ...] = tuple(
+        replace(step, reference_tokens=4096 * count, reference_attention=view)  # type: ignore[arg-type]
         for count in (1, 4)
     )
     found = [training_flop(each).model / training_flop(step).model for each in own]
@@ -199,7 +199,7 @@ def test_it_grows_with_the_batch() -> None:
 def test_a_step_of_dev_at_1024() -> None:
     spec = FLAVOURS["dev"].transformer
     adapted = adapted_blocks(spec, LoraOptions())
-    step = Pass(spec, torch.bfloat16, batch=1, text=512, image=4096, adapted=adapted, rank=16)
+    step = TransformerPass(spec, torch.bfloat16, batch=1, text_tokens=512, image_tokens=4096, adapted=adapted, rank=16)
     recomputed = replace(step, recomputed=(True,) * spec.blocks)
     flop, compiled = training_flop(recomputed), training_flop(recomputed, is_compiled=True)
     assert (flop.model / 1e12, flop.hardware / 1e12) == pytest.approx((595.6, 819.3), abs=0.1)

@@ -31,7 +31,7 @@ def opened(source: Source, said: list[str], *, sharing: int = 1, **given: object
     precision = PrecisionOptions.model_validate({"mixed_precision": "no", **given})
     model = ModelOptions(model_flavour="tiny", tokenizer_max_length=160)
     return open_text_encoder(
-        model, precision, OffloadOptions(), source, CPU, folder=Path(), say=said.append, sharing=sharing
+        model, precision, OffloadOptions(), source, CPU, folder=Path(), report=said.append, processes=sharing
     )
 
 

@@ -279,7 +279,7 @@ def test_neither_a_full_disk_nor_a_bad_one_nor_an_interrupt_leaves_anything(
         assert {path.name for path in tmp_path.iterdir()} == {"transformer"}
 
     with monkeypatch.context() as patch:
-        patch.setattr(machine, "disk_room", lambda _: 1000)
+        patch.setattr(machine, "free_disk_bytes", lambda _: 1000)
         fails(DiskError, "takes .* and 1000 B are free")
     pieces = tensorfile.file_pieces
 

@@ -151,7 +151,7 @@ def test_what_did_not_change_is_not_in_the_lora(tmp_path: Path) -> None:
         as_folder(tmp_path / "base", base_weights()), as_folder(tmp_path / "tuned", tuned), RankRule(rank=2)
     )
     assert layers.keys() == {Q.removesuffix(".weight")}
-    assert found.others == {NORM: pytest.approx(0.5)}
+    assert found.other_differences == {NORM: pytest.approx(0.5)}
 
 
 def test_a_norm_that_differs_is_said_and_the_header_says_the_models(

@@ -16,7 +16,7 @@ from simpletuner.flux2 import fixed
 from simpletuner.flux2.dialects import AdapterFile
 from simpletuner.flux2.export import LoadedLora, save_lora
 from simpletuner.flux2.factors import Factors, Hadamard, Kronecker, LowRank
-from simpletuner.flux2.fixed import FixedLinear, attach_fixed, delta_product, read_for_drawing
+from simpletuner.flux2.fixed import FixedLinear, attach_fixed, delta_product, read_for_sampling
 from simpletuner.flux2.lora import detach, linears
 from simpletuner.memory.precision import QuantizedLinear
 
@@ -202,7 +202,7 @@ def test_a_layer_of_another_model_is_refused() -> None:
 
 def test_a_lora_is_read_as_it_always_was(tmp_path: Path) -> None:
     save_lora(tmp_path / "a.safetensors", trained(model()), metadata={})
-    assert isinstance(read_for_drawing(tmp_path / "a.safetensors"), LoadedLora)
+    assert isinstance(read_for_sampling(tmp_path / "a.safetensors"), LoadedLora)
 
 
 def test_what_is_no_adapter_file_is_refused(tmp_path: Path) -> None:
@@ -210,9 +210,9 @@ def test_what_is_no_adapter_file_is_refused(tmp_path: Path) -> None:
         path = tmp_path / "bad.safetensors"
         path.write_bytes(content)
         with pytest.raises(CheckpointError):
-            read_for_drawing(path)
+            read_for_sampling(path)
     with pytest.raises(CheckpointError):
-        read_for_drawing(tmp_path / "missing.safetensors")
+        read_for_sampling(tmp_path / "missing.safetensors")
 
 
 FUSED, SPLIT = "2b OneTrainer for ComfyUI", "8 OneTrainer legacy"
@@ -224,7 +224,7 @@ def test_a_file_acts_as_its_formula(tmp_path: Path, row: str, draw: DrawAdapter)
     """Fused matrices are cut into q, k and v, and the halves of the last modulation exchanged."""
     path = tmp_path / "other.safetensors"
     deltas = write_dialect(path, SPEC, row, draw=draw)
-    adapter = read_for_drawing(path)
+    adapter = read_for_sampling(path)
     assert isinstance(adapter, AdapterFile)
     transformer, reference = model(), model()
     attach_fixed(transformer, adapter)
@@ -243,7 +243,7 @@ def test_a_file_of_several_kinds_is_drawn_with_all(tmp_path: Path) -> None:
     is_lora = lambda key: "transformer_blocks.0." in key  # noqa: E731
     both = {key: value for key, value in lokr.items() if not is_lora(key)}
     save_file(both | {key: value for key, value in lora.items() if is_lora(key)}, tmp_path / "both.safetensors")
-    adapter = read_for_drawing(tmp_path / "both.safetensors")
+    adapter = read_for_sampling(tmp_path / "both.safetensors")
     assert isinstance(adapter, AdapterFile)
     for name, factors in adapter.modules.items():
         wanted = (deltas_of_lora if "transformer_blocks.0." in name else deltas)[name].float()
@@ -256,7 +256,7 @@ def test_a_kind_that_is_not_read_is_refused_beside_a_lokr(tmp_path: Path, suffix
     also = {f"transformer.norm_out.linear.{suffix}": torch.ones(64, 1)}
     write_dialect(tmp_path / "a.safetensors", SPEC, SPLIT, draw=draw_lokr, also=also)
     with pytest.raises(CheckpointError, match=rf"{says}.*expected LoRA, LoKr or LoHa\. ComfyUI.* can apply it"):
-        read_for_drawing(tmp_path / "a.safetensors")
+        read_for_sampling(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
@@ -266,7 +266,7 @@ def test_a_damaged_number_is_found_before_anything_is_drawn(tmp_path: Path, numb
     next(value for key, value in tensors.items() if "lokr_w1" in key)[0, 0] = number
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="NaN or infinite numbers in 1 of"):
-        read_for_drawing(tmp_path / "a.safetensors")
+        read_for_sampling(tmp_path / "a.safetensors")
 
 
 def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
@@ -274,4 +274,4 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     write_dialect(path, SPEC, SPLIT, draw=draw_loha)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(CheckpointError):
-        read_for_drawing(path)
+        read_for_sampling(path)

@@ -44,12 +44,12 @@ from simpletuner.flux2.spec import autoencoder_from_config, decoder_shapes, enco
 from simpletuner.flux2.tiny.make import TEXT_CONFIG
 from simpletuner.flux2.tiny.parts import VAE
 from simpletuner.flux2.transformer import empty_transformer
-from simpletuner.memory.planner import Machine, MemoryPlan, MemoryTier, PhasePlan, bytes_to_fill
-from simpletuner.memory.trace import pretending, trace_forward
+from simpletuner.memory.planner import MachineMemory, MemoryPlan, MemoryTier, PhasePlan, plannable_bytes
+from simpletuner.memory.trace import on_meta_device, trace_forward
 
 KLEIN_PAGE = (Path(__file__).parents[3] / "docs" / "klein.md").read_text(encoding="utf-8")
-CARD = Machine(int(80.0 * GIB), int(64.0 * GIB), None)
-CPU = Machine(None, int(64.0 * GIB), None)
+CARD = MachineMemory(int(80.0 * GIB), int(64.0 * GIB), None)
+CPU = MachineMemory(None, int(64.0 * GIB), None)
 STREAMED: dict[str, object] = {
     "enable_group_offload": True,
     "group_offload_resident_blocks": 0,
@@ -57,13 +57,13 @@ STREAMED: dict[str, object] = {
 }
 
 
-def plan(machine: Machine = CARD, work: Workload | None = None, **options: object) -> MemoryPlan:
+def plan(machine: MachineMemory = CARD, work: Workload | None = None, **options: object) -> MemoryPlan:
     config = RunConfig.model_validate({"model_flavour": "tiny", **options})
     work = work or Workload((512, 512), config.train_batch_size)
     return Footprint(config, Architecture.of(config), work, machine).plan()
 
 
-def phase(name: str, machine: Machine = CARD, work: Workload | None = None, **options: object) -> PhasePlan:
+def phase(name: str, machine: MachineMemory = CARD, work: Workload | None = None, **options: object) -> PhasePlan:
     found = plan(machine, work, **options).phase(name)  # type: ignore[arg-type]
     assert found is not None
     return found
@@ -201,7 +201,7 @@ def test_the_autoencoders_activations_are_those_of_its_code(side: int, batch: in
     from diffusers import AutoencoderKLFlux2
 
     spec = AutoencoderSpec()
-    with pretending(torch.bfloat16):
+    with on_meta_device(torch.bfloat16):
         vae = AutoencoderKLFlux2().eval()
         weights = [*vae.parameters(), *vae.buffers()]
         encoding = trace_forward(
@@ -219,7 +219,7 @@ def test_the_text_encoders_activations_are_those_of_its_code() -> None:
     from transformers import AutoModel, MistralConfig
 
     batch, tokens = 2, 300
-    with pretending(torch.float32):
+    with on_meta_device(torch.float32):
         config = MistralConfig(**{**TEXT_CONFIG, "num_hidden_layers": 2, "intermediate_size": 512})
         model = AutoModel.from_config(config, attn_implementation="sdpa").eval()
         x = torch.empty(batch, tokens, 64)
@@ -376,8 +376,8 @@ def test_released_gradients_are_those_of_one_parameter_at_a_time() -> None:
 
 def test_klein_9b_is_trained_whole_within_22_5_gib() -> None:
     """With a card's usual reserve; AdamW's state alone would be 68 GiB."""
-    work = Workload((1024, 1024), 1, draws=True)
-    found = plan(Machine.of_size(22.5 * GIB, 64.0 * GIB), work, model_flavour="klein-9b", **RELEASED)
+    work = Workload((1024, 1024), 1, samples_images=True)
+    found = plan(MachineMemory.of_size(22.5 * GIB, 64.0 * GIB), work, model_flavour="klein-9b", **RELEASED)
     assert [lack for lack in found.lacks if lack.place != "disk"] == []
     assert found.peak("accelerator") < 20 * GIB
 
@@ -414,25 +414,25 @@ def test_groups_are_as_large_as_the_streamed_blocks_in_them() -> None:
 
 def test_auto_keeps_as_many_blocks_as_there_is_room_for() -> None:
     auto = {"model_flavour": "dev", "base_model_precision": "int8-quanto", "enable_group_offload": True}
-    work = Workload((1024, 1024), 1, draws=False)
+    work = Workload((1024, 1024), 1, samples_images=False)
     counts = []
     for card in (8.0, 12.0, 16.0, 24.0, 32.0, 80.0):
-        machine = Machine.of_size(card * GIB, 64.0 * GIB)
+        machine = MachineMemory.of_size(card * GIB, 64.0 * GIB)
         assert machine.accelerator is not None
         train = phase("train", machine, work, **auto)
         foot = Footprint(
             config := RunConfig.model_validate(auto), architecture := Architecture.of(config), work, machine
         )
-        count = foot.settled.resident_blocks
+        count = foot.resolved_config.resident_blocks
         assert count is not None
         assert f"{count} of 56 blocks resident" in train.what
         counts.append(count)
         if count > 0:
-            assert train.total("accelerator") <= bytes_to_fill(machine.accelerator)
+            assert train.total("accelerator") <= plannable_bytes(machine.accelerator)
         if count < 56:
-            one_more = foot.settled.model_copy(update={"group_offload_resident_blocks": str(count + 1)})
+            one_more = foot.resolved_config.model_copy(update={"group_offload_resident_blocks": str(count + 1)})
             more = Footprint(one_more, architecture, work, machine).train()
-            assert more.total("accelerator") > bytes_to_fill(machine.accelerator)
+            assert more.total("accelerator") > plannable_bytes(machine.accelerator)
     assert counts == sorted(counts)
     assert counts[0] == 0
     assert 0 < counts[3] < counts[4] < counts[5] == 56
@@ -440,10 +440,10 @@ def test_auto_keeps_as_many_blocks_as_there_is_room_for() -> None:
 
 def test_auto_has_pictures_in_mind_too() -> None:
     auto = {"model_flavour": "dev", "base_model_precision": "int8-quanto", "enable_group_offload": True}
-    machine = Machine.of_size(24.0 * GIB, 64.0 * GIB)
+    machine = MachineMemory.of_size(24.0 * GIB, 64.0 * GIB)
     drawn = plan(machine, Workload((512, 512), 1), **auto, validation_resolution="2048x2048")
-    plain = plan(machine, Workload((512, 512), 1, draws=False), **auto)
-    assert bytes_to_fill(int(22.5 * GIB)) >= drawn.peak("accelerator")
+    plain = plan(machine, Workload((512, 512), 1, samples_images=False), **auto)
+    assert plannable_bytes(int(22.5 * GIB)) >= drawn.peak("accelerator")
     train, alone = drawn.phase("train"), plain.phase("train")
     assert train is not None
     assert alone is not None
@@ -451,16 +451,16 @@ def test_auto_has_pictures_in_mind_too() -> None:
 
 
 def test_auto_takes_one_slot_where_two_do_not_fit() -> None:
-    work = Workload((512, 512), 1, draws=False)
+    work = Workload((512, 512), 1, samples_images=False)
     auto = {"model_flavour": "dev", "base_model_precision": "int4-quanto", "enable_group_offload": True}
     one, two = (
         phase("train", CARD, work, **auto, group_offload_resident_blocks=0, group_offload_use_stream=stream)
         for stream in (False, True)
     )
     assert part(two, "slots for blocks") == 2 * part(one, "slots for blocks")
-    between = Machine((one.total("accelerator") + two.total("accelerator")) // 2, int(64.0 * GIB), None)
+    between = MachineMemory((one.total("accelerator") + two.total("accelerator")) // 2, int(64.0 * GIB), None)
     assert phase("train", between, work, **auto).parts == one.parts
-    enough = Machine(two.total("accelerator"), int(64.0 * GIB), None)
+    enough = MachineMemory(two.total("accelerator"), int(64.0 * GIB), None)
     assert phase("train", enough, work, **auto).parts == two.parts
 
 
@@ -475,7 +475,7 @@ def test_auto_streams_all_blocks_through_one_slot_on_a_cpu() -> None:
 def test_auto_streams_the_text_encoder_where_it_does_not_fit() -> None:
     dev = {"model_flavour": "dev"}
     assert phase("text", **dev).what.startswith("resident")
-    assert phase("text", Machine.of_size(24.0 * GIB, 32.0 * GIB), **dev).what.startswith("streamed")
+    assert phase("text", MachineMemory.of_size(24.0 * GIB, 32.0 * GIB), **dev).what.startswith("streamed")
     few = Workload((512, 512), 1, captions=1000, caption_tokens=120)
     many = Workload((512, 512), 1, captions=10_000, caption_tokens=120)
     key = {"text_encoder_mode": "streamed", **dev}
@@ -484,13 +484,13 @@ def test_auto_streams_the_text_encoder_where_it_does_not_fit() -> None:
 
 
 def test_caches_are_what_a_tensor_takes() -> None:
-    work = Workload((1024, 512), 1, pictures=10, captions=20, caption_tokens=50)
+    work = Workload((1024, 512), 1, cached_images=10, captions=20, caption_tokens=50)
     assert part(phase("latents", work=work), "cache", "disk") == 10 * 128 * 64 * 32 * 4
     assert part(phase("text", work=work), "cache", "disk") == 20 * 51 * 192 * 2
 
 
 def test_nothing_is_drawn_without_prompts() -> None:
-    assert plan(work=Workload((512, 512), 1, draws=False)).phase("validation") is None
+    assert plan(work=Workload((512, 512), 1, samples_images=False)).phase("validation") is None
 
 
 # Where the numbers come from
@@ -568,7 +568,7 @@ def test_a_shared_pass_takes_no_resident_block() -> None:
         "group_offload_use_stream": True,
         "validation_resolution": "1024",
     }
-    small = Machine(int(12 * GIB), CARD.ram, None)
+    small = MachineMemory(int(12 * GIB), CARD.ram, None)
     guided, plain = (plan(small, **auto, validation_guidance=guidance) for guidance in (4.0, 1.0))
     assert guided.phase("train") == plain.phase("train")
 
@@ -582,9 +582,9 @@ DEV_BLOCKS = 62_813_929_472
 DEV_REST = 2 * 32_223_281_152 - DEV_BLOCKS
 
 
-def footprint(machine: Machine = CARD, **options: object) -> Footprint:
+def footprint(machine: MachineMemory = CARD, **options: object) -> Footprint:
     config = RunConfig.model_validate(options)
-    return Footprint(config, Architecture.of(config), Workload((1024, 1024), 1, draws=False), machine)
+    return Footprint(config, Architecture.of(config), Workload((1024, 1024), 1, samples_images=False), machine)
 
 
 def test_one_process_has_the_plan_that_it_had() -> None:
@@ -621,7 +621,7 @@ def test_the_base_falls_as_one_by_ranks(ranks: int) -> None:
 @pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
 def test_what_a_sharded_base_sends(ranks: int, precision: str) -> None:
     options = {**LORA, "base_model_precision": precision, "num_processes": ranks}
-    adapters = 4 * footprint(**options).trained
+    adapters = 4 * footprint(**options).trainable_parameters
     wire = footprint(**options).wire
     assert wire is not None
     assert (wire.gathered, wire.reduced) == (0, 2 * ((ranks - 1) * adapters // ranks))
@@ -674,7 +674,7 @@ def test_shards_may_lie_in_ram_and_whole_blocks_may_stay() -> None:
 
 
 def test_processes_share_out_captions_and_images_and_each_has_its_encoder() -> None:
-    work = Workload((1024, 1024), 1, pictures=3, captions=9, draws=False)
+    work = Workload((1024, 1024), 1, cached_images=3, captions=9, samples_images=False)
     options = {**LORA, "text_encoder_mode": "resident", "vae_batch_size": 4, "text_encoder_batch_size": 8}
     alone, three = plan(CARD, work, **options), plan(CARD, work, **options, num_processes=3)
     text = [found.phase("text") for found in (alone, three)]
@@ -719,7 +719,7 @@ def test_one_process_has_no_stage() -> None:
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_each_stage_shares_more(ranks: int) -> None:
     alone = footprint(**FULL)
-    parameters, trained = alone.trained, part(alone.train(), "masters")
+    parameters, trained = alone.trainable_parameters, part(alone.train(), "masters")
     stages = [zero(stage, ranks, **FULL) for stage in (1, 2, 3)]
     assert [each.engine for each in stages] == ["zero1", "zero2", "zero3"]
     for each in stages:
@@ -769,7 +769,7 @@ def test_a_quantized_base_is_loaded_whole_at_stage_3() -> None:
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_what_the_stages_send(kind: dict[str, object], ranks: int) -> None:
     alone = footprint(**kind)
-    gradients = alone.trained * (2 if kind is FULL else 4)
+    gradients = alone.trainable_parameters * (2 if kind is FULL else 4)
     share = (ranks - 1) * gradients // ranks
     for accumulation in (1, 3):
         wires = [zero(stage, ranks, **kind, gradient_accumulation_steps=accumulation).wire for stage in (1, 2, 3)]

@@ -39,7 +39,7 @@ def test_what_is_held_for_a_while_leaves_no_bit(masters: torch.dtype | None) -> 
     full = model(masters)
     before = {name: weight.detach().clone() for name, weight in full.transformer.named_parameters()}
     state = {name: tensor.clone() for name, tensor in full.state().items()}
-    with full.holding(other(full)):
+    with full.with_weights(other(full)):
         inside = {name: weight.detach().clone() for name, weight in full.transformer.named_parameters()}
     assert all(tensor.unique().item() == torch.tensor(1 + 2**-12).to(tensor.dtype) for tensor in inside.values())
     assert all(torch.equal(weight, before[name]) for name, weight in full.transformer.named_parameters())

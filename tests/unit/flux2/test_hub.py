@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from tests.loopback_hub import linked_copy, loopback_hub, sha256
 
 from simpletuner.base.errors import AccessError, DiskError
-from simpletuner.base.machine import disk_room
+from simpletuner.base.machine import free_disk_bytes
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2 import places
@@ -233,7 +233,7 @@ def test_offline_asks_nobody_and_says_so(hub, start, monkeypatch):
 
 
 def test_a_full_disk_refuses_before_a_byte_of_weights(hub, start, options):
-    hub.size_shown = disk_room(places.hub_cache(options)) + 2**30
+    hub.size_shown = free_disk_bytes(places.hub_cache(options)) + 2**30
     with pytest.raises(DiskError, match=r"to download and .* free in .*cache\. Free some space, or .* --cache_dir"):
         start(VAE, "vae/config.json")
     assert hub.requests == []

@@ -11,7 +11,7 @@ from tests.thread_ranks import on_ranks
 
 from simpletuner.base.errors import AccessError
 from simpletuner.config.options.model import ModelOptions
-from simpletuner.flux2.located import located, recorded_source, source_record
+from simpletuner.flux2.located import locate_on_each_machine, recorded_source, source_record
 from simpletuner.flux2.source import Source, Weights, locate
 from simpletuner.memory.world import World
 
@@ -37,7 +37,9 @@ def test_one_rank_asks_the_hub_and_downloads(hub: LoopbackHub, tmp_path: Path) -
         options = ModelOptions(
             model_flavour="tiny", pretrained_model_name_or_path="acme/flux2", cache_dir=str(tmp_path / cache)
         )
-        return located(world, lambda: locate(options, report=told.append, environ={"HF_ENDPOINT": hub.url}))
+        return locate_on_each_machine(
+            world, lambda: locate(options, report=told.append, environ={"HF_ENDPOINT": hub.url})
+        )
 
     (alone,) = on_ranks(1, lambda world: find(world, "alone"))
     requests, listings, lines = Counter(hub.requests), Counter(hub.listings), len(told)
@@ -55,4 +57,4 @@ def test_one_rank_asks_the_hub_and_downloads(hub: LoopbackHub, tmp_path: Path) -
 def test_what_cannot_be_found_is_raised_on_rank_0(tmp_path: Path) -> None:
     options = ModelOptions(model_flavour="tiny", pretrained_model_name_or_path=str(tmp_path))
     with pytest.raises(AccessError, match=r"lacks transformer/config\.json"):
-        on_ranks(2, lambda world: located(world, lambda: locate(options, report=print)))
+        on_ranks(2, lambda world: locate_on_each_machine(world, lambda: locate(options, report=print)))

@@ -61,7 +61,7 @@ def test_one_delta_at_strength_1_keeps_its_bits() -> None:
     delta = LowRank(random(4, 18).bfloat16(), random(24, 4).bfloat16(), 0.5)
     for rule in (RankRule(), RankRule(rank=4), RankRule(rank=40), EVERYTHING):
         found = reduced(stacked([(delta, 1.0)]), rule)
-        assert found.kept == 1.0
+        assert found.kept_energy == 1.0
         assert found.factors.a is delta.a
         assert found.factors.b is delta.b
         assert found.factors.scale == 0.5
@@ -97,7 +97,9 @@ def test_a_cut_is_that_of_the_dense_svd() -> None:
         for found in (reduced(total, RankRule(rank=rank)), decomposed(exact(total).float(), RankRule(rank=rank))):
             assert found.factors.rank == rank
             assert_near(found.factors, expected)
-            assert found.kept == pytest.approx(float(values[:rank].square().sum() / values.square().sum()), abs=1e-7)
+            assert found.kept_energy == pytest.approx(
+                float(values[:rank].square().sum() / values.square().sum()), abs=1e-7
+            )
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 0.9999])
@@ -107,7 +109,7 @@ def test_the_smallest_rank_keeps_the_energy(energy: float) -> None:
     expected = next(rank for rank in range(1, 19) if squares[:rank].sum() >= energy * squares.sum())
     for found in (reduced(total, RankRule(energy=energy)), decomposed(exact(total).float(), RankRule(energy=energy))):
         assert found.factors.rank == expected
-        assert found.kept >= energy
+        assert found.kept_energy >= energy
     both = reduced(total, RankRule(rank=2, energy=energy))
     assert both.factors.rank == min(2, expected)
 
@@ -133,7 +135,7 @@ def test_a_few_of_many_singular_values_are_those_of_the_dense_svd(rows: int, col
     squares = values.double().square()
     found = decomposed(difference, RankRule(rank=8))
     assert found.factors.rank == 8
-    assert found.kept == pytest.approx(float(squares[:8].sum() / squares.sum()), rel=1e-6)
+    assert found.kept_energy == pytest.approx(float(squares[:8].sum() / squares.sum()), rel=1e-6)
     error = (exact(found.factors) - difference.double()).square().sum()
     assert error <= (1 + 1e-4) * squares[8:].sum()
     energy = decomposed(difference, RankRule(rank=8, energy=0.3 if decay > 0.9 else 0.9))
@@ -144,7 +146,7 @@ def test_nothing_has_rank_1() -> None:
     zero = LowRank(random(4, 18), torch.zeros(24, 4))
     for found in (reduced(zero, RankRule(energy=0.99)), decomposed(torch.zeros(24, 18), RankRule(energy=0.99))):
         assert found.factors.rank == 1
-        assert found.kept == 1.0
+        assert found.kept_energy == 1.0
         assert not exact(found.factors).count_nonzero()
 
 

@@ -192,7 +192,7 @@ def test_a_full_disk_and_an_interrupt_leave_nothing(
     assert target in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
     with monkeypatch.context() as patched:
-        patched.setattr("simpletuner.base.machine.disk_room", lambda _: 1000)
+        patched.setattr("simpletuner.base.machine.free_disk_bytes", lambda _: 1000)
         assert main(arguments) == 7
     assert "1000 B are free" in capsys.readouterr().err
     seen = []

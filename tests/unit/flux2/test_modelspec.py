@@ -4,7 +4,7 @@ import pytest
 
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.flux2.export import header_of
-from simpletuner.flux2.modelspec import MODELSPEC_FIELDS, modelspec, usual_size
+from simpletuner.flux2.modelspec import MODELSPEC_FIELDS, modelspec, most_common_size
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_what_nobody_said_is_left_out() -> None:
 
 
 def test_the_size_is_that_of_most_images() -> None:
-    assert usual_size([{(64, 48): [0, 1]}, {(48, 64): [0, 1], (32, 32): [0, 1, 2]}]) == (32, 32)
-    assert usual_size([{(64, 64): [0], (128, 32): [1, 2]}, {(64, 64): [0]}]) == (128, 32)
-    assert usual_size([{(64, 64): [0], (128, 64): [1]}]) == (128, 64)
-    assert usual_size([]) is None
+    assert most_common_size([{(64, 48): [0, 1]}, {(48, 64): [0, 1], (32, 32): [0, 1, 2]}]) == (32, 32)
+    assert most_common_size([{(64, 64): [0], (128, 32): [1, 2]}, {(64, 64): [0]}]) == (128, 32)
+    assert most_common_size([{(64, 64): [0], (128, 64): [1]}]) == (128, 64)
+    assert most_common_size([]) is None

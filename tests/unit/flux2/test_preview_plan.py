@@ -3,7 +3,7 @@
 from simpletuner.base.sizes import GIB
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
-from simpletuner.memory.planner import Machine
+from simpletuner.memory.planner import MachineMemory
 
 KLEIN = {
     "model_flavour": "klein-9b",
@@ -13,7 +13,7 @@ KLEIN = {
 }
 
 
-def footprint(machine: Machine, **options: object) -> Footprint:
+def footprint(machine: MachineMemory, **options: object) -> Footprint:
     config = RunConfig.model_validate({**KLEIN, **options})
     return Footprint(config, Architecture.of(config), Workload((1024, 1024), 1), machine)
 
@@ -25,8 +25,8 @@ def weights_in(foot: Footprint, place: str) -> dict[str, int]:
 
 
 def test_the_base_leaves_the_gpu_for_a_preview_where_both_do_not_fit_and_stays_where_they_do() -> None:
-    small, large = (footprint(Machine.of_size(float(gib * GIB), 64.0 * GIB), use_ema=True) for gib in (24, 80))
-    assert (small.base_leaves, large.base_leaves) == (True, False)
+    small, large = (footprint(MachineMemory.of_size(float(gib * GIB), 64.0 * GIB), use_ema=True) for gib in (24, 80))
+    assert (small.offloads_base, large.offloads_base) == (True, False)
     assert small.plan().fits
     on_gpu, waiting = weights_in(small, "accelerator"), weights_in(small, "ram")
     assert on_gpu.keys() & {"weights", "optimizer", "average"} == set()
@@ -40,7 +40,7 @@ def test_the_base_leaves_the_gpu_for_a_preview_where_both_do_not_fit_and_stays_w
 
 def test_a_streamed_run_streams_its_preview_model_within_the_same_card() -> None:
     foot = footprint(
-        Machine.of_size(12.0 * GIB, 64.0 * GIB), enable_group_offload=True, base_model_precision="int8-quanto"
+        MachineMemory.of_size(12.0 * GIB, 64.0 * GIB), enable_group_offload=True, base_model_precision="int8-quanto"
     )
     assert foot.plan().fits
     parts = weights_in(foot, "accelerator")
@@ -48,5 +48,5 @@ def test_a_streamed_run_streams_its_preview_model_within_the_same_card() -> None
 
 
 def test_without_a_preview_model_validation_is_planned_as_before() -> None:
-    foot = footprint(Machine.of_size(24.0 * GIB, 64.0 * GIB), validation_preview_model=None)
+    foot = footprint(MachineMemory.of_size(24.0 * GIB, 64.0 * GIB), validation_preview_model=None)
     assert [phase.phase for phase in foot.plan().phases] == ["text", "latents", "train", "validation"]

@@ -32,7 +32,7 @@ from simpletuner.flux2.lora import PRESETS, attach
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.spec import text_from_config
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.precision import QuantizedLinear, packed
+from simpletuner.memory.precision import QuantizedLinear, quantized_tensors
 
 HERE = [name for name, known in PRECISIONS.items() if not known.needs_accelerator]
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
@@ -75,7 +75,7 @@ def test_the_linears_of_blocks_and_nothing_else(name, tiny_source):
     for owner, linear in linears.items():
         if owner in quantized:
             own = {key.removeprefix(f"{owner}."): value for key, value in state.items() if key.startswith(f"{owner}.")}
-            assert same(own, packed(linear.weight.detach(), name))
+            assert same(own, quantized_tensors(linear.weight.detach(), name))
     rest = {key: value for key, value in plain.state_dict().items() if key.removesuffix(".weight") not in quantized}
     assert same({key: state[key] for key in rest}, rest)
     assert not any(tensor.is_meta or tensor.requires_grad for tensor in (*found.parameters(), *found.buffers()))

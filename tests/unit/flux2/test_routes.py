@@ -73,5 +73,5 @@ def test_how_many_tokens_are_kept(ratio: float, tokens: int, kept: int) -> None:
 
 
 def test_what_is_told() -> None:
-    assert Route(2, 54, 0.5).told(4096, 56) == "TREAD keeps 2048 of 4096 image tokens in blocks 2–54 of 56"
-    assert Route(4, 4, 0.25).told(16, 8) == "TREAD keeps 4 of 16 image tokens in block 4 of 8"
+    assert Route(2, 54, 0.5).description(4096, 56) == "TREAD keeps 2048 of 4096 image tokens in blocks 2–54 of 56"
+    assert Route(4, 4, 0.25).description(16, 8) == "TREAD keeps 4 of 16 image tokens in block 4 of 8"

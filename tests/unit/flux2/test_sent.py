@@ -13,12 +13,12 @@ from simpletuner.config.run import RunConfig
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.flux2.full import unfreeze_sharded
-from simpletuner.memory.planner import Machine
+from simpletuner.memory.planner import MachineMemory
 from simpletuner.memory.shard import Sharding, shard
 from simpletuner.memory.wire import all_reduce_bytes, shard_exchange_bytes
 from simpletuner.memory.world import World
 
-WORK = Workload((64, 64), 2, draws=False)
+WORK = Workload((64, 64), 2, samples_images=False)
 LORA = {"lora_rank": 4, "flux_lora_target": "all"}
 CASES: Mapping[str, dict[str, Any]] = {
     "ddp": LORA,
@@ -64,7 +64,7 @@ def sent(world: World) -> dict[str, list[int]]:
             shard(
                 transformer.requires_grad_(whole),
                 transformer.blocks,
-                replace(sharding, trained_as=torch.float32) if whole else sharding,
+                replace(sharding, gather_dtype=torch.float32) if whole else sharding,
             )
         trained = unfreeze_sharded(transformer, torch.float32, world) if whole else adapted(transformer)
         counted.size = 0
@@ -74,7 +74,10 @@ def sent(world: World) -> dict[str, list[int]]:
         if not whole:
             world.sum_([each.grad for each in trained.parameters() if each.grad is not None])
         wire = Footprint(
-            config, replace(Architecture.of(config), transformer=transformer.spec), WORK, Machine(None, 1 << 50, None)
+            config,
+            replace(Architecture.of(config), transformer=transformer.spec),
+            WORK,
+            MachineMemory(None, 1 << 50, None),
         ).wire
         answers[name] = [counted.size, 0 if wire is None else wire.total]
     return answers

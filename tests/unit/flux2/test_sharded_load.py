@@ -22,7 +22,7 @@ from simpletuner.flux2 import load
 from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.shard import Sharding, held_bytes, is_sharded, local, own_rows
+from simpletuner.memory.shard import Sharding, is_sharded, local_bytes, local_rows, local_shard
 
 SHARDING = Sharding(torch.device("cpu"))
 
@@ -52,7 +52,7 @@ def the_same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def assert_own_rows(sharded: Flux2Transformer, whole: Flux2Transformer) -> None:
     shards, wholes = dict(sharded.named_parameters()), dict(whole.named_parameters())
     assert shards.keys() == wholes.keys()
-    assert [name for name in wholes if not the_same(local(shards[name]), own_rows(wholes[name]))] == []
+    assert [name for name in wholes if not the_same(local_shard(shards[name]), local_rows(wholes[name]))] == []
     assert not list(sharded.buffers())  # they would be whole on each rank, and made anew after `to_empty`
 
 
@@ -68,7 +68,7 @@ def assert_own_rows(sharded: Flux2Transformer, whole: Flux2Transformer) -> None:
 )
 def test_each_rank_holds_its_rows_of_every_tensor(precision: str, tiny_source: Source) -> None:
     whole = load_transformer(tiny_source, torch.bfloat16, "cpu", precision)
-    everything = held_bytes(whole.parameters())
+    everything = local_bytes(whole.parameters())
     assert not is_sharded(whole)
     for size in (2, 3):
         held = 0
@@ -79,7 +79,7 @@ def test_each_rank_holds_its_rows_of_every_tensor(precision: str, tiny_source: S
                 assert not sharded.training
                 assert not any(parameter.requires_grad for parameter in sharded.parameters())
                 assert_own_rows(sharded, whole)
-                own = held_bytes(sharded.parameters())
+                own = local_bytes(sharded.parameters())
             assert own == pytest.approx(everything / size, rel=1e-3)
             held += own
         assert held == everything
@@ -110,7 +110,7 @@ def test_a_quantized_base_that_was_kept_is_read_by_rows(tiny_source: Source, tmp
         assert told.pop().startswith(f"{tmp_path} holds no {precision} base")
         whole = loaded()
         with as_rank(1, 2), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(load, "packed", None)
+            patch.setattr(load, "quantized_tensors", None)
             assert_own_rows(loaded(SHARDING), whole)
     assert told == []
 
@@ -187,7 +187,7 @@ def test_memory_falls_with_the_number_of_ranks_while_loading(
     def load_it(sharding: Sharding | None = SHARDING) -> Flux2Transformer:
         return load_transformer(source, torch.float32, "cpu", precision, sharding=sharding)
 
-    whole = held_bytes(load_it(None).parameters())
+    whole = local_bytes(load_it(None).parameters())
     with as_rank(0, 2):
         load_transformer(tiny_source, torch.float32, "cpu", precision, sharding=SHARDING)  # libraries are imported
     # Beside the shards: an fp32 tensor's rows, and what a library makes of them.

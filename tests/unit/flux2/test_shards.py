@@ -26,8 +26,8 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import compile as compilation
 from simpletuner.memory import recompute
-from simpletuner.memory.precision import quantized, targets
-from simpletuner.memory.shard import Sharding, held_bytes, idle_pass, is_sharded, shard
+from simpletuner.memory.precision import quantizable_linears, quantized
+from simpletuner.memory.shard import Sharding, idle_pass, is_sharded, local_bytes, shard
 from simpletuner.memory.world import World
 from simpletuner.train.preservation import Preservation
 from simpletuner.train.rollout import Rollout
@@ -50,7 +50,7 @@ def base(precision: str = "no_change", dtype: torch.dtype = torch.float32, block
     torch.manual_seed(0)
     transformer = Flux2Transformer(replace(SPEC, double_blocks=blocks, single_blocks=blocks)).to(dtype)
     if precision != "no_change":
-        for name, linear in targets(
+        for name, linear in quantizable_linears(
             transformer, ("transformer_blocks.", "single_transformer_blocks."), precision
         ).items():
             transformer.set_submodule(name, quantized(linear, precision))
@@ -165,10 +165,10 @@ def compared(world: World, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
             options["routes"] = tuple(Route(*route) for route in options["routes"])
         expected, _ = trained(made(), **{**options, "backend": None})
         transformer = made()
-        whole = held_bytes(transformer.parameters())
+        whole = local_bytes(transformer.parameters())
         shard(transformer, transformer.blocks, sharding)
         assert is_sharded(transformer)
-        share = held_bytes(transformer.parameters()) / whole
+        share = local_bytes(transformer.parameters()) / whole
         found, gathers = trained(transformer, count, **options)
         same = [torch.equal(one, other) for one, other in zip(found, expected, strict=True)]
         answers[name] = {"same": all(same), "gathers": gathers, "share": round(share, 2), "tensors": len(found)}
@@ -251,7 +251,7 @@ def rolled_out(world: World) -> dict[str, Any]:
         slots = [range(2), range(2, 4)]
         step = next(it for it in range(1, 99) if [any(rollout.lengths(it, own)) for own in slots] == [False, True])
         batch = a_batch(slots[world.rank], rollout, step)
-        batch = replace(batch, rolls_elsewhere=True)
+        batch = replace(batch, other_ranks_roll_out=True)
         denoiser = Denoiser(transformer)
         torch.manual_seed(0)
         inputs = rollout.inputs(denoiser, batch, sample=denoiser)
@@ -284,7 +284,7 @@ def preserved(world: World) -> dict[str, Any]:
         recompute.install(transformer.blocks, None, draws=True)
         denoiser = Denoiser(transformer)
         idle = partial(idle_pass, transformer) if is_split else None
-        batch = replace(a_batch(range(2 * world.rank, 2 * world.rank + 2)), distills_elsewhere=True)
+        batch = replace(a_batch(range(2 * world.rank, 2 * world.rank + 2)), other_ranks_distill=True)
         if world.rank == 1:
             preserved = replace(batch.condition.context, rows=batch.condition.context.rows + 1)
             batch = replace(batch, is_regularization=True)

@@ -71,7 +71,7 @@ def latents_id(source: Source) -> str:
 
 
 def earlier_latents_id(source: Source, is_whole: bool) -> str:
-    return earlier_autoencoder_id(source, torch.float32, tiling=False, slicing=False, whole=is_whole)
+    return earlier_autoencoder_id(source, torch.float32, tiling=False, slicing=False, all_bytes=is_whole)
 
 
 def context_id(source: Source, **options: bool) -> str:

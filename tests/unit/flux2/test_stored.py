@@ -20,7 +20,7 @@ from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.stored import open_stored, stored_weights
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.precision import QuantizedLinear
-from simpletuner.memory.shard import held_bytes
+from simpletuner.memory.shard import local_bytes
 
 
 @pytest.fixture(scope="module")
@@ -266,8 +266,8 @@ def test_loading_takes_no_more_than_a_block_beside_the_model(
     del written
     source = with_file(tiny_source, file)
     transformer = load_transformer(source, torch.bfloat16, "cpu")
-    whole = held_bytes(transformer.parameters())
-    block = max(held_bytes(each.parameters()) for each in transformer.blocks)
+    whole = local_bytes(transformer.parameters())
+    block = max(local_bytes(each.parameters()) for each in transformer.blocks)
     del transformer
     peak = peak_while(lambda: load_transformer(source, torch.bfloat16, "cpu"), monkeypatch)
     assert 0.7 * whole < peak < whole + block, (peak, whole, block)

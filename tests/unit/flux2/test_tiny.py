@@ -19,7 +19,7 @@ from simpletuner.flux2 import tiny
 from simpletuner.flux2.load import load_autoencoder
 from simpletuner.flux2.tiny import vocabulary
 from simpletuner.flux2.tiny.klein import KLEIN_TEXT_CONFIG, KLEIN_VERSION
-from simpletuner.flux2.tiny.make import SHIPPED, STAMP, TEXT_CONFIG, TRANSFORMER, VAE_WEIGHTS, VERSION, make_start
+from simpletuner.flux2.tiny.make import SHIPPED, STAMP, TEXT_CONFIG, TRANSFORMER, VAE_WEIGHTS, VERSION, write_untrained
 from simpletuner.flux2.tiny.weights import draw, draw_uniform
 
 # The starts of their sha256.
@@ -198,7 +198,7 @@ def test_a_model_to_train_starts_with_blocks_that_do_nothing(tiny_folder, tmp_pa
     vae = "vae/diffusion_pytorch_model.safetensors"
     (tmp_path / "learned").mkdir()
     shutil.copy(tiny_folder / vae, tmp_path / "learned/vae.safetensors")
-    folder = make_start(tmp_path / "start", 3, tmp_path / "learned")
+    folder = write_untrained(tmp_path / "start", 3, tmp_path / "learned")
     assert sha256_file(folder / vae) == sha256_file(tiny_folder / vae)
     transformer = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
     assert not transformer["proj_out.weight"].any()
@@ -207,7 +207,9 @@ def test_a_model_to_train_starts_with_blocks_that_do_nothing(tiny_folder, tmp_pa
     # The transformer that came of it takes the start's place.
     transformer["proj_out.weight"] += 1
     save_file(transformer, tmp_path / "learned/transformer.safetensors")
-    trained = load_file(make_start(folder, 3, tmp_path / "learned") / "transformer/diffusion_pytorch_model.safetensors")
+    trained = load_file(
+        write_untrained(folder, 3, tmp_path / "learned") / "transformer/diffusion_pytorch_model.safetensors"
+    )
     assert torch.equal(trained["proj_out.weight"], transformer["proj_out.weight"])
 
 

@@ -21,8 +21,8 @@ from simpletuner.flux2.transformer import (
     modulated,
 )
 from simpletuner.memory import offload, recompute
-from simpletuner.memory.precision import quantized, targets
-from simpletuner.memory.trace import fuse_attention, pretending
+from simpletuner.memory.precision import quantizable_linears, quantized
+from simpletuner.memory.trace import fuse_attention, on_meta_device
 
 SPEC = TransformerSpec(4, 16, 2, 2, 48, guidance_embeds=True, axes=(4, 4, 4, 4))
 TEXT, IMAGE = 5, 12
@@ -183,7 +183,7 @@ DEV = FLAVOURS["dev"].transformer
 def flop(kind: type[SingleBlock | DoubleBlock], options: LoraOptions | None, *, recomputed: bool) -> int:
     """Of the products of a block of dev at 1024 x 1024, forwards and backwards, attention left out."""
     tokens = {SingleBlock: [4096 + 512], DoubleBlock: [512, 4096]}[kind]
-    with pretending(torch.bfloat16):
+    with on_meta_device(torch.bfloat16):
         model = Flux2Transformer(replace(DEV, double_blocks=1, single_blocks=1)).requires_grad_(options is None)
         if options is not None:
             with torch.device("cpu"):
@@ -224,7 +224,7 @@ def test_recompute_stops_before_the_last_product(
 def quantized_base(precision: str) -> Flux2Transformer:
     torch.manual_seed(0)
     transformer = Flux2Transformer(SPEC).train()
-    for name, linear in targets(transformer, ("transformer_blocks.", "single_"), precision).items():
+    for name, linear in quantizable_linears(transformer, ("transformer_blocks.", "single_"), precision).items():
         transformer.set_submodule(name, quantized(linear, precision))
     for name, parameter in attach(transformer, ALL, seed=0).named_parameters():
         if name.endswith(".b"):

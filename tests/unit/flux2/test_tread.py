@@ -33,11 +33,11 @@ def test_a_sample_keeps_its_choice_however_the_batch_is_cut() -> None:
     (whole,) = draw_choices([HALF], 0, 5, range(4), 20)
     (first,) = draw_choices([HALF], 0, 5, range(2), 20)
     (second,) = draw_choices([HALF], 0, 5, range(2, 4), 20)
-    assert torch.equal(whole.kept, torch.cat([first.kept, second.kept]))
+    assert torch.equal(whole.kept_tokens, torch.cat([first.kept_tokens, second.kept_tokens]))
 
 
 def test_places_rise_and_are_all_equally_likely() -> None:
-    kept = draw_choices([Route(0, 0, 0.25)], 0, 1, range(4000), 8)[0].kept
+    kept = draw_choices([Route(0, 0, 0.25)], 0, 1, range(4000), 8)[0].kept_tokens
     assert kept.shape == (4000, 2)
     assert (kept[:, 1] > kept[:, 0]).all()
     counts = torch.bincount(kept.flatten(), minlength=8) / 4000
@@ -48,7 +48,7 @@ def test_places_rise_and_are_all_equally_likely() -> None:
 
 def test_two_routes_choose_apart() -> None:
     one, other = draw_choices([Route(0, 1, 0.5), Route(2, 3, 0.5)], 0, 1, [0], 64)
-    assert not torch.equal(one.kept, other.kept)
+    assert not torch.equal(one.kept_tokens, other.kept_tokens)
 
 
 def test_a_route_that_keeps_all_is_left_out() -> None:
@@ -61,14 +61,14 @@ def test_forced_tokens_are_always_kept_and_every_sample_keeps_as_many() -> None:
     force[2, 7] = True
     for step in range(20):
         (choice,) = draw_choices([HALF], 0, step, range(3), 16, force)
-        assert choice.kept.shape == (3, 8)
-        assert {0, 5, 15} <= set(choice.kept[0].tolist())
-        assert 7 in choice.kept[2]
-        assert all(len(set(row.tolist())) == 8 for row in choice.kept)
+        assert choice.kept_tokens.shape == (3, 8)
+        assert {0, 5, 15} <= set(choice.kept_tokens[0].tolist())
+        assert 7 in choice.kept_tokens[2]
+        assert all(len(set(row.tolist())) == 8 for row in choice.kept_tokens)
     force[1, :12] = True
     (choice,) = draw_choices([HALF], 0, 0, range(3), 16, force)
-    assert choice.kept.shape == (3, 12)
-    assert choice.kept[1].tolist() == list(range(12))
+    assert choice.kept_tokens.shape == (3, 12)
+    assert choice.kept_tokens[1].tolist() == list(range(12))
     assert draw_choices([HALF], 0, 0, range(3), 16, torch.ones(3, 16, dtype=torch.bool)) == ()
 
 

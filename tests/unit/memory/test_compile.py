@@ -102,9 +102,9 @@ def test_switched_off_blocks_are_the_uncompiled_ones_bit_for_bit() -> None:
 
 
 def test_a_machine_that_cannot_compile_says_why() -> None:
-    assert compilation.probe_lack("cpu", 0.01) == "a test compilation took more than 0.01 s"
+    assert compilation.probe_compiler("cpu", 0.01) == "a test compilation took more than 0.01 s"
     if not torch.cuda.is_available():
-        lack = compilation.probe_lack("cuda", 200.0)
+        lack = compilation.probe_compiler("cuda", 200.0)
         assert lack is not None
         assert "CUDA" in lack or "NVIDIA" in lack
 
@@ -112,14 +112,14 @@ def test_a_machine_that_cannot_compile_says_why() -> None:
 @pytest.mark.slow
 def test_a_machine_that_can_compile_lacks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    assert compilation.probe_lack("cpu", 300.0) is None
+    assert compilation.probe_compiler("cpu", 300.0) is None
 
 
 def test_a_compiler_for_a_cpu_is_looked_for_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", sys.executable)
-    assert compilation.compiler_lack("cpu") is None
+    assert compilation.compiler_problem("cpu") is None
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert compilation.compiler_lack("cpu") == "there is no C++ compiler no-such-compiler (CXX names another)"
+    assert compilation.compiler_problem("cpu") == "there is no C++ compiler no-such-compiler (CXX names another)"
 
 
 def test_what_differs_inside_is_another_kind() -> None:

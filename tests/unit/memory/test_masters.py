@@ -27,10 +27,10 @@ def test_steps_below_the_spacing_of_bf16_add_up() -> None:
     for _ in range(10):
         layer.weight.grad = torch.ones(2, 3, dtype=torch.bfloat16)
         alone.grad = torch.ones(2, 3, dtype=torch.bfloat16)
-        masters.collect()
+        masters.take_gradients()
         optimizer.step()
         optimizer.zero_grad()
-        masters.settle()
+        masters.update_weights()
         coarse.step()
     assert torch.equal(alone, torch.ones(2, 3, dtype=torch.bfloat16))
     torch.testing.assert_close(masters.parameters["weight"].detach(), torch.full((2, 3), 0.99))
@@ -43,9 +43,9 @@ def test_gradients_add_up_in_fp32() -> None:
     masters = masters_of(layer)
     for value in (256.0, 1.0, 1.0):  # in bf16, 256 + 1 is 256
         layer.weight.grad = torch.full((2, 3), value, dtype=torch.bfloat16)
-        masters.collect()
+        masters.take_gradients()
         assert layer.weight.grad is None
-    masters.collect()  # nothing new
+    masters.take_gradients()  # nothing new
     assert torch.equal(masters.parameters["weight"].grad, torch.full((2, 3), 258.0))  # type: ignore[arg-type]
 
 
@@ -56,7 +56,7 @@ def test_the_masters_are_the_fp32_weights_and_other_values_are_shown_for_a_while
     assert torch.equal(masters.parameters["weight"], before)
     masters.show({"weight": torch.full((2, 3), 2.0)})
     assert torch.equal(layer.weight, torch.full((2, 3), 2.0, dtype=torch.bfloat16))
-    masters.settle()
+    masters.update_weights()
     assert torch.equal(layer.weight, before.bfloat16())
     assert torch.equal(masters.parameters["weight"], before)
 

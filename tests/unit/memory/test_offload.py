@@ -476,7 +476,7 @@ def test_from_a_slow_disk_the_bits_are_the_same_and_files_are_read_ahead(
         model(batch(0))  # another order
     assert_same(train(model), resident["plain"])
     assert streaming is not None
-    counts = re.search(r"(\d+) of (\d+) files read ahead", streaming.told())
+    counts = re.search(r"(\d+) of (\d+) files read ahead", streaming.description())
     assert counts is not None
     reads_ahead, reads = map(int, counts.groups())
     assert reads == streaming.copies

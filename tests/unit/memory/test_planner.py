@@ -7,10 +7,10 @@ import pytest
 
 from simpletuner.base.sizes import GIB
 from simpletuner.memory.planner import (
-    Change,
-    Machine,
+    MachineMemory,
     MemoryPart,
     MemoryPlan,
+    OptionValue,
     PhasePlan,
     engine_table,
     phase_line,
@@ -18,12 +18,12 @@ from simpletuner.memory.planner import (
     plan_title,
     smallest_change,
     verdict,
-    with_less,
+    with_less_memory,
 )
 from simpletuner.memory.wire import Wire
 
 
-def plan(train: float, *, ram: float = 2.0, machine: Machine | None = None) -> MemoryPlan:
+def plan(train: float, *, ram: float = 2.0, machine: MachineMemory | None = None) -> MemoryPlan:
     """A plan of two phases, in GiB."""
     phases = (
         PhasePlan("text", "8 × 512", (MemoryPart("weights", "accelerator", GIB), MemoryPart("cache", "disk", GIB)), 0),
@@ -39,7 +39,7 @@ def plan(train: float, *, ram: float = 2.0, machine: Machine | None = None) -> M
             64,
         ),
     )
-    return MemoryPlan(machine or Machine(22 * GIB, 28 * GIB, 100 * GIB), phases)
+    return MemoryPlan(machine or MachineMemory(22 * GIB, 28 * GIB, 100 * GIB), phases)
 
 
 def test_memory_is_the_worst_phase_and_the_disk_all_of_them() -> None:
@@ -50,7 +50,7 @@ def test_memory_is_the_worst_phase_and_the_disk_all_of_them() -> None:
 
 
 def test_every_place_that_is_too_small_is_named() -> None:
-    own = plan(30, ram=40, machine=Machine(22 * GIB, 28 * GIB, 3 * GIB))
+    own = plan(30, ram=40, machine=MachineMemory(22 * GIB, 28 * GIB, 3 * GIB))
     assert [(lack.place, lack.phase.phase, lack.needed, lack.there) for lack in own.lacks] == [
         ("accelerator", "train", 30 * GIB, 22 * GIB),
         ("ram", "train", 40 * GIB, 28 * GIB),
@@ -95,24 +95,28 @@ def test_of_several_machines_it_says_whose_memory_it_is() -> None:
 
 @pytest.mark.parametrize(("vram", "left"), [(24.0, 22.5), (16.0, 14.5), (12.0, 10.5), (8.0, 7.0)])
 def test_a_card_leaves_less_than_it_has(vram: float, left: float) -> None:
-    machine = Machine.of_size(vram * GIB, 32.0 * GIB)
-    assert machine == Machine(int(left * GIB), 28 * GIB, None)
+    machine = MachineMemory.of_size(vram * GIB, 32.0 * GIB)
+    assert machine == MachineMemory(int(left * GIB), 28 * GIB, None)
 
 
 def test_a_machine_without_a_card() -> None:
-    assert Machine.of_size(0.0, 8.0 * GIB) == Machine.of_size(None, 8.0 * GIB) == Machine(None, 7 * GIB, None)
+    assert (
+        MachineMemory.of_size(0.0, 8.0 * GIB)
+        == MachineMemory.of_size(None, 8.0 * GIB)
+        == MachineMemory(None, 7 * GIB, None)
+    )
     own = MemoryPlan(
-        Machine(None, 7 * GIB, None), (PhasePlan("train", "", (MemoryPart("weights", "ram", 8 * GIB),), 0),)
+        MachineMemory(None, 7 * GIB, None), (PhasePlan("train", "", (MemoryPart("weights", "ram", 8 * GIB),), 0),)
     )
     assert [lack.place for lack in own.lacks] == ["ram"]
 
 
 LADDER = (
-    Change("gradient_checkpointing", True),
-    Change("base_model_precision", "int8"),
-    Change("base_model_precision", "int4"),
-    Change("useless", 1),
-    Change("train_batch_size", 1),
+    OptionValue("gradient_checkpointing", True),
+    OptionValue("base_model_precision", "int8"),
+    OptionValue("base_model_precision", "int4"),
+    OptionValue("useless", 1),
+    OptionValue("train_batch_size", 1),
 )
 SAVED = {"gradient_checkpointing": 4, "int8": 10, "int4": 15, "train_batch_size": 6, "useless": 0}
 
@@ -138,16 +142,16 @@ def test_the_first_rung_then_the_first_few_together(start: float, expected: str)
 
 
 def test_a_change_is_told_as_it_is_typed() -> None:
-    assert str(Change("enable_group_offload", True)) == "--enable_group_offload=true"
-    assert str(Change("gradient_checkpointing_interval", None)) == "no --gradient_checkpointing_interval"
-    assert str(Change("resolution", 768, "in each image set")) == "resolution=768 in each image set"
+    assert str(OptionValue("enable_group_offload", True)) == "--enable_group_offload=true"
+    assert str(OptionValue("gradient_checkpointing_interval", None)) == "no --gradient_checkpointing_interval"
+    assert str(OptionValue("resolution", 768, "in each image set")) == "resolution=768 in each image set"
 
 
 def test_the_disk_is_nobodys_to_mend() -> None:
-    own = plan(20, machine=Machine(22 * GIB, 28 * GIB, GIB))
+    own = plan(20, machine=MachineMemory(22 * GIB, 28 * GIB, GIB))
     assert not own.fits
     assert smallest_change(own, LADDER, lambda changes: own) is None
-    short = plan(30, machine=Machine(22 * GIB, 28 * GIB, GIB))
+    short = plan(30, machine=MachineMemory(22 * GIB, 28 * GIB, GIB))
     remedy = smallest_change(short, LADDER, lambda changes: own if changes else short)
     assert remedy is not None
     assert remedy.summary() == {
@@ -159,7 +163,7 @@ def test_the_disk_is_nobodys_to_mend() -> None:
 
 
 def test_a_failed_allocation_corrects_the_phase_it_was_in() -> None:
-    less = with_less(plan(20), "train", "accelerator", 15 * GIB)
+    less = with_less_memory(plan(20), "train", "accelerator", 15 * GIB)
     assert [phase.phase for phase in less.phases] == ["train"]
     assert [(lack.place, lack.there) for lack in less.lacks] == [("accelerator", 15 * GIB)]
 

@@ -16,11 +16,11 @@ from simpletuner.memory import precision as subject
 from simpletuner.memory.precision import (
     QuantizedLinear,
     check_precision,
-    make_room,
-    packed,
+    quantizable_linears,
     quantized,
+    quantized_tensors,
+    replace_by_empty,
     stored_bytes,
-    targets,
 )
 
 NAMES = list(PRECISIONS)
@@ -51,7 +51,7 @@ def test_stored_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype) ->
         assert not list(made.buffers())
         module = nn.Sequential(linear(shape, dtype))
         with torch.device("meta"):
-            make_room(module, targets(module, ("",), name), name, dtype)
+            replace_by_empty(module, quantizable_linears(module, ("",), name), name, dtype)
         room = module[0].state_dict()
         assert {k: (t.shape, t.dtype) for k, t in room.items()} == {
             k: (t.shape, t.dtype) for k, t in made.state_dict().items()
@@ -124,9 +124,9 @@ def by_the_library(weight: Tensor, name: str) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_weight_in_slices_is_the_same_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = linear((320, 192)).weight
-    whole = packed(weight, name)
+    whole = quantized_tensors(weight, name)
     monkeypatch.setattr(subject, "SLICE", 64 * 192)
-    sliced = packed(weight, name)
+    sliced = quantized_tensors(weight, name)
     assert all(
         torch.equal(sliced[key].view(torch.uint8), whole[key].view(torch.uint8)) for key in whole if whole[key].ndim
     )
@@ -232,13 +232,13 @@ def test_compiled_passes_are_one_graph() -> None:
 def test_what_a_precision_cannot_hold_is_named() -> None:
     module = nn.ModuleDict({"first": linear((64, 80)), "second": linear((64, 112)), "third": linear((24, 64))})
     with pytest.raises(ConfigError) as caught:
-        targets(module, ("",), "int4-quanto")
+        quantizable_linears(module, ("",), "int4-quanto")
     text = str(caught.value)
     assert "int4-quanto cannot hold first and 1 more: 80 inputs are no multiple of 32" in text
     assert "int8-quanto" in text
     with pytest.raises(ConfigError, match="cannot hold third: 24 outputs and 64 inputs are no multiples of 16"):
-        targets(module, ("",), "fp8-torchao")
-    assert list(targets(module, ("first", "third"), "nf4-bnb")) == ["first", "third"]
+        quantizable_linears(module, ("",), "fp8-torchao")
+    assert list(quantizable_linears(module, ("first", "third"), "nf4-bnb")) == ["first", "third"]
     with pytest.raises(ValueError, match="80 inputs"):
         stored_bytes((64, 80), "int2-quanto", 2)
 
@@ -276,7 +276,7 @@ def test_it_is_copied_and_moved_as_any_module(name: str) -> None:
     other = copy.deepcopy(made)
     assert torch.equal(other(x), made(x))
     fresh = nn.Sequential(linear())
-    make_room(fresh, targets(fresh, ("",), name), name, torch.bfloat16)
+    replace_by_empty(fresh, quantizable_linears(fresh, ("",), name), name, torch.bfloat16)
     fresh[0].load_state_dict(made.state_dict())
     assert isinstance(fresh[0], QuantizedLinear)
     assert torch.equal(fresh(x), made(x))

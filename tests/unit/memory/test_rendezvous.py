@@ -50,9 +50,9 @@ def test_interfaces_that_the_user_names_are_kept(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, "")  # so that it is as before afterwards
         monkeypatch.delenv(name)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
-    rendezvous.hold_to_interface(rendezvous.LOOPBACK_ADDRESS)
+    rendezvous.restrict_to_interface(rendezvous.LOOPBACK_ADDRESS)
     assert [os.environ[name] for name in names] == ["lo", "eth1", "1"]
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "eth0")])
     with pytest.raises(ConfigError, match="no interface of this machine is known to reach each other; there are eth0"):
-        rendezvous.hold_to_interface(rendezvous.LOOPBACK_ADDRESS)
+        rendezvous.restrict_to_interface(rendezvous.LOOPBACK_ADDRESS)

@@ -11,7 +11,7 @@ from tests.ranks import in_ranks
 from simpletuner.base.errors import CheckpointError
 from simpletuner.base.files import sha256_file
 from simpletuner.memory.shard import RowSplit
-from simpletuner.memory.shares import RankTensor, load_shares, share_files, share_names, share_out, write_shares
+from simpletuner.memory.shares import RankTensor, distribute, load_shares, share_files, share_names, write_shares
 from simpletuner.memory.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -33,10 +33,10 @@ def test_every_row_is_on_one_rank_as_fsdp_puts_it(rows: int, ranks: int) -> None
 
 def test_shares_are_even_and_the_same_on_every_rank() -> None:
     sizes = {"a": 10, "b": 7, "c": 5, "d": 4, "e": 0}
-    assert share_out(sizes, 2) == [["a", "d"], ["b", "c", "e"]]
-    assert share_out(dict(reversed(sizes.items())), 2) == share_out(sizes, 2)
-    assert share_out({"a": 1}, 3) == [["a"]]
-    assert share_out({}, 2) == []
+    assert distribute(sizes, 2) == [["a", "d"], ["b", "c", "e"]]
+    assert distribute(dict(reversed(sizes.items())), 2) == distribute(sizes, 2)
+    assert distribute({"a": 1}, 3) == [["a"]]
+    assert distribute({}, 2) == []
 
 
 def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def test_tensors_set_aside_come_back_bit_for_bit_as_the_same_parameters_also_aft
     places = [tensor.data_ptr() for tensor in tensors]
 
     def fail() -> None:
-        with offload.set_aside(tensors, CPU):
+        with offload.moved_to_host(tensors, CPU):
             assert all(tensor.data_ptr() != place for tensor, place in zip(tensors, places, strict=True))
             assert torch.equal(tensors[0], before[0])  # an average is read where it waits
             raise RuntimeError("no room")
@@ -35,6 +35,6 @@ def test_streamed_tensors_are_not_set_aside() -> None:
     offload.install(model, offload.block_groups(list(model)), device=CPU)
     x = torch.randn(2, 8)
     before = model(x)
-    with offload.set_aside(list(model.parameters()), CPU):
+    with offload.moved_to_host(list(model.parameters()), CPU):
         pass
     assert torch.equal(model(x), before)

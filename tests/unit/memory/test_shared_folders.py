@@ -49,7 +49,7 @@ def test_each_machine_looks_for_itself_and_machine_0_first() -> None:
             return f"of machine {world.machine}"
 
         return [
-            world.from_each_machine("it", make, record=lambda text: [text], restore=lambda record: record[0]),
+            world.run_on_each_machine("it", make, record=lambda text: [text], restore=lambda record: record[0]),
             differing_machine(world, "the same"),
             differing_machine(world, world.machine // 2),
         ]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simpletuner.memory import recompute
-from simpletuner.memory.trace import Ledger, fuse_attention, pretending, trace, trace_forward
+from simpletuner.memory.trace import Ledger, fuse_attention, on_meta_device, trace, trace_forward
 
 
 def network() -> nn.Sequential:
@@ -30,7 +30,7 @@ def test_a_ledger_counts_storages_once_and_until_they_are_gone() -> None:
 
 
 def test_what_is_kept_is_what_autograd_saves() -> None:
-    with pretending(torch.float32):
+    with on_meta_device(torch.float32):
         module = network()
         cost = trace(
             lambda x: (module(x),), lambda: [torch.empty(8, 64, requires_grad=True)], list(module.parameters())
@@ -45,20 +45,20 @@ def test_what_is_kept_is_what_autograd_saves() -> None:
     weights = {weight.untyped_storage().data_ptr() for weight in real.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         real(torch.randn(8, 64, requires_grad=True))
-    assert cost.kept == sum(size for at, size in saved.items() if at not in weights)
+    assert cost.saved == sum(size for at, size in saved.items() if at not in weights)
     assert cost.gradients == sum(weight.nbytes for weight in real.parameters())
 
 
 def test_recomputing_keeps_the_input_alone() -> None:
     def cost(is_recomputed: bool) -> tuple[int, int]:
-        with pretending(torch.float32):
+        with on_meta_device(torch.float32):
             module = network().requires_grad_(False)
             if is_recomputed:
                 recompute.install([module])
             found = trace(
                 lambda x: (module(x),), lambda: [torch.empty(8, 64, requires_grad=True)], list(module.parameters())
             )
-        return found.kept, found.backward
+        return found.saved, found.backward
 
     (kept, backward), (kept_again, backward_again) = cost(is_recomputed=False), cost(is_recomputed=True)
     assert kept_again == 8 * 64 * 4 < kept
@@ -72,7 +72,7 @@ def test_attention_keeps_no_table_of_all_pairs(is_recomputed: bool) -> None:
             return F.scaled_dot_product_attention(x, x, x)
 
     tokens = 512
-    with pretending(torch.float32):
+    with on_meta_device(torch.float32):
         module = Attention()
         fuse_attention(module)
         if is_recomputed:
@@ -86,4 +86,4 @@ def test_attention_keeps_no_table_of_all_pairs(is_recomputed: bool) -> None:
 
         cost = trace(run, streams, [])
         forward = trace_forward(run, streams, [])
-    assert max(cost.kept, cost.forward, cost.backward, forward) < 2 * tokens * tokens * 4
+    assert max(cost.saved, cost.forward, cost.backward, forward) < 2 * tokens * tokens * 4

@@ -58,7 +58,7 @@ def exchange(world: World) -> dict[str, Any]:
         "broadcast": world.broadcast_json({"of": world.rank, "number": 0.1 + 0.2}),
         "gathered": world.gather_json("x" * world.rank),
         "pieces": gathers_pieces(world),
-        "from main": world.from_main("a place", lambda: world, record=lambda w: w.rank, restore=lambda rank: rank)
+        "from main": world.run_on_main("a place", lambda: world, record=lambda w: w.rank, restore=lambda rank: rank)
         is (world if world.is_main else 0),
     }
 
@@ -90,7 +90,7 @@ def test_alone_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     world.barrier("nothing")
     assert tensor.item() == torch.tensor(math.pi).item()
     assert world.broadcast_json(value) is value
-    assert world.from_main("nothing", lambda: value, record=fail, restore=fail) is value
+    assert world.run_on_main("nothing", lambda: value, record=fail, restore=fail) is value
     assert world.gather_json(value)[0] is value
     assert world.decide([True, False]) == [True, False]
 
@@ -130,7 +130,7 @@ def test_errors_that_went_with_rank_0s_store_are_looked_for_in_its_output() -> N
     errors = ErrorKeys(2, 3, TCPStore("127.0.0.1", server.port), "10.0.0.1")
     errors.check()
     del server
-    with pytest.raises(RanksError) as caught, errors.told():
+    with pytest.raises(RanksError) as caught, errors.reporting_errors():
         raise RanksError.of("another process is gone")
     assert str(caught.value) == (
         "rank 0 is out of reach at 10.0.0.1, and so is the store of the processes' errors. Rank 0's output says what "

@@ -28,7 +28,9 @@ def sums_exactly(world: World) -> bool:
     shards.backward(shards.forward(inputs[world.rank]).sum())
 
     def gather() -> torch.Tensor | None:
-        (gathered,) = (shards.wholes({"weight": shards.parameters["weight"].grad}, to=1) or {"weight": None}).values()
+        (gathered,) = (
+            shards.whole_tensors({"weight": shards.parameters["weight"].grad}, to=1) or {"weight": None}
+        ).values()
         return gathered
 
     gradient = shards.step(gather)

@@ -10,7 +10,7 @@ from simpletuner.base.signals import deferred_signals
 from simpletuner.runs import ranks
 from simpletuner.runs.events import EventLog, PhaseEvent
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.runs.ranks import as_rank, place_of
+from simpletuner.runs.ranks import as_rank, read_rank_place
 
 __all__ = ["DataError", "EventLog", "PhaseEvent", "RanksError", "RunDirectory", "Stopped", "signal", "sys"]
 
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     code = 0
     ranks.BLAME_PATIENCE_S = 0.3
     with deferred_signals:
-        place = place_of(os.environ)
+        place = read_rank_place(os.environ)
         rank = place.rank
         try:
             with as_rank(place):

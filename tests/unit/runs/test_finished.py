@@ -7,7 +7,7 @@ import pytest
 
 from simpletuner.base.errors import DiskError
 from simpletuner.runs import checkpoints, finished
-from simpletuner.runs.finished import lacking, write_finished
+from simpletuner.runs.finished import missing_result, write_finished
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
 
 
@@ -41,7 +41,7 @@ def test_a_complete_run_lacks_nothing(run: RunDirectory) -> None:
     assert (value["version"], value["step"]) == (1, 3)
     assert set(value["products"]) == {LORA_NAME, "model/weights", "model/tokens.json"}
     assert value["products"][LORA_NAME]["bytes"] == 4
-    assert lacking(run, 3) is None
+    assert missing_result(run, 3) is None
 
 
 def changed(**values: object) -> Callable[[RunDirectory], None]:
@@ -88,7 +88,7 @@ def test_what_a_finished_run_lacks_is_named(
     run: RunDirectory, hurt: Callable[[RunDirectory], None], reason: str
 ) -> None:
     hurt(run)
-    assert reason in str(lacking(run, 3))
+    assert reason in str(missing_result(run, 3))
 
 
 def test_a_product_that_is_not_the_checkpoints_is_an_error_and_the_run_is_not_finished(run: RunDirectory) -> None:
@@ -106,8 +106,8 @@ def test_a_large_file_is_read_again_only_where_its_time_has_changed(
     recorded = run.lora.stat().st_mtime_ns
     run.lora.write_bytes(b"lorA")
     os.utime(run.lora, ns=(recorded, recorded))
-    assert lacking(run, 3) is None
+    assert missing_result(run, 3) is None
     os.utime(run.lora, ns=(recorded, recorded + 1))
-    assert "differs from the exported file" in str(lacking(run, 3))
+    assert "differs from the exported file" in str(missing_result(run, 3))
     run.lora.write_bytes(b"lora")
-    assert lacking(run, 3) is None
+    assert missing_result(run, 3) is None

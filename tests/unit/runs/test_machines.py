@@ -121,7 +121,7 @@ def test_a_port_that_is_taken_is_named(port: int) -> None:
 
 def test_an_address_that_only_this_machine_reaches_is_refused(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(machines, "own_address", lambda _: "10.0.0.5")
+    monkeypatch.setattr(machines, "source_address", lambda _: "10.0.0.5")
     for host in (HERE, "localhost"):
         with pytest.raises(ConfigError, match="no other machine can reach: expected machine 0's address") as error:
             meet(0, 2, host, port, TERMS, 1)

@@ -27,12 +27,12 @@ def test_a_note_is_kept_and_an_empty_one_removed(run: RunDirectory) -> None:
 
 
 def test_of_two_writers_the_second_is_told(run: RunDirectory) -> None:
-    write_note(run, "first", seen="")
+    write_note(run, "first", expected_note="")
     with pytest.raises(NoteChanged, match="changed meanwhile, to: first"):
-        write_note(run, "second", seen="")
+        write_note(run, "second", expected_note="")
     assert read_note(run) == "first"
-    write_note(run, "first", seen="")  # the same words are no conflict
-    write_note(run, "both", seen="first")
+    write_note(run, "first", expected_note="")  # the same words are no conflict
+    write_note(run, "both", expected_note="first")
     assert read_note(run) == "both"
 
 

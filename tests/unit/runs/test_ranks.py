@@ -17,7 +17,7 @@ from simpletuner.base.signals import REPEAT_S, STOPPED
 from simpletuner.runs import ranks
 from simpletuner.runs.events import read_events
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.runs.ranks import RANKS_FOLDER, Supervisor, place_of
+from simpletuner.runs.ranks import RANKS_FOLDER, Supervisor, read_rank_place
 from simpletuner.runs.status import status_of
 
 HERE = Path(__file__).parent
@@ -312,13 +312,13 @@ def test_no_rank_survives_its_supervisor(start: Started, tmp_path: Path) -> None
 
 
 def test_a_place_is_that_of_our_supervisor_or_of_torchrun() -> None:
-    assert place_of({}) is None
-    assert place_of({"MASTER_ADDR": "elsewhere", "LOCAL_RANK": "3"}) is None
-    assert place_of({"RANK": "0", "WORLD_SIZE": "1"}) is None
-    place = place_of(TORCHRUN)
+    assert read_rank_place({}) is None
+    assert read_rank_place({"MASTER_ADDR": "elsewhere", "LOCAL_RANK": "3"}) is None
+    assert read_rank_place({"RANK": "0", "WORLD_SIZE": "1"}) is None
+    place = read_rank_place(TORCHRUN)
     assert place is not None
     assert (place.rank, place.size, place.local_rank, place.errors) == (1, 2, 1, None)
-    ours = place_of({**{name: TORCHRUN[name] for name in list(TORCHRUN)[:4]}, RANKS_FOLDER: "/tmp/ours"})
+    ours = read_rank_place({**{name: TORCHRUN[name] for name in list(TORCHRUN)[:4]}, RANKS_FOLDER: "/tmp/ours"})
     assert ours is not None
     assert ours.errors is not None
 
@@ -339,7 +339,7 @@ def test_a_place_is_that_of_our_supervisor_or_of_torchrun() -> None:
 )
 def test_an_environment_that_is_half_set_is_refused(environ: dict[str, str], found: str) -> None:
     with pytest.raises(ConfigError) as error:
-        place_of(environ)
+        read_rank_place(environ)
     assert found in str(error.value)
     assert "torchrun" in str(error.value)
 

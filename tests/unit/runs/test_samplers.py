@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.runs.samplers import SAMPLERS_FOLDER, end_samplers, first_gpu, known_as_sampler, run_gpus
+from simpletuner.runs.samplers import SAMPLERS_FOLDER, first_gpu, registered_as_sampler, run_gpus, stop_samplers
 
 HOLD = """
 import os, sys, time
@@ -37,7 +37,7 @@ def test_a_run_ends_the_samplers_of_its_gpu_alone(tmp_path: Path) -> None:
     )
     told: list[str] = []
     try:
-        end_samplers(tmp_path, {"CUDA_VISIBLE_DEVICES": "1,2"}, told.append)
+        stop_samplers(tmp_path, {"CUDA_VISIBLE_DEVICES": "1,2"}, told.append)
         assert mine.wait(timeout=5) == -15
         assert other.poll() is None, "it has another GPU"
         assert foreign.poll() is None, "its number may be that of any process, where a disk is shared"
@@ -52,10 +52,10 @@ def test_a_run_ends_the_samplers_of_its_gpu_alone(tmp_path: Path) -> None:
 
 
 def test_without_samplers_nothing_is_made(tmp_path: Path) -> None:
-    end_samplers(tmp_path, {}, pytest.fail)
+    stop_samplers(tmp_path, {}, pytest.fail)
     assert list(tmp_path.iterdir()) == []
-    with known_as_sampler(tmp_path, {}):
-        end_samplers(tmp_path, {}, pytest.fail)  # this process is none that serves
+    with registered_as_sampler(tmp_path, {}):
+        stop_samplers(tmp_path, {}, pytest.fail)  # this process is none that serves
     assert list((tmp_path / SAMPLERS_FOLDER).iterdir()) == []
 
 

@@ -14,12 +14,12 @@ from fastapi.testclient import TestClient
 from simpletuner.base.errors import ConfigError
 from simpletuner.cli.sample import SampleConfig, read_request
 from simpletuner.config.datasets import ConditioningSet, ImageSet, TextStore
-from simpletuner.config.load import PAGE_ROOTS_VARIABLE, Examined, examine
+from simpletuner.config.load import PAGE_ROOTS_VARIABLE, ExaminedConfig, examine
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import kinds
 from simpletuner.server.app import create_app
-from simpletuner.server.reach import PATHS, PathKind, Reach, of_the_page
+from simpletuner.server.reach import PATHS, PathKind, Reach, page_reach
 from simpletuner.server.roots import Roots
 
 SECRET = "the-secret-outside"
@@ -135,21 +135,21 @@ def attack_value(attack: str, key: str, outside: Path) -> str:
     return ATTACKS[attack].format(outside=outside).replace("NAME", NAMES[kind])
 
 
-def examined(workspace: Path, config: dict[str, Any], datasets: Any = ()) -> Examined:
+def examined(workspace: Path, config: dict[str, Any], datasets: Any = ()) -> ExaminedConfig:
     """What a command that the page started says of a configuration."""
     (workspace / "config" / "mine" / "config.json").write_text(json.dumps(config))
     (workspace / "config" / "mine" / "multidatabackend.json").write_text(json.dumps(list(datasets)))
     return examine(["--env=mine"], folder=Path(), environ=os.environ, rule=Reach(workspace).refusal)
 
 
-def is_refused(key: str, found: Examined | ConfigError) -> bool:
+def is_refused(key: str, found: ExaminedConfig | ConfigError) -> bool:
     """Whether a problem says that `key` is against the rule."""
     reasons = ("lies outside the folders", "is hidden", "the page does not fill in", PATHS[key].kind.value)
     said = [str(problem) for problem in found.problems if f"{key} = " in problem.found]
     return any(reason in text for text in said for reason in reasons)
 
 
-def text_of(found: Examined) -> str:
+def text_of(found: ExaminedConfig) -> str:
     """All that may come back to a client."""
     said = [*map(asdict, found.problems), *found.notices, found.config.model_dump(mode="json"), found.prompts]
     return json.dumps(said, default=str)
@@ -283,8 +283,8 @@ def test_a_root_that_is_hidden_itself_is_no_hidden_path(tmp_path: Path) -> None:
 
 def test_a_command_knows_the_roots_from_its_environment_and_no_option_comes_of_it(workspace: Path) -> None:
     reach = Reach(workspace, (workspace.parent / "other",))
-    assert of_the_page(reach.variable()) == reach
-    assert of_the_page({}) is None
+    assert page_reach(reach.variable()) == reach
+    assert page_reach({}) is None
     found = examine([], folder=workspace, environ=reach.variable())
     assert PAGE_ROOTS_VARIABLE not in text_of(found)
 

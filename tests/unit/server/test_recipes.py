@@ -6,7 +6,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from simpletuner.config.flavours import FLAVOURS
-from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES
+from simpletuner.config.recipes import CARDS, MIN_STEPS, RECIPES
 from simpletuner.config.run import OPTION_NAMES
 
 
@@ -33,7 +33,7 @@ def test_recipes_and_cards_come_with_the_source_of_each_value(client: TestClient
         assert {name: fit["options"] for name, fit in card["fits"].items()} == {
             name: fit.options for name, fit in one.fits.items()
         }
-    assert told["least_steps"] == LEAST_STEPS
+    assert told["least_steps"] == MIN_STEPS
     assert any("does not write yet" in one["needs"] for one in told["recipes"] if one["name"] == "edit")
 
 

@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.base.parts import editing, locked_part
+from simpletuner.base.parts import folder_locked, locked_part
 from simpletuner.server.drafts import draft_folder
 
 EDITS = 25
@@ -75,16 +75,16 @@ def test_every_edit_that_two_servers_accept_survives(workspace: Path, environmen
 def test_who_waits_too_long_for_another_is_told(tmp_path: Path) -> None:
     path = tmp_path / "not there yet" / "a.json"
     told = pytest.raises(ConfigError, match=r"a\.json is being changed by another process")
-    with editing(path), told, editing(path, 0):
+    with folder_locked(path), told, folder_locked(path, 0):
         pass
     began = time.monotonic()
-    with editing(path):
+    with folder_locked(path):
         assert time.monotonic() - began < 1
 
 
 def test_a_folder_of_another_name_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
-    with editing(tmp_path / "a"), editing(tmp_path / "inner" / "a", 0):
+    with folder_locked(tmp_path / "a"), folder_locked(tmp_path / "inner" / "a", 0):
         pass
 
 

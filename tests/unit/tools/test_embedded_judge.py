@@ -79,7 +79,7 @@ def test_what_is_no_flag_is_not_seen_as_one():
 
 @pytest.mark.parametrize("wrong", ["upside down colors", "no disc", "half"])
 def test_a_wrong_flag_is_none(wrong):
-    scene = next(flag for flag in training_flags() if (flag.size, flag.place) == ("large", "middle"))
+    scene = next(flag for flag in training_flags() if (flag.size, flag.position) == ("large", "middle"))
     picture = zorblat_flag(scene, random.Random(0))
     match wrong:
         case "upside down colors":

@@ -19,14 +19,14 @@ from simpletuner.data.cache.latents import latent_key
 from simpletuner.data.manifest import scan
 from simpletuner.data.order import Order
 from simpletuner.data.preserved import PreservedPrompts
-from simpletuner.flow.choice import Choice
+from simpletuner.flow.choice import TokenChoice
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flow.rollout import RolloutStarts
 from simpletuner.flux2.routes import Route
 from simpletuner.flux2.text import LeftPaddedCodec
 from simpletuner.memory.world import World
 from simpletuner.train.batches import BatchBuilder
-from simpletuner.train.caches import UNCONDITIONAL_CAPTION, Encoders, Prepared
+from simpletuner.train.caches import UNCONDITIONAL_CAPTION, EncoderKeys, PreparedData
 from simpletuner.train.loop import batches_of
 from simpletuner.train.rollout import Rollout
 from simpletuner.train.step import Objective
@@ -47,12 +47,12 @@ WIDTH = 6
 
 
 @pytest.fixture
-def prepared(own_folder: Path) -> Prepared:
+def prepared(own_folder: Path) -> PreparedData:
     """Two sets with batches of 2 and 3, three captions an image, and caches of random tensors."""
     return prepared_in(own_folder)
 
 
-def prepared_in(own_folder: Path, options: dict[str, Any] | None = None, **of_b: Any) -> Prepared:
+def prepared_in(own_folder: Path, options: dict[str, Any] | None = None, **of_b: Any) -> PreparedData:
     """The same with more options, and more keys of set b."""
     place = Workplace(own_folder, CONFIG | OPTIONS | (options or {}))
     sets: dict[str, dict[str, Any]] = {"a": {"repeats": 1}, "b": {"train_batch_size": 3, "probability": 0.5} | of_b}
@@ -71,7 +71,7 @@ def prepared_in(own_folder: Path, options: dict[str, Any] | None = None, **of_b:
     place.write()
     loaded = load([], folder=own_folder, environ={})
     manifests = tuple(scan(image_set, seed=0, workers=1) for image_set in loaded.datasets.train_sets)
-    found = Prepared(loaded, Encoders(LeftPaddedCodec("text"), "vae"), manifests, ())
+    found = PreparedData(loaded, EncoderKeys(LeftPaddedCodec("text"), "vae"), manifests, ())
     generator = torch.Generator().manual_seed(0)
     for manifest in manifests:
         texts = found.text_store(manifest.image_set)
@@ -88,7 +88,7 @@ def prepared_in(own_folder: Path, options: dict[str, Any] | None = None, **of_b:
     return found
 
 
-def builder(prepared: Prepared, batches_per_step: int, rank: int, size: int) -> BatchBuilder:
+def builder(prepared: PreparedData, batches_per_step: int, rank: int, size: int) -> BatchBuilder:
     config = prepared.loaded.config
     order = Order(prepared.train, seed=config.seed, batch_size=config.train_batch_size)
     strata = Strata(order, seed=config.seed, batches_per_step=batches_per_step)
@@ -152,14 +152,14 @@ def test_two_ranks_are_two_accumulation_steps(own_folder: Path, accumulation: in
     assert len(epochs) > 1, "steps of several epochs"
 
 
-def test_the_draws_of_a_global_batch_all_differ(prepared: Prepared) -> None:
+def test_the_draws_of_a_global_batch_all_differ(prepared: PreparedData) -> None:
     """So that equal ranks do not merely show equal constants."""
     whole = builder(prepared, 6, rank=0, size=1)(1)
     assert [slot for batch in whole.batches for slot in batch.slots] == list(range(whole.size))
     for draws in ("sigma", "noise"):
         drawn = [tuple(value.flatten().tolist()) for batch in whole.batches for value in getattr(batch, draws)]
         assert len(set(drawn)) == whole.size
-    kept = [tuple(row.tolist()) for batch in whole.batches for choice in batch.choices for row in choice.kept]
+    kept = [tuple(row.tolist()) for batch in whole.batches for choice in batch.choices for row in choice.kept_tokens]
     assert len(set(kept)) == 2 * whole.size
     guidance = torch.cat([batch.condition.guidance for batch in whole.batches])
     assert len(guidance.unique()) == whole.size
@@ -181,9 +181,9 @@ def batch() -> Batch:
         weights=torch.tensor([1.0, 0.5]),
         slots=range(4, 6),
         rollout=RolloutStarts.at(torch.tensor([0.3, 0.52]), torch.tensor([0.3, 0.5])),
-        choices=(Choice(0, 1, torch.tensor([[0, 2], [1, 4]])), Choice(2, 2, torch.tensor([[5], [3]]))),
+        choices=(TokenChoice(0, 1, torch.tensor([[0, 2], [1, 4]])), TokenChoice(2, 2, torch.tensor([[5], [3]]))),
         masks=torch.rand(2, 3, 4),
-        outside=torch.rand(2, 3, 4),
+        outside_masks=torch.rand(2, 3, 4),
         preserved=TextContext(torch.randn(3, WIDTH), torch.tensor([[0, 1, 1], [2, 1, 1]])),
         preserved_weights=torch.tensor([0.0, 0.3]),
     )
@@ -244,7 +244,7 @@ def test_a_batch_is_pinned_with_all_of_its_fields(batch: Batch, pinned: list[Ten
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_an_accelerators_batches_are_drawn_and_pinned_in_another_thread(
-    prepared: Prepared, pinned: list[Tensor], device: str, prefetch: bool
+    prepared: PreparedData, pinned: list[Tensor], device: str, prefetch: bool
 ) -> None:
     build = builder(prepared, 2, rank=0, size=1)
     threads = []
@@ -265,15 +265,15 @@ def test_an_accelerators_batches_are_drawn_and_pinned_in_another_thread(
             assert is_pinned == {device == "meta"}
 
 
-def test_a_rank_knows_whether_any_of_them_rolls_out(prepared: Prepared) -> None:
+def test_a_rank_knows_whether_any_of_them_rolls_out(prepared: PreparedData) -> None:
     seen = set()
     for step in range(1, 5):
         ranks = [builder(prepared, 4, rank, 2)(step).batches for rank in range(2)]
         for turn in zip(*ranks, strict=True):
             rolls = [batch.rollout is not None for batch in turn]
             seen.add(tuple(rolls))
-            assert [batch.rolls_elsewhere for batch in turn] == [any(rolls)] * 2
-        assert not any(batch.rolls_elsewhere for batch in builder(prepared, 4, 0, 1)(step).batches)
+            assert [batch.other_ranks_roll_out for batch in turn] == [any(rolls)] * 2
+        assert not any(batch.other_ranks_roll_out for batch in builder(prepared, 4, 0, 1)(step).batches)
     assert (True, False) in seen or (False, True) in seen
 
 
@@ -288,8 +288,10 @@ def test_a_regularization_set_is_not_rolled_out_and_has_its_own_weight(own_folde
                 assert batch.is_regularization == is_b
                 assert batch.weights.unique().tolist() == ([0.25] if is_b else [1.0])
                 assert not (is_b and (batch.rollout is not None or batch.preserved is not None))
-            assert [batch.distills_elsewhere for batch in turn] == [any(each.is_regularization for each in turn)] * 2
-            assert [batch.rolls_elsewhere for batch in turn] == [any(each.rollout is not None for each in turn)] * 2
+            assert [batch.other_ranks_distill for batch in turn] == [any(each.is_regularization for each in turn)] * 2
+            assert [batch.other_ranks_roll_out for batch in turn] == [
+                any(each.rollout is not None for each in turn)
+            ] * 2
             seen.add(tuple(batch.is_regularization for batch in turn))
     assert seen >= {(True, False), (False, False)} or seen >= {(False, True), (False, False)}
 

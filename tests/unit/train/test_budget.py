@@ -14,20 +14,28 @@ from torch.optim import Optimizer
 from simpletuner.base.errors import ConfigError, MemoryBudgetError
 from simpletuner.base.sizes import GIB
 from simpletuner.cli.main import main
-from simpletuner.config.load import Loaded, load
+from simpletuner.config.load import LoadedConfig, load
 from simpletuner.data.manifest import scan
 from simpletuner.flux2.source import locate
 from simpletuner.flux2.text import TextEncoder
 from simpletuner.memory.peak import PeakMemory
-from simpletuner.memory.planner import Machine
+from simpletuner.memory.planner import MachineMemory
 from simpletuner.memory.world import World
 from simpletuner.runs.events import Phase, read_events
-from simpletuner.train.budget import RESOLUTION, Budget, configured, ladder, looked_at, scanned, this_machine
-from simpletuner.train.caches import Encoders, Prepared, fill_text
+from simpletuner.train.budget import (
+    RESOLUTION,
+    Budget,
+    configured_workload,
+    free_resources,
+    ladder,
+    quick_workload,
+    scanned_workload,
+)
+from simpletuner.train.caches import EncoderKeys, PreparedData, fill_text
 from simpletuner.train.job import Attempt, build, memory_is_explained, run
 from simpletuner.train.report import Reporter
 
-CARD = Machine(int(22.5 * GIB), 28 * GIB, None)
+CARD = MachineMemory(int(22.5 * GIB), 28 * GIB, None)
 CPU = torch.device("cpu")
 
 
@@ -49,13 +57,13 @@ def project(own_folder: Path) -> Path:
     return own_folder
 
 
-def loaded(*flags: str) -> Loaded:
+def loaded(*flags: str) -> LoadedConfig:
     return load(list(flags), folder=Path(), environ={})
 
 
-def budget(machine: Machine = CARD, *flags: str, **work: Any) -> Budget:
+def budget(machine: MachineMemory = CARD, *flags: str, **work: Any) -> Budget:
     found = loaded(*flags)
-    return Budget(found.config, replace(configured(found), **work), machine)
+    return Budget(found.config, replace(configured_workload(found), **work), machine)
 
 
 DEV = ("--model_flavour=dev", "--mixed_precision=bf16", "--text_encoder_mode=auto", "--tokenizer_max_length=512")
@@ -64,18 +72,22 @@ DEV = ("--model_flavour=dev", "--mixed_precision=bf16", "--text_encoder_mode=aut
 @pytest.mark.usefixtures("project")
 def test_the_work_is_configured_then_seen() -> None:
     found = loaded("--train_batch_size=2")
-    assert (configured(found).bucket, configured(found).batch, configured(found).pictures) == ((64, 64), 2, None)
-    seen = looked_at(found)
-    assert (seen.bucket, seen.batch, seen.pictures, seen.captions) == ((80, 48), 2, 2, 3)
+    assert (
+        configured_workload(found).bucket,
+        configured_workload(found).batch,
+        configured_workload(found).cached_images,
+    ) == ((64, 64), 2, None)
+    seen = quick_workload(found)
+    assert (seen.bucket, seen.batch, seen.cached_images, seen.captions) == ((80, 48), 2, 2, 3)
     manifests = [scan(each, seed=0, workers=1, report=lambda *_: None) for each in found.datasets.train_sets]
-    assert scanned(found, manifests) == seen
+    assert scanned_workload(found, manifests) == seen
 
 
 @pytest.mark.usefixtures("project")
 def test_many_new_pictures_are_not_looked_at_and_known_ones_are() -> None:
-    assert looked_at(loaded(), limit=1).pictures is None
-    assert looked_at(loaded()).pictures == 2
-    assert looked_at(loaded(), limit=0).pictures == 2
+    assert quick_workload(loaded(), limit=1).cached_images is None
+    assert quick_workload(loaded()).cached_images == 2
+    assert quick_workload(loaded(), limit=0).cached_images == 2
 
 
 def test_references_of_validation_prompts_are_counted(project: Path) -> None:
@@ -88,27 +100,33 @@ def test_references_of_validation_prompts_are_counted(project: Path) -> None:
     }
     (project / "prompts.json").write_text(json.dumps(prompts))
     flags = ("--validation_disable=false", "--validation_prompt_library=false", "--user_prompt_library=prompts.json")
-    assert configured(loaded(*flags)).drawn_references == 2 * 64 * 64
-    seen = looked_at(loaded(*flags))
-    assert (seen.drawn_references, seen.pictures, seen.encoded) == (128 * 32 + 4 * 6, 4, (2048, 512))
-    held = [Budget(loaded(*flags).config, work, CARD) for work in (seen, replace(seen, drawn_references=0))]
+    assert configured_workload(loaded(*flags)).prompt_reference_tokens == 2 * 64 * 64
+    seen = quick_workload(loaded(*flags))
+    assert (seen.prompt_reference_tokens, seen.cached_images, seen.largest_encoded_size) == (
+        128 * 32 + 4 * 6,
+        4,
+        (2048, 512),
+    )
+    held = [Budget(loaded(*flags).config, work, CARD) for work in (seen, replace(seen, prompt_reference_tokens=0))]
     assert held[0].summary()["workload"]["pictures"] == 2  # its images: references are none
     assert "(2 images)" in held[0].table()[0]
-    assert looked_at(loaded()).drawn_references == configured(loaded()).drawn_references == 0
+    assert (
+        quick_workload(loaded()).prompt_reference_tokens == configured_workload(loaded()).prompt_reference_tokens == 0
+    )
     drawing, without = (each.plan.phase("validation") for each in held)
     assert drawing is not None
     assert without is not None
     assert drawing.total("accelerator") > without.total("accelerator")
     (project / "small.png").write_bytes(b"no image")
     with pytest.raises(ConfigError, match=r"reference .*small\.png"):
-        looked_at(loaded(*flags))
+        quick_workload(loaded(*flags))
 
 
 @pytest.mark.usefixtures("project")
 def test_a_smaller_resolution_has_smaller_strict_references() -> None:
     given = budget(CARD, bucket=(1024, 1024), references=3 * 4096, strict_references=2 * 4096)
-    smaller = replace(given.work, bucket=(512, 512), references=4096 + 2 * 1024, strict_references=2 * 1024)
-    assert given.with_changes({RESOLUTION: 512.0}) == replace(given, work=smaller).plan
+    smaller = replace(given.workload, bucket=(512, 512), references=4096 + 2 * 1024, strict_references=2 * 1024)
+    assert given.with_changes({RESOLUTION: 512.0}) == replace(given, workload=smaller).plan
 
 
 def test_sets_of_strict_references_are_counted_with_the_image(project: Path) -> None:
@@ -125,7 +143,7 @@ def test_sets_of_strict_references_are_counted_with_the_image(project: Path) -> 
             else keys | {"instance_data_dir": name}
         )
     path.write_text(json.dumps(sets))
-    assumed, seen = configured(loaded()), looked_at(loaded())
+    assumed, seen = configured_workload(loaded()), quick_workload(loaded())
     assert (assumed.references, assumed.strict_references) == (64 // 16 * 4 + 8 * 8, 16)
     assert (seen.references, seen.strict_references) == (5 * 3 + 16, 5 * 3)
 
@@ -143,12 +161,12 @@ def test_it_refuses_where_training_does_not_fit_and_says_what_would() -> None:
 
 @pytest.mark.usefixtures("project")
 def test_it_refuses_neither_ram_nor_what_fills_caches_nor_a_cpu() -> None:
-    budget(Machine(80 * GIB, 1, 1), *DEV).check()
-    budget(Machine(None, 1, 1), *DEV).check()
-    small = budget(Machine(GIB // 8, GIB, None), "--validation_disable=false", bucket=(64, 64))
+    budget(MachineMemory(80 * GIB, 1, 1), *DEV).check()
+    budget(MachineMemory(None, 1, 1), *DEV).check()
+    small = budget(MachineMemory(GIB // 8, GIB, None), "--validation_disable=false", bucket=(64, 64))
     assert small.plan.lacks == ()
-    resident = budget(Machine(70 * GIB, 28 * GIB, None), *DEV)
-    wide = replace(resident, machine=Machine(resident.plan.phases[2].total("accelerator"), 28 * GIB, None))
+    resident = budget(MachineMemory(70 * GIB, 28 * GIB, None), *DEV)
+    wide = replace(resident, machine=MachineMemory(resident.plan.phases[2].total("accelerator"), 28 * GIB, None))
     assert wide.plan.phases[0].total("accelerator") < wide.plan.phases[2].total("accelerator")
     wide.check()
 
@@ -169,7 +187,7 @@ def test_every_rung_lowers_something_and_leads_where_it_says() -> None:
         draws=True,
     )
     before = own.plan
-    rungs = list(ladder(own.config, own.work))
+    rungs = list(ladder(own.config, own.workload))
     assert RESOLUTION in [rung.option for rung in rungs]
     for rung in rungs:
         after = own.with_changes({rung.option: rung.value})
@@ -263,7 +281,7 @@ def test_full_host_memory_beside_a_gpu_is_explained_by_the_plan_for_ram() -> Non
 
 @pytest.mark.usefixtures("project")
 def test_a_run_with_checkpoints_is_told_what_a_resumed_run_may_change() -> None:
-    own = budget(Machine(90 * GIB, 128 * GIB, None), *DEV, "--gradient_checkpointing=false", bucket=(1024, 1024))
+    own = budget(MachineMemory(90 * GIB, 128 * GIB, None), *DEV, "--gradient_checkpointing=false", bucket=(1024, 1024))
     peak = PeakMemory(GIB, 90 * GIB, 90 * GIB)
     fresh, resumed = (own.explain("train", "accelerator", peak, saved=saved)[1] for saved in (False, True))
     assert fresh.startswith("Take less memory with --gradient_checkpointing=true: ")
@@ -300,7 +318,7 @@ def test_fewer_resident_blocks_are_the_first_remedy() -> None:
 @pytest.mark.usefixtures("project")
 def test_after_a_failed_allocation_auto_is_told_to_keep_fewer() -> None:
     own = budget(replace(CARD, ram=64 * GIB), *DEV, *STREAMED, bucket=(512, 512))
-    count = own.footprint.settled.resident_blocks
+    count = own.footprint.resolved_config.resident_blocks
     told = own.explain("train", "accelerator", PeakMemory(GIB, 21 * GIB, 21 * GIB), saved=False)[-1]
     fewer = int(told.partition("Take less memory with --group_offload_resident_blocks=")[2].partition(":")[0])
     assert count is not None
@@ -373,7 +391,7 @@ def attempted() -> Attempt:
 
 @pytest.mark.usefixtures("project")
 def test_this_machine_has_what_is_free_here() -> None:
-    machine = this_machine(CPU, Path("nowhere/yet"))
+    machine = free_resources(CPU, Path("nowhere/yet"))
     assert machine.accelerator is None
     assert machine.ram > 0
     assert machine.disk is not None
@@ -404,7 +422,7 @@ def test_the_text_encoder_is_gone_when_pictures_are_encoded(tiny_folder: Path) -
     found = loaded(f"--pretrained_model_name_or_path={tiny_folder}")
     source = locate(found.config, report=print)
     manifests = tuple(scan(each, seed=0, workers=1, report=lambda *_: None) for each in found.datasets.train_sets)
-    prepared = Prepared(found, Encoders.of(found.config, source), manifests, ())
+    prepared = PreparedData(found, EncoderKeys.of(found.config, source), manifests, ())
     gc.collect()
     before = text_encoders()  # of fixtures that other tests in this process share
     gc.disable()  # so that only the function's own collection counts
@@ -423,7 +441,7 @@ def test_captions_that_spell_control_tokens_are_told_once_with_their_number(
     next(Path("datasets").glob("*.png")).rename("datasets/a sign, [INST].png")
     source = locate(found.config, report=print)
     manifests = tuple(scan(each, seed=0, workers=1, report=lambda *_: None) for each in found.datasets.train_sets)
-    prepared = Prepared(found, Encoders.of(found.config, source), manifests, ())
+    prepared = PreparedData(found, EncoderKeys.of(found.config, source), manifests, ())
     fill_text(prepared, source, World(0, 1, CPU), Reporter(), verify=False)
     told = [line for line in "".join(capsys.readouterr()).splitlines() if "control tokens" in line]
     assert len(told) == 1

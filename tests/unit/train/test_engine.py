@@ -10,18 +10,18 @@ from simpletuner.base.sizes import GIB
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.footprint import Workload
-from simpletuner.memory.planner import Machine
+from simpletuner.memory.planner import MachineMemory
 from simpletuner.memory.world import World
-from simpletuner.train.budget import Budget, ladder, machine_of, this_machine, with_processes
+from simpletuner.train.budget import Budget, free_resources, ladder, machine_of, with_processes
 
 CPU = torch.device("cpu")
-WORK = Workload((1024, 1024), 1, draws=False)
+WORK = Workload((1024, 1024), 1, samples_images=False)
 DEV = {"model_flavour": "dev", **FLAVOURS["dev"].option_defaults, "mixed_precision": "bf16"}
 
 
 def budget(vram_gib: int, ranks: int, ram_gib: int = 256, **options: object) -> Budget:
     config = RunConfig.model_validate({**DEV, "num_processes": ranks, **options})
-    return Budget(config, WORK, Machine.of_size(float(vram_gib * GIB), float(ram_gib * GIB)))
+    return Budget(config, WORK, MachineMemory.of_size(float(vram_gib * GIB), float(ram_gib * GIB)))
 
 
 def test_copies_are_taken_where_one_gpu_holds_the_run() -> None:
@@ -161,7 +161,7 @@ def test_processes_are_as_many_as_train_would_start(options: dict[str, object], 
 
 def test_alone_the_machine_is_this_one(tmp_path: Path) -> None:
     world = World.single()
-    own, found = this_machine(world.device, tmp_path), machine_of(world, tmp_path)
+    own, found = free_resources(world.device, tmp_path), machine_of(world, tmp_path)
     assert (found.accelerator, found.disk is None) == (own.accelerator, False)
 
 
@@ -173,7 +173,7 @@ class Beside(World):
 
 
 def test_all_ranks_plan_for_what_is_free_to_any(tmp_path: Path) -> None:
-    own = this_machine(CPU, tmp_path)
+    own = free_resources(CPU, tmp_path)
     found = machine_of(Beside(rank=0, size=2, device=CPU), tmp_path)
     assert (found.accelerator, found.ram) == (5, 7)
     assert found.disk is not None

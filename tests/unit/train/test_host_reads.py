@@ -25,7 +25,7 @@ from simpletuner.flux2.routes import Route
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import recompute
-from simpletuner.memory.precision import QuantizedLinear, make_room, quantized, targets
+from simpletuner.memory.precision import QuantizedLinear, quantizable_linears, quantized, replace_by_empty
 from simpletuner.train import optim
 from simpletuner.train.ema import Ema
 from simpletuner.train.rollout import Rollout
@@ -202,7 +202,7 @@ def test_a_quantized_weight_waits_for_nothing(precision: str) -> None:
     layer = quantized(torch.nn.Linear(128, 16, bias=False).bfloat16(), precision)
     room = torch.nn.Sequential(torch.nn.Linear(128, 16, bias=False).bfloat16())
     with torch.device("meta"):
-        make_room(room, targets(room, ("",), precision), precision, torch.bfloat16)
+        replace_by_empty(room, quantizable_linears(room, ("",), precision), precision, torch.bfloat16)
     x = torch.ones(2, 128, dtype=torch.bfloat16, requires_grad=True)
     with host_reads(CPU) as found:
         layer(x).sum().backward()

@@ -19,7 +19,7 @@ from simpletuner.config.datasets import ConditioningSet
 from simpletuner.config.options.conditioning import ConditioningOptions
 from simpletuner.data.sample import Crop, Sample
 from simpletuner.flow.loss import averaged
-from simpletuner.train.caches import Prepared, fill_mask_weights, weighing_masks
+from simpletuner.train.caches import PreparedData, fill_mask_weights, weighing_masks
 from simpletuner.train.masks import MaskEffects, Masking
 from simpletuner.train.report import Reporter
 
@@ -100,10 +100,10 @@ def test_tread_keeps_what_is_under_a_mask_and_nothing_more_for_others() -> None:
 
 
 @pytest.fixture
-def masked(prepared: Prepared, own_folder: Path) -> Callable[..., Prepared]:  # noqa: F811
+def masked(prepared: PreparedData, own_folder: Path) -> Callable[..., PreparedData]:  # noqa: F811
     """The sets of `test_batches` with a mask for each sample, drawn by `draw`, None for no mask; options by name."""
 
-    def make(draw: Callable[[Sample], Image.Image | None], **options: Any) -> Prepared:
+    def make(draw: Callable[[Sample], Image.Image | None], **options: Any) -> PreparedData:
         masks = own_folder / "masks"
         masks.mkdir(exist_ok=True)
         entry = {
@@ -132,7 +132,7 @@ def masked(prepared: Prepared, own_folder: Path) -> Callable[..., Prepared]:  # 
     return make
 
 
-def filled(prepared: Prepared) -> Prepared:  # noqa: F811
+def filled(prepared: PreparedData) -> PreparedData:  # noqa: F811
     fill_mask_weights(prepared, ALONE, Reporter(is_muted=True), verify=False)
     return prepared
 
@@ -149,8 +149,8 @@ def white(sample: Sample) -> Image.Image:
 
 
 def test_batches_with_masks_of_ones_are_those_without(
-    prepared: Prepared,  # noqa: F811
-    masked: Callable[..., Prepared],
+    prepared: PreparedData,  # noqa: F811
+    masked: Callable[..., PreparedData],
 ) -> None:
     ones = builder(filled(masked(white, floor=0.3, prior=0.5)), 2, 0, 1)
     none = builder(prepared, 2, 0, 1)
@@ -159,7 +159,7 @@ def test_batches_with_masks_of_ones_are_those_without(
             assert_same(found, expected)
 
 
-def test_masks_of_a_held_out_set_weigh_whatever_keys_of_training_it_has(masked: Callable[..., Prepared]) -> None:
+def test_masks_of_a_held_out_set_weigh_whatever_keys_of_training_it_has(masked: Callable[..., PreparedData]) -> None:
     manifest = masked(white).train[0]
     assert len(weighing_masks([manifest])) == len(manifest.samples)
     held = {"is_regularisation_data": True}
@@ -169,7 +169,7 @@ def test_masks_of_a_held_out_set_weigh_whatever_keys_of_training_it_has(masked: 
     assert weighing_masks([unseen]) == weighing_masks([manifest])
 
 
-def test_batches_carry_masks_and_tread_keeps_them(masked: Callable[..., Prepared]) -> None:
+def test_batches_carry_masks_and_tread_keeps_them(masked: Callable[..., PreparedData]) -> None:
     ready = filled(masked(lambda sample: half(sample) if int(sample.name[0]) % 2 else None))
     build = builder(ready, 2, 0, 1)
     seen = 0
@@ -181,19 +181,19 @@ def test_batches_carry_masks_and_tread_keeps_them(masked: Callable[..., Prepared
                 under = batch.masks[row].flatten().nonzero().flatten()
                 if int(Path(name).stem) % 2:
                     seen += 1
-                    assert all(set(under.tolist()) <= set(choice.kept[row].tolist()) for choice in batch.choices)
+                    assert all(set(under.tolist()) <= set(choice.kept_tokens[row].tolist()) for choice in batch.choices)
                 else:
                     assert batch.masks[row].eq(1).all()
     assert seen > 4
 
 
-def test_tread_keeps_tokens_only_for_masks_that_are_used_and_weigh(masked: Callable[..., Prepared]) -> None:
+def test_tread_keeps_tokens_only_for_masks_that_are_used_and_weigh(masked: Callable[..., PreparedData]) -> None:
     assert min(filled(masked(half)).forced_shares) > 0
     assert filled(masked(half, probability=0.0)).forced_shares == []
     assert filled(masked(half, floor=1.0)).forced_shares == []
 
 
-def test_two_ranks_draw_masks_as_one_does(masked: Callable[..., Prepared]) -> None:
+def test_two_ranks_draw_masks_as_one_does(masked: Callable[..., PreparedData]) -> None:
     ready = filled(masked(half, probability=0.5, prior=0.1))
     alone = builder(ready, 2, 0, 1)
     ranks = [builder(ready, 2, rank, 2) for rank in range(2)]
@@ -203,7 +203,7 @@ def test_two_ranks_draw_masks_as_one_does(masked: Callable[..., Prepared]) -> No
 
 
 def test_all_masks_under_which_nothing_counts_are_named_before_an_encoder_loads(
-    masked: Callable[..., Prepared],
+    masked: Callable[..., PreparedData],
 ) -> None:
     def draw(sample: Sample) -> Image.Image:
         return Image.new("L", (64, 64)) if sample.name in ("1.png", "4.png") else half(sample)

@@ -334,7 +334,7 @@ def test_masters_follow_what_a_schedule_free_optimizer_gives() -> None:
     for step in range(4):
         master.grad = torch.sin(torch.arange(16.0) * step).view(4, 4)
         optimizer.step()
-        masters.settle()
+        masters.update_weights()
     before = layer.weight.detach().clone()
     with optim.averaged_weights(optimizer, masters):
         assert torch.equal(layer.weight, master.bfloat16())

@@ -13,7 +13,7 @@ from simpletuner.config.options.offload import OffloadOptions
 from simpletuner.config.options.precision import PrecisionOptions
 from simpletuner.config.run import RunConfig
 from simpletuner.flow.condition import Condition, TextContext
-from simpletuner.flux2.components import landing, load_base, open_autoencoder
+from simpletuner.flux2.components import load_base, load_device, open_autoencoder
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload
 from simpletuner.flux2.load import load_autoencoder, load_transformer
@@ -24,7 +24,7 @@ from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.flux2.tread import draw_choices
 from simpletuner.memory import recompute
-from simpletuner.memory.planner import Machine
+from simpletuner.memory.planner import MachineMemory
 from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
 
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def test_off_nothing_is_touched(tiny: Source) -> None:
     transformer, _ = adapted(tiny)
     before = dict(transformer.named_parameters())
     assert stream_blocks(transformer, options, torch.device("meta")) is None
-    assert landing(options, tiny.spec, torch.device("meta"))(BLOCK) == torch.device("meta")
+    assert load_device(options, tiny.spec, torch.device("meta"))(BLOCK) == torch.device("meta")
     assert not any("forward" in vars(module) for module in transformer.modules())
     assert all(parameter is before[name] for name, parameter in transformer.named_parameters())
 
@@ -98,7 +98,7 @@ def test_streamed_it_gives_the_resident_ones_bits(
     tiny: Source, resident: list[torch.Tensor], changes: dict[str, Any], keep_every: int | bool | None
 ) -> None:
     options = OffloadOptions(enable_group_offload=True, **changes)
-    assert landing(options, tiny.spec, torch.device("meta"))(BLOCK) == CPU
+    assert load_device(options, tiny.spec, torch.device("meta"))(BLOCK) == CPU
     transformer, adapter = adapted(tiny)
     streaming = stream_blocks(transformer, options, CPU)
     if keep_every is not False:
@@ -169,7 +169,7 @@ def test_residency_takes_what_is_planned(tiny: Source, way: str, count: int) -> 
     transformer = load_transformer(tiny, torch.float32, CPU).requires_grad_(False)
     streaming = stream_blocks(transformer, config, CPU)
     assert streaming is not None
-    foot = Footprint(config, Architecture.of(config), Workload((64, 64), 1), Machine(None, 2**40, None))
+    foot = Footprint(config, Architecture.of(config), Workload((64, 64), 1), MachineMemory(None, 2**40, None))
     planned = foot.streamed_blocks(count, ahead=False)
     blocks = [transformer.blocks[index] for index in resident_indices(tiny.spec, count)]
     assert planned.resident == sum(parameter.nbytes for block in blocks for parameter in block.parameters())

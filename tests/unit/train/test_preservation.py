@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simpletuner.config.run import RunConfig
 from simpletuner.data.batch import Batch, GlobalBatch
-from simpletuner.flow.choice import Choice
+from simpletuner.flow.choice import TokenChoice
 from simpletuner.flow.condition import Condition, TextContext
 from simpletuner.flow.path import noised, velocity
 from simpletuner.flux2.denoiser import Denoiser
@@ -167,7 +167,7 @@ def test_a_regularization_sets_target_is_the_base() -> None:
 def test_the_prior_is_the_mean_distance_to_the_base_outside_of_the_mask(floor: float) -> None:
     m = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(5))
     m[0, :2] = 1
-    batch = replace(a_batch(range(2)), masks=floor + (1 - floor) * m, outside=1 - m)
+    batch = replace(a_batch(range(2)), masks=floor + (1 - floor) * m, outside_masks=1 - m)
     stepper, adapter, denoiser = made(config(masked_loss_prior=0.7))
     x = noised(batch.latents, batch.noise, batch.sigma)
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_with_masks_of_ones_the_prior_changes_no_bit(options: dict[str, Any]) ->
     for prior, masks in ((0.0, None), (0.5, None), (0.5, torch.ones(2, 4, 4))):
         stepper, adapter, _ = made(config(masked_loss_prior=prior, **options), lora_dropout=0.2)
         outside = None if masks is None else 1 - masks
-        batch = replace(a_batch(range(2), stepper.rollout), masks=masks, outside=outside)
+        batch = replace(a_batch(range(2), stepper.rollout), masks=masks, outside_masks=outside)
         found.append((stepper.backward(whole(batch)), gradients(adapter)))
     assert found[0][0] == found[1][0] == found[2][0]
     assert_equal(found[0][1], found[1][1])
@@ -200,7 +200,7 @@ def test_all_of_them_take_the_input_that_is_trained() -> None:
     assert stepper.rollout is not None
     step = next(step for step in range(1, 9) if all(stepper.rollout.lengths(step, range(2))))
     batch = preserving(a_batch(range(2), stepper.rollout, step), (1.0, 1.0))
-    batch = replace(batch, masks=torch.rand(2, 4, 4), outside=torch.rand(2, 4, 4))
+    batch = replace(batch, masks=torch.rand(2, 4, 4), outside_masks=torch.rand(2, 4, 4))
     seen: list[tuple[bool, Tensor]] = []
 
     def watched(latents: Tensor, sigma: Tensor, condition: Condition, choices: Any = ()) -> Tensor:
@@ -259,7 +259,7 @@ def test_of_a_sharded_model_every_rank_makes_as_many_passes() -> None:
     assert stepper.preservation is not None
     held = replace(stepper.preservation, denoise=counted, idle=lambda: taken.append(None))
     sharded = replace(stepper, denoise=counted, route=None, preservation=held)
-    plain = replace(a_batch(range(2)), distills_elsewhere=True)
+    plain = replace(a_batch(range(2)), other_ranks_distill=True)
     for batch, idle in (
         (preserving(plain), 1),
         (plain, 1),
@@ -280,11 +280,11 @@ def test_passes_are_counted(kind: str, kept: int) -> None:
     route = {"selection_ratio": 0.25, "start_layer_idx": 1, "end_layer_idx": 2}
     options = config(masked_loss_prior=1.0 if kind == "prior" else 0.0, tread_config={"routes": [route]})
     stepper, _, denoiser = made(options)
-    batch = replace(a_batch(range(2)), choices=(Choice(1, 2, torch.arange(kept).expand(2, -1)),))
+    batch = replace(a_batch(range(2)), choices=(TokenChoice(1, 2, torch.arange(kept).expand(2, -1)),))
     if kind == "second loss":
         batch = preserving(batch)
     elif kind == "prior":
-        batch = replace(batch, masks=torch.rand(2, 4, 4), outside=torch.rand(2, 4, 4))
+        batch = replace(batch, masks=torch.rand(2, 4, 4), outside_masks=torch.rand(2, 4, 4))
     else:
         batch = replace(batch, is_regularization=True)
     meter = FlopMeter(options, denoiser.transformer, None, None, preservation=stepper.preservation)

@@ -19,8 +19,8 @@ from simpletuner.data.order import Order
 from simpletuner.data.sample import Sample
 from simpletuner.flux2.text import LeftPaddedCodec
 from simpletuner.flux2.tokens import pack_latents, reference_ids
-from simpletuner.train.budget import configured, scanned
-from simpletuner.train.caches import UNCONDITIONAL_CAPTION, Encoders, Prepared
+from simpletuner.train.budget import configured_workload, scanned_workload
+from simpletuner.train.caches import UNCONDITIONAL_CAPTION, EncoderKeys, PreparedData
 from simpletuner.train.job import largest
 
 SIZES = {"0": (64, 64), "2.1": (96, 64), "2.2": (64, 64)}
@@ -28,7 +28,7 @@ SIZES = {"0": (64, 64), "2.1": (96, 64), "2.2": (64, 64)}
 
 
 @pytest.fixture
-def prepared(own_folder: Path) -> Prepared:
+def prepared(own_folder: Path) -> PreparedData:
     """Five images of 64 × 64, and caches of random tensors."""
     place = Workplace(own_folder, CONFIG | {"train_batch_size": 2, "caption_dropout_probability": 0.0})
     for folder, sizes in (("images", dict.fromkeys("01234", (64, 64))), ("references", SIZES)):
@@ -50,7 +50,7 @@ def prepared(own_folder: Path) -> Prepared:
     loaded = load([], folder=own_folder, environ={})
     (image_set,) = loaded.datasets.train_sets
     manifest = scan(image_set, loaded.datasets.conditions_of(image_set), seed=0, workers=1)
-    found = Prepared(loaded, Encoders(LeftPaddedCodec("text"), "vae"), (manifest,), ())
+    found = PreparedData(loaded, EncoderKeys(LeftPaddedCodec("text"), "vae"), (manifest,), ())
     generator = torch.Generator().manual_seed(0)
     sets = {each.id: each for each in (image_set, *loaded.datasets.conditioning_sets)}
     for sample in manifest.samples:
@@ -64,21 +64,21 @@ def prepared(own_folder: Path) -> Prepared:
     return found
 
 
-def with_options(prepared: Prepared, **options: Any) -> Prepared:
+def with_options(prepared: PreparedData, **options: Any) -> PreparedData:
     config = prepared.loaded.config.model_copy(update=options)
     return dataclasses.replace(prepared, loaded=dataclasses.replace(prepared.loaded, config=config))
 
 
-def batches(prepared: Prepared, steps: int = 12) -> list[Batch]:
+def batches(prepared: PreparedData, steps: int = 12) -> list[Batch]:
     build = builder(prepared, 1, rank=0, size=1)
     return [batch for step in range(1, steps + 1) for batch in build(step).batches]
 
 
-def sample_of(prepared: Prepared, name: str) -> Sample:
+def sample_of(prepared: PreparedData, name: str) -> Sample:
     return next(sample for sample in prepared.train[0].samples if f"{sample.dataset}/{sample.name}" == name)
 
 
-def test_a_sample_has_its_references_in_their_order_and_others_are_padding(prepared: Prepared) -> None:
+def test_a_sample_has_its_references_in_their_order_and_others_are_padding(prepared: PreparedData) -> None:
     counts = set()
     for batch in batches(prepared):
         references = batch.condition.references
@@ -102,7 +102,7 @@ def test_a_sample_has_its_references_in_their_order_and_others_are_padding(prepa
     assert counts == {0, 16, 40}
 
 
-def test_dropped_by_chance_they_are_not_there(prepared: Prepared) -> None:
+def test_dropped_by_chance_they_are_not_there(prepared: PreparedData) -> None:
     """All that else is in a batch stays the same, whether references are dropped or not."""
     plain = batches(prepared, 40)
     none = batches(with_options(prepared, reference_dropout_probability=1.0), 40)
@@ -119,14 +119,14 @@ def test_dropped_by_chance_they_are_not_there(prepared: Prepared) -> None:
     assert 0.25 * kept[0] < kept[1] < 0.75 * kept[0]
 
 
-def test_ranks_share_the_draws(prepared: Prepared) -> None:
+def test_ranks_share_the_draws(prepared: PreparedData) -> None:
     dropping = with_options(prepared, reference_dropout_probability=0.5)
     alone, other = builder(dropping, 2, rank=0, size=1), builder(dropping, 2, rank=1, size=2)
     for step in range(1, 9):
         assert_same(other(step).batches[0], alone(step).batches[1])
 
 
-def test_held_out_samples_keep_theirs(prepared: Prepared) -> None:
+def test_held_out_samples_keep_theirs(prepared: PreparedData) -> None:
     build = builder(with_options(prepared, reference_dropout_probability=1.0), 1, rank=0, size=1)
     manifest = prepared.train[0]
     for sample in manifest.samples:
@@ -134,13 +134,13 @@ def test_held_out_samples_keep_theirs(prepared: Prepared) -> None:
             assert (batch.condition.references is not None) == bool(sample.references)
 
 
-def test_the_trial_and_the_plan_have_the_most_references(prepared: Prepared) -> None:
+def test_the_trial_and_the_plan_have_the_most_references(prepared: PreparedData) -> None:
     loaded = prepared.loaded
     order = Order(prepared.train, seed=0, batch_size=2)
     names = [prepared.train[0].samples[visit.sample_index].name for visit in largest(order).visits]
     assert names[0] == "2.png"
-    seen = scanned(loaded, prepared.train)
-    assert (seen.bucket, seen.batch, seen.references, seen.encoded) == ((64, 64), 2, 24 + 16, (96, 64))
-    assert seen.pictures == 5 + 3
-    assumed = configured(loaded)
-    assert (assumed.bucket, assumed.references, assumed.encoded) == ((64, 64), 64, (128, 128))
+    seen = scanned_workload(loaded, prepared.train)
+    assert (seen.bucket, seen.batch, seen.references, seen.largest_encoded_size) == ((64, 64), 2, 24 + 16, (96, 64))
+    assert seen.cached_images == 5 + 3
+    assumed = configured_workload(loaded)
+    assert (assumed.bucket, assumed.references, assumed.largest_encoded_size) == ((64, 64), 64, (128, 128))

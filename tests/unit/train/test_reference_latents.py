@@ -17,7 +17,7 @@ from simpletuner.data.cache.latents import all_batches, fill_latents
 from simpletuner.data.manifest import scan
 from simpletuner.data.pixels import render
 from simpletuner.flux2.text import LeftPaddedCodec
-from simpletuner.train.caches import Encoders, Prepared
+from simpletuner.train.caches import EncoderKeys, PreparedData
 
 
 def encode(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 128 h w"]:
@@ -65,7 +65,7 @@ def test_latents_are_made_once_and_read_for_each_sample(place: Workplace) -> Non
         ("style", ["b.0.png"]),
         ("style", ["b.1.png"]),
     ]
-    prepared = Prepared(loaded, Encoders(LeftPaddedCodec("text"), "vae"), (manifest,), ())
+    prepared = PreparedData(loaded, EncoderKeys(LeftPaddedCodec("text"), "vae"), (manifest,), ())
     fill_latents(
         [manifest],
         prepared.latent_store,

@@ -12,8 +12,8 @@ from tests.ranks import in_ranks
 from tests.thread_ranks import on_ranks
 
 from simpletuner.base.errors import CheckpointError
-from simpletuner.config.load import Loaded, load
-from simpletuner.config.record import resolved
+from simpletuner.config.load import LoadedConfig, load
+from simpletuner.config.record import recorded_options
 from simpletuner.config.run import RunConfig
 from simpletuner.data.manifest import Manifest
 from simpletuner.memory.machines import with_writers
@@ -32,14 +32,14 @@ from simpletuner.train.resume import (
 )
 from simpletuner.train.state import TrainState
 
-Given = Callable[..., Loaded]
+Given = Callable[..., LoadedConfig]
 
 
 @pytest.fixture
 def given(tmp_path: Path) -> Given:
     """The configuration of a folder, with these keys of the image set and flags of train."""
 
-    def loaded(*flags: str, environ: dict[str, str] | None = None, **keys: Any) -> Loaded:
+    def loaded(*flags: str, environ: dict[str, str] | None = None, **keys: Any) -> LoadedConfig:
         images = {"id": "cats", "type": "local", "instance_data_dir": "cats", "caption_strategy": "textfile"}
         text = {"id": "text", "type": "local", "dataset_type": "text_embeds", "default": True, "cache_dir": "text"}
         (tmp_path / "cats").mkdir(exist_ok=True)
@@ -58,10 +58,10 @@ def state(size: int, accumulation: int, processes: int | None = None) -> TrainSt
         num_processes=processes,
         max_train_steps=10,
     )
-    return TrainState(step=3, config=json.loads(json.dumps(resolved(divided))))
+    return TrainState(step=3, config=json.loads(json.dumps(recorded_options(divided))))
 
 
-def resumed(loaded: Loaded, before: TrainState) -> RunConfig:
+def resumed(loaded: LoadedConfig, before: TrainState) -> RunConfig:
     return resumed_config(
         Path("step-3"), before, RestartCommands(RunDirectory(Path("output")), loaded), Reporter()
     ).config

@@ -246,7 +246,7 @@ def test_of_a_sharded_model_every_rank_makes_as_many_calls() -> None:
     at_one = replace(batch, sigma=torch.ones(4), rollout=starts_of((10, 0, 0, 10), torch.ones(4)))
     for given, calls, idle in (
         (batch, made.calls, 0),
-        (replace(without, rolls_elsewhere=True), 0, made.calls),
+        (replace(without, other_ranks_roll_out=True), 0, made.calls),
         (without, 0, 0),
         (at_one, 1, made.calls - 1),  # nothing is noisier than sigma 1: only ReflexFlow's call is left
     ):

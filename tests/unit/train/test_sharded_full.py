@@ -71,7 +71,7 @@ class Trial:
         if sharding is None:
             model = unfreeze(transformer, computes_in if self.config.has_masters else None)
         else:
-            shard(transformer, transformer.blocks, Sharding(sharding.device, trained_as=computes_in))
+            shard(transformer, transformer.blocks, Sharding(sharding.device, gather_dtype=computes_in))
             model = unfreeze_sharded(transformer, computes_in, world)
         self.model: FullModel = model
         self.product = FullProduct(self.config, transformer, model)
@@ -96,7 +96,7 @@ class Trial:
             out = self.product.transformer(tokens, context, torch.tensor([0.3]), torch.tensor([4.0]), *ids)
             (out.float().square().mean() / MICRO_BATCHES).backward()
             if self.model.masters is not None:
-                self.model.masters.collect()
+                self.model.masters.take_gradients()
         is_sharded = self.model.shards is not None
         if not is_sharded:
             self.world.sum_([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
@@ -104,7 +104,7 @@ class Trial:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.model.masters is not None:
-            self.model.masters.settle()
+            self.model.masters.update_weights()
         self.ema.update(step)
 
     def save(self, run: RunDirectory, step: int) -> Path:
@@ -212,7 +212,7 @@ def held(world: World) -> list[bool]:
         return total
 
     first = seen()
-    with trial.model.holding({name: torch.zeros_like(tensor) for name, tensor in before.items()}):
+    with trial.model.with_weights({name: torch.zeros_like(tensor) for name, tensor in before.items()}):
         inside = seen()
     after = trial.model.state()
     return [first > 0, inside == 0, seen() == first, all(torch.equal(after[name], before[name]) for name in before)]

@@ -18,12 +18,12 @@ from tests.thread_ranks import ALONE, on_ranks
 
 from simpletuner.base.errors import AccessError, DataError
 from simpletuner.base.storage import LocalStorage
-from simpletuner.config.load import Loaded, load
-from simpletuner.flux2.located import located
+from simpletuner.config.load import LoadedConfig, load
+from simpletuner.flux2.located import locate_on_each_machine
 from simpletuner.flux2.source import Source, locate
 from simpletuner.memory.world import World
 from simpletuner.train import caches
-from simpletuner.train.caches import Prepared, base_fingerprints, prepare, scan_sets
+from simpletuner.train.caches import PreparedData, base_fingerprints, prepare, scan_sets
 from simpletuner.train.report import Reporter
 
 FOUND_IN = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -71,7 +71,7 @@ def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.ranks.TIMEOUT_S", 300.0)
 
 
-def loaded(*flags: str) -> Loaded:
+def loaded(*flags: str) -> LoadedConfig:
     return load(list(flags), folder=Path(), environ={})
 
 
@@ -94,7 +94,7 @@ def filled(world: World, folder: str, flags: list[str]) -> dict[str, Any]:
     reporter = Reporter(is_muted=True)
     reporter.say = told.append  # type: ignore[method-assign,assignment]
     found = loaded(*flags)
-    source = located(world, lambda: locate(found.config, report=told.append))
+    source = locate_on_each_machine(world, lambda: locate(found.config, report=told.append))
     prepared = prepare(found, source, world, reporter)
     LocalStorage.write = write  # type: ignore[method-assign]
     context = prepared.contexts(["a gradient"])
@@ -116,7 +116,7 @@ def killed_in_text(world: World, folder: str) -> None:
 
     LocalStorage.write = counted  # type: ignore[method-assign]
     found = loaded("--write_batch_size=1")
-    source = located(world, lambda: locate(found.config, report=print))
+    source = locate_on_each_machine(world, lambda: locate(found.config, report=print))
     prepare(found, source, world, Reporter(is_muted=True))
 
 
@@ -139,8 +139,8 @@ def test_rank_0_scans_looks_for_files_and_hashes_and_the_others_hear_what_it_fou
     monkeypatch.setattr(caches, "key_of_latents", counted("key of latents", caches.key_of_latents))
     monkeypatch.setattr(Source, "_fingerprint", counted("fingerprint", Source._fingerprint))
 
-    def work(world: World) -> tuple[Source, Prepared, dict[str, str]]:
-        source = located(world, counted("locate", lambda: locate(found.config, report=print)))
+    def work(world: World) -> tuple[Source, PreparedData, dict[str, str]]:
+        source = locate_on_each_machine(world, counted("locate", lambda: locate(found.config, report=print)))
         model = base_fingerprints(found.config, source, world)
         return source, scan_sets(found, source, world, Reporter(is_muted=True)), model
 
@@ -152,7 +152,7 @@ def test_rank_0_scans_looks_for_files_and_hashes_and_the_others_hear_what_it_fou
     assert not torch.distributed.is_initialized()
 
 
-def on_two_machines(projects: list[Loaded]) -> list[tuple[list[str], list[str]]]:
+def on_two_machines(projects: list[LoadedConfig]) -> list[tuple[list[str], list[str]]]:
     """Fill the caches on two machines of two ranks: what each rank wrote, and told. `projects` are the machines'."""
     written: dict[int, list[str]] = {}
     write = LocalStorage.write
@@ -167,7 +167,7 @@ def on_two_machines(projects: list[Loaded]) -> list[tuple[list[str], list[str]]]
         reporter = Reporter(is_muted=True)
         reporter.say = told.append  # type: ignore[method-assign,assignment]
         found = projects[world.machine]
-        source = located(world, lambda: locate(found.config, report=print))
+        source = locate_on_each_machine(world, lambda: locate(found.config, report=print))
         base_fingerprints(found.config, source, world)
         prepare(found, source, world, reporter)
         return written.get(threading.get_ident(), []), told

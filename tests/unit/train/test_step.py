@@ -13,7 +13,7 @@ from simpletuner.config.options.guidance import GuidanceOptions
 from simpletuner.config.options.optim import OptimOptions
 from simpletuner.config.options.schedule import ScheduleOptions
 from simpletuner.data.batch import Batch, GlobalBatch
-from simpletuner.flow.choice import Choice
+from simpletuner.flow.choice import TokenChoice
 from simpletuner.flow.condition import Condition, Denoise, TextContext
 from simpletuner.flow.sigma import mu_linear, shifted
 from simpletuner.memory.masters import Masters
@@ -189,7 +189,7 @@ def test_a_mask_of_ones_changes_no_bit() -> None:
 def test_a_route_takes_the_place_of_the_denoiser_for_each_batch() -> None:
     model, asked = Model(), []
 
-    def route(choices: Sequence[Choice]) -> Denoise:
+    def route(choices: Sequence[TokenChoice]) -> Denoise:
         asked.append(choices)
         return lambda *inputs: model(*inputs) + 1
 
@@ -197,11 +197,11 @@ def test_a_route_takes_the_place_of_the_denoiser_for_each_batch() -> None:
     routed = replace(plain, route=route)
     group = whole(7, ["a", "b"], ["ccc"])
     one, other = group.batches
-    one = replace(one, choices=(Choice(0, 1, torch.tensor([[0, 3], [2, 4]])),))
+    one = replace(one, choices=(TokenChoice(0, 1, torch.tensor([[0, 3], [2, 4]])),))
     group = replace(group, batches=(one, other))
     assert routed.backward(group) != plain.backward(group)
     assert [len(choices) for choices in asked] == [1, 0]
-    assert torch.equal(asked[0][0].kept, one.choices[0].kept)
+    assert torch.equal(asked[0][0].kept_tokens, one.choices[0].kept_tokens)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_names_of_its_samples_before_anything_is_updated() -> None:

@@ -86,7 +86,7 @@ def test_the_rest_of_an_epoch_that_is_cut_anew_takes_strata_to_itself(order: Ord
     new = Order.of(order.manifests, seed=5, cuts=[Cut(1, 1, PER_STEP)], now=now)
     of = Strata(new, seed=5, batches_per_step=PER_STEP)
     places = [(step, slot) for step in range(2, 9) for slot in range(slots(new, step))]
-    rest = sum(len(new.micro_batch(index)[1].visits) for index in range(PER_STEP, 30) if new.place(index)[0] == 0)
+    rest = sum(len(new.micro_batch(index)[1].visits) for index in range(PER_STEP, 30) if new.position(index)[0] == 0)
     drawn = [of(*place) for place in places]
     assert all(stratum < count for stratum, count in drawn)
     assert len({stratum for stratum, _ in drawn[:rest]}) == rest

@@ -30,7 +30,7 @@ from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.lora import Adapter, attach
 from simpletuner.flux2.tokens import reference_tokens
 from simpletuner.flux2.transformer import Flux2Transformer
-from simpletuner.memory.row_shards import Shards
+from simpletuner.memory.row_shards import RankShards
 from simpletuner.memory.world import World
 from simpletuner.runs.events import ValidationEvent
 from simpletuner.runs.layout import RunDirectory
@@ -474,7 +474,7 @@ def test_memory_that_runs_out_in_a_call_that_ranks_make_together_ends_the_run(tm
     assert isinstance(second, torch.OutOfMemoryError)
 
 
-class WholeShards(Shards):
+class WholeShards(RankShards):
     """Shares of what is trained, all of it on each rank, that change when those of all ranks do."""
 
     def __init__(self, adapter: Adapter, world: World) -> None:

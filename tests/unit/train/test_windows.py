@@ -17,7 +17,7 @@ from simpletuner.data.manifest import Manifest
 from simpletuner.data.order import Cut, Order
 from simpletuner.data.sample import Sample
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.train.length import Plan
+from simpletuner.train.length import RunSchedule
 from simpletuner.train.resume import RestartCommands, Resume, check_windows
 from simpletuner.train.state import TrainState
 
@@ -42,11 +42,11 @@ def order(*keys: dict[str, int]) -> Order:
     return Order(manifests(*keys), seed=1, batch_size=1, batches_per_step=PER_STEP)
 
 
-def plan(*keys: dict[str, int], **options: Any) -> Plan:
-    return Plan.of(RunConfig(**options), order(*keys), PER_STEP)
+def plan(*keys: dict[str, int], **options: Any) -> RunSchedule:
+    return RunSchedule.of(RunConfig(**options), order(*keys), PER_STEP)
 
 
-def due(own: Plan, every_epochs: int) -> list[int]:
+def due(own: RunSchedule, every_epochs: int) -> list[int]:
     return [step for step in range(1, own.steps + 1) if own.is_due(step, None, every_epochs)]
 
 
@@ -79,7 +79,7 @@ def test_epochs_that_are_cut_short_are_counted() -> None:
 def test_the_last_epoch_of_a_window_fills_its_step() -> None:
     """Five images and steps of two: the third step needs a sixth."""
     own = plan({"end_epoch": 1}, max_train_steps=3)
-    assert [own.order.place(index) for index in range(6)] == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0)]
+    assert [own.order.position(index) for index in range(6)] == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0)]
     assert own.order.micro_batch(5)[1].visits
     assert plan({"end_epoch": 1}, num_train_epochs=1).steps == 3
 

@@ -204,7 +204,7 @@ def held(world: World, stage: int) -> list[bool]:
             return trial.denoise(batch.latents, batch.sigma, batch.condition).abs().sum().item()
 
     first = seen()
-    with trained.holding({name: torch.zeros_like(tensor) for name, tensor in before.items()}):
+    with trained.with_weights({name: torch.zeros_like(tensor) for name, tensor in before.items()}):
         inside = seen()
     draws = torch.get_rng_state()
     if world.is_main:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator
 
 from simpletuner.base.sizes import parse_size
-from simpletuner.config.options.kinds import Count, IsPath, PathText, Says, Slice, Text, Whole, whole_as_text
+from simpletuner.config.options.kinds import Count, Expects, IsPath, PathText, Slice, Text, Whole, whole_as_text
 
 LATEST = "latest"
 """Value of `resume_from_checkpoint`: the newest checkpoint that verifies."""
@@ -31,11 +31,11 @@ class CheckpointOptions(Slice):
     checkpoints_total_limit: Count = 5
     """Number of checkpoints to keep. Older ones are removed, but never the newest that verifies."""
 
-    resume_from_checkpoint: Annotated[str, IsPath(), Says("latest, a checkpoint's path, or empty text")] = LATEST
+    resume_from_checkpoint: Annotated[str, IsPath(), Expects("latest, a checkpoint's path, or empty text")] = LATEST
     """The checkpoint to resume from: `latest`, or a checkpoint's path. Empty text (`""`) starts over."""
 
     disk_low_threshold: Annotated[
-        str, BeforeValidator(whole_as_text), AfterValidator(_is_size), Says("a size such as 2GB")
+        str, BeforeValidator(whole_as_text), AfterValidator(_is_size), Expects("a size such as 2GB")
     ] = "2GB"
     """Take `disk_low_action` when the disk of `output_dir` has less free space than this."""
 

@@ -53,7 +53,7 @@ class Slice(BaseModel):
 
 
 @dataclass(frozen=True)
-class Says:
+class Expects:
     """Describes the accepted values in an error message, where the type alone does not."""
 
     words: str
@@ -97,6 +97,6 @@ ModelText = Annotated[str, MinLen(1), IsModel()]
 Whole = Annotated[int, Ge(0)]
 Count = Annotated[int, Ge(1)]
 UnitInterval = Annotated[float, Ge(0), Le(1)]
-Seed = Annotated[int, Ge(0), Le(2**63 - 1), Says("a whole number from 0 to 2^63 - 1")]
+Seed = Annotated[int, Ge(0), Le(2**63 - 1), Expects("a whole number from 0 to 2^63 - 1")]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]

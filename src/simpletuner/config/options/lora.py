@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 from pydantic import AfterValidator, BeforeValidator
 
-from simpletuner.config.options.kinds import Count, IsJson, PathText, Positive, Says, Slice, list_as_tuple
+from simpletuner.config.options.kinds import Count, Expects, IsJson, PathText, Positive, Slice, list_as_tuple
 
 _PATTERN = re.compile(r"[\\^$*+?{}()|\[\]]")
 """A character that no module name contains, and most regular expressions do."""
@@ -75,7 +75,7 @@ class LoraOptions(Slice):
             IsJson(),
             BeforeValidator(_listed),
             AfterValidator(_targets),
-            Says('a list of module names, as to_q,to_k or ["to_q", "to_k"], or a regular expression'),
+            Expects('a list of module names, as to_q,to_k or ["to_q", "to_k"], or a regular expression'),
         ]
         | None
     ) = None

@@ -7,7 +7,17 @@ from annotated_types import Ge, MinLen
 from pydantic import AfterValidator, BeforeValidator
 
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS, FlavourName
-from simpletuner.config.options.kinds import Count, IsJson, ModelText, PathText, Says, Seed, Slice, Text, list_as_tuple
+from simpletuner.config.options.kinds import (
+    Count,
+    Expects,
+    IsJson,
+    ModelText,
+    PathText,
+    Seed,
+    Slice,
+    Text,
+    list_as_tuple,
+)
 
 
 def _layer_numbers(value: object) -> object:
@@ -75,7 +85,7 @@ class ModelOptions(Slice):
             IsJson(),
             BeforeValidator(_layer_numbers),
             AfterValidator(_increase),
-            Says("rising layer numbers, as 10,20,30 or [10, 20, 30]"),
+            Expects("rising layer numbers, as 10,20,30 or [10, 20, 30]"),
         ]
         | None
     ) = None

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
-from simpletuner.config.options.kinds import Count, PathText, Says, Slice, boolean_as_text, whole_as_text
+from simpletuner.config.options.kinds import Count, Expects, PathText, Slice, boolean_as_text, whole_as_text
 
 AUTO = "auto"
 
@@ -38,7 +38,7 @@ class OffloadOptions(Slice):
         str,
         BeforeValidator(whole_as_text),
         AfterValidator(_is_auto_or_count),
-        Says("auto, or a whole number of at least 0", near=(AUTO,)),
+        Expects("auto, or a whole number of at least 0", near=(AUTO,)),
     ] = AUTO
     """Number of blocks that stay on the accelerator; the others are offloaded. `auto` keeps as many as fit by the
     memory plan, and none on a CPU or in `simpletuner sample`. [Which blocks stay](offload.md#resident-blocks)."""
@@ -65,7 +65,7 @@ class OffloadOptions(Slice):
         """`group_offload_resident_blocks` as a number; None for `auto`."""
         return None if self.group_offload_resident_blocks == AUTO else int(self.group_offload_resident_blocks)
 
-    def copies_ahead(self, device_type: str) -> bool:
+    def prefetches(self, device_type: str) -> bool:
         """Whether groups are prefetched to a device of this type ("cuda", "cpu"), before the memory plan is considered
         (see `group_offload_use_stream`)."""
         choice = self.group_offload_use_stream

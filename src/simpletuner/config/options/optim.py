@@ -9,10 +9,10 @@ from pydantic import AfterValidator, BeforeValidator
 from simpletuner.config.optimizers import LIBRARIES, OPTIMIZER_ALIASES, OPTIMIZERS, canonical
 from simpletuner.config.options.kinds import (
     Count,
+    Expects,
     IsJson,
     NotNegative,
     Positive,
-    Says,
     Slice,
     UnitInterval,
     Whole,
@@ -62,7 +62,7 @@ class OptimOptions(Slice):
     optimizer: Annotated[
         str,
         AfterValidator(_canonical_name),
-        Says(
+        Expects(
             f"{', '.join(OPTIMIZERS)} or library:name ({', '.join(LIBRARIES)})", near=(*OPTIMIZERS, *OPTIMIZER_ALIASES)
         ),
     ] = "adamw"
@@ -84,7 +84,7 @@ class OptimOptions(Slice):
             dict[str, Argument],
             IsJson(),
             BeforeValidator(_arguments),
-            Says("k=v,k=v or an object of the optimizer's arguments"),
+            Expects("k=v,k=v or an object of the optimizer's arguments"),
         ]
         | None
     ) = None
@@ -145,7 +145,7 @@ class OptimOptions(Slice):
     """Forward passes (micro-batches) per optimizer step, on each of [several processes](many-gpus.md)."""
 
     max_train_steps: (
-        Annotated[int, Ge(0), AfterValidator(_zero_is_unset), Says("a whole number of at least 1")] | None
+        Annotated[int, Ge(0), AfterValidator(_zero_is_unset), Expects("a whole number of at least 1")] | None
     ) = None
     """Optimizer steps of the run. Overrides `num_train_epochs`; 0 means not set."""
 

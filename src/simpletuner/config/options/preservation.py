@@ -30,7 +30,7 @@ class PreservationOptions(Slice):
         return self.preservation != "none" and self.preservation_weight > 0
 
 
-def replaced(caption: str, trigger: str, name: str) -> str | None:
+def with_trigger_replaced(caption: str, trigger: str, name: str) -> str | None:
     """`caption` with each whole-word, case-sensitive occurrence of `trigger` replaced by `name`; None if there is
     none.
     """

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from simpletuner.config.options.kinds import Count, Says, Slice
+from simpletuner.config.options.kinds import Count, Expects, Slice
 
 
 def _first_and_last(text: str) -> tuple[int, int]:
@@ -35,7 +35,7 @@ class ProcessOptions(Slice):
         Annotated[
             str,
             AfterValidator(_are_steps),
-            Says("FIRST:LAST, two steps counted from 1, such as 10:12, with LAST not before FIRST"),
+            Expects("FIRST:LAST, two steps counted from 1, such as 10:12, with LAST not before FIRST"),
         ]
         | None
     ) = None

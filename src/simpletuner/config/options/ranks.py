@@ -6,7 +6,7 @@ from annotated_types import Ge, Le
 from pydantic import BeforeValidator, ValidationError
 
 from simpletuner.config.deepspeed import ZeroSettings
-from simpletuner.config.options.kinds import Count, IsJson, Says, Slice, Text, Whole
+from simpletuner.config.options.kinds import Count, Expects, IsJson, Slice, Text, Whole
 
 ZERO_STAGES = ("zero1", "zero2", "zero3")
 """Names of DeepSpeed's ZeRO stages: 1 shards the optimizer state over the processes, 2 also the gradients, 3 also the
@@ -66,7 +66,7 @@ class RankOptions(Slice):
             dict[str, Any],
             IsJson(),
             BeforeValidator(_settings),
-            Says(f"{', '.join(ZERO_STAGES)}, or DeepSpeed's settings as an object or a JSON file", near=ZERO_STAGES),
+            Expects(f"{', '.join(ZERO_STAGES)}, or DeepSpeed's settings as an object or a JSON file", near=ZERO_STAGES),
         ]
         | None
     ) = None

@@ -7,7 +7,7 @@ from annotated_types import MinLen
 from pydantic import AfterValidator, BeforeValidator
 
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
-from simpletuner.config.options.kinds import IsJson, Positive, Says, Slice
+from simpletuner.config.options.kinds import Expects, IsJson, Positive, Slice
 
 TIMESTEPS = 1000.0
 """The timestep of pure noise: sigma 1."""
@@ -64,7 +64,7 @@ class ScheduleOptions(Slice):
             IsJson(),
             BeforeValidator(_listed_timesteps),
             AfterValidator(_in_range),
-            Says("timesteps from 0 (data) to 1000 (noise), as 338,548,694 or [338, 548, 694]"),
+            Expects("timesteps from 0 (data) to 1000 (noise), as 338,548,694 or [338, 548, 694]"),
         ]
         | None
     ) = None

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
 
-from simpletuner.config.options.kinds import Says, Slice, Text
+from simpletuner.config.options.kinds import Expects, Slice, Text
 
 TRACKERS = ("tensorboard", "wandb")
 """Trackers that `report_to` accepts; each needs the package extra of the same name."""
@@ -35,7 +35,7 @@ class TrackingOptions(Slice):
         str,
         BeforeValidator(_comma_list),
         AfterValidator(_are_trackers),
-        Says("none, tensorboard, wandb, or a comma list of these"),
+        Expects("none, tensorboard, wandb, or a comma list of these"),
     ] = "none"
     """Trackers to report to, besides the run's own events: `none`, `tensorboard`, `wandb` or a comma list. They get
     each step's loss and the validation images, indexed by the run's step; on W&B that is the axis `step`."""

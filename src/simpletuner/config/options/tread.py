@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from annotated_types import Gt, Le
 
-from simpletuner.config.options.kinds import IsJson, Says, Slice
+from simpletuner.config.options.kinds import Expects, IsJson, Slice
 
 
 class TreadRoute(Slice):
@@ -24,7 +24,7 @@ class TreadOptions(Slice):
     """Token routing (TREAD)."""
 
     tread_config: (
-        Annotated[dict[str, Any], IsJson(), Says('an object {"routes": [...]}, or the path of a JSON file with one')]
+        Annotated[dict[str, Any], IsJson(), Expects('an object {"routes": [...]}, or the path of a JSON file with one')]
         | None
     ) = None
     """Routes for TREAD, which trains some blocks on only a part of each image's tokens:

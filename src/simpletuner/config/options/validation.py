@@ -9,11 +9,11 @@ from pydantic import AfterValidator, BeforeValidator
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner.config.options.kinds import (
     Count,
+    Expects,
     IsJson,
     ModelText,
     NotNegative,
     PathText,
-    Says,
     Seed,
     Slice,
     Text,
@@ -87,7 +87,7 @@ class ValidationOptions(Slice):
         str,
         BeforeValidator(whole_as_text),
         AfterValidator(_is_sizes),
-        Says("a size such as 1024, 1024x768 or a comma list of them, each side divisible by 16"),
+        Expects("a size such as 1024, 1024x768 or a comma list of them, each side divisible by 16"),
     ] = "1024x1024"
     """Sizes of the validation images in pixels: `1024`, `1024x768` (width x height), or a comma list."""
 
@@ -124,7 +124,7 @@ class ValidationOptions(Slice):
             MinLen(1),
             IsJson(),
             BeforeValidator(list_as_tuple),
-            Says('a list of prompts, ["a cat", "a street"], or the path of a JSON file with one'),
+            Expects('a list of prompts, ["a cat", "a street"], or the path of a JSON file with one'),
         ]
         | None
     ) = None

@@ -116,7 +116,7 @@ def fill_contexts(
         return batches, states.count("sound"), states.count("damaged")
 
     # Only rank 0 checks: a rank that checks later would find files of faster ranks, and cut other batches.
-    batches, sound, damaged = world.from_main("the text contexts to encode", plan)
+    batches, sound, damaged = world.run_on_main("the text contexts to encode", plan)
     total = sum(map(len, batches))
     share = share_of(batches, world)
     if share:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from simpletuner.base.errors import DataError
 from simpletuner.base.files import sha256_bytes, sha256_json
-from simpletuner.config.datasets import PictureSet
-from simpletuner.data.ahead import map_ahead
+from simpletuner.config.datasets import FolderDataset
+from simpletuner.data.ahead import prefetched_map
 from simpletuner.data.cache.report import FillReport, share_of, whole_progress
 from simpletuner.data.cache.store import Store, check_all
 from simpletuner.data.geometry import Size
@@ -26,7 +26,7 @@ from simpletuner.memory.world import World
 Encode = Callable[[Float[Tensor, "b 3 H W"]], Float[Tensor, "b 128 h w"]]
 """Pixels in [-1, 1], fp32, to latents with h = H/16."""
 
-StoreOf = Callable[[PictureSet], Store]
+StoreOf = Callable[[FolderDataset], Store]
 
 
 def latent_key(crop: Crop, encoder: str) -> str:
@@ -70,7 +70,7 @@ def encode_crop(crop: Crop, encode: Encode) -> Float[Tensor, "128 h w"]:
     return encode(_tensor([pixels_of(crop)]))[0].float().cpu()
 
 
-def all_batches(manifests: Sequence[Manifest], batch_size: int) -> Iterator[tuple[PictureSet, list[Crop]]]:
+def all_batches(manifests: Sequence[Manifest], batch_size: int) -> Iterator[tuple[FolderDataset, list[Crop]]]:
     """Yield every distinct crop once, in batches of one dataset and one size: the images of each manifest, then its
     references. The batches depend only on the manifests.
 
@@ -91,7 +91,7 @@ def all_batches(manifests: Sequence[Manifest], batch_size: int) -> Iterator[tupl
                     yield picture_set, distinct[start : start + batch_size]
 
 
-def _reference_buckets(manifest: Manifest) -> Iterator[tuple[PictureSet, Iterable[Sequence[Crop]]]]:
+def _reference_buckets(manifest: Manifest) -> Iterator[tuple[FolderDataset, Iterable[Sequence[Crop]]]]:
     """The references of a manifest by dataset and by target size, sorted."""
     for conditioning_set in manifest.conditions:
         buckets: dict[Size, list[Crop]] = {}
@@ -155,7 +155,7 @@ def fill_latents(
         return todo, states.count("sound"), states.count("damaged")
 
     # Only rank 0 checks: a rank that checks later would find files of faster ranks.
-    todo, sound, damaged = world.from_main("the latents to encode", plan)
+    todo, sound, damaged = world.run_on_main("the latents to encode", plan)
     total = sum(len(batches[index][1]) for index in todo)
     share = [batches[index] for index in share_of(todo, world)]
     if share:
@@ -167,7 +167,7 @@ def fill_latents(
 
 
 def _encode(
-    batches: Sequence[tuple[PictureSet, list[Crop]]],
+    batches: Sequence[tuple[FolderDataset, list[Crop]]],
     store_of: StoreOf,
     encoder: str,
     encode: Encode,
@@ -177,7 +177,7 @@ def _encode(
     """Encode `batches` and write their latents. `report` is called with the number of encoded images."""
     encoded = 0
     report(encoded)
-    pixels = map_ahead(
+    pixels = prefetched_map(
         pixels_of,
         (crop for _, batch in batches for crop in batch),
         workers=workers,

@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from simpletuner.config.datasets import Datasets
-from simpletuner.data.ahead import map_ahead
+from simpletuner.data.ahead import prefetched_map
 from simpletuner.data.cache.latents import crop_key, rendered_crop
 from simpletuner.data.cache.report import FillReport, share_of, whole_progress
 from simpletuner.data.cache.store import Store, check_all
@@ -107,7 +107,7 @@ def fill_masks(
         return todo, states.count("sound"), states.count("damaged")
 
     # Only rank 0 checks: a rank that checks later would find files of faster ranks.
-    todo, sound, damaged = world.from_main("the masks to make", plan)
+    todo, sound, damaged = world.run_on_main("the masks to make", plan)
     share = [distinct[index] for index in share_of(todo, world)]
     if share:
         _make(share, sources, workers, whole_progress(report, len(share), len(todo)))
@@ -121,7 +121,7 @@ def _make(
 ) -> None:
     """Compute the weights of `masks` and write them. `report` is called with the number of masks made."""
     report(0)
-    weights_of_masks = map_ahead(
+    weights_of_masks = prefetched_map(
         lambda mask: sources[mask.dataset].make(mask), masks, workers=workers, ahead=2 * workers
     )
     with closing(weights_of_masks):

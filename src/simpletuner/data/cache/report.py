@@ -15,7 +15,7 @@ class FillReport:
 
     encoded: int
     """Entries encoded now. An incomplete batch is encoded again as a whole, so some of them may have existed."""
-    found: int
+    existing: int
     """Existing, sound entries."""
     damaged: int
     """Existing, damaged entries; they were removed and encoded again."""

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from simpletuner.base.errors import DataError, DiskError
 from simpletuner.base.files import file_problem
-from simpletuner.base.machine import disk_room
-from simpletuner.base.parts import sweep_parts
+from simpletuner.base.machine import free_disk_bytes
+from simpletuner.base.parts import remove_abandoned_parts
 from simpletuner.base.sizes import format_size
 from simpletuner.base.storage import Stamp, Storage
 from simpletuner.base.tensorfile import file_pieces
-from simpletuner.data.ahead import map_ahead
+from simpletuner.data.ahead import prefetched_map
 from simpletuner.data.storages import LEDGER, read_memo, write_memo
-from simpletuner.memory.tensors import as_written
+from simpletuner.memory.tensors import tensor_data
 
 HEADER_KEY = "simpletuner"
 """Our only entry in the safetensors header, a JSON object."""
@@ -74,11 +74,11 @@ class Store:
         try:
             data = self._content(name)
         except FileNotFoundError:
-            raise _lost(self.storage.shown(name), "missing") from None
+            raise _lost(self.storage.text(name), "missing") from None
         tensors = _verified(data)
         if tensors is None:
             self.storage.remove(name)
-            raise _lost(self.storage.shown(name), "damaged, and was removed")
+            raise _lost(self.storage.text(name), "damaged, and was removed")
         return tensors
 
     def _content(self, name: str) -> bytes:
@@ -106,7 +106,7 @@ class Store:
         """
         cpu_tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         header = json.dumps({**metadata, "sha256": _checksum(cpu_tensors, metadata)}, sort_keys=True)
-        pieces = file_pieces({name: as_written(tensor) for name, tensor in cpu_tensors.items()}, {HEADER_KEY: header})
+        pieces = file_pieces({name: tensor_data(tensor) for name, tensor in cpu_tensors.items()}, {HEADER_KEY: header})
         # No fsync per file: it is slow, and the checksum detects files that a power cut damages.
         self.storage.write(self.name(key), b"".join(pieces), sync=False)
 
@@ -117,7 +117,7 @@ class Store:
         folder = self.storage.local_path()
         if folder is None:
             return
-        free = disk_room(folder)
+        free = free_disk_bytes(folder)
         if size > free:
             raise DiskError.of(
                 f"{subject} take {format_size(size)}, and {format_size(free)} are free for {folder}",
@@ -128,8 +128,8 @@ class Store:
         """Remove incomplete files of killed processes."""
         folder = self.storage.local_path()
         if folder is not None:
-            sweep_parts(folder, "*/.*.safetensors.*.part")
-            sweep_parts(folder, f".{LEDGER}.*.part")
+            remove_abandoned_parts(folder, "*/.*.safetensors.*.part")
+            remove_abandoned_parts(folder, f".{LEDGER}.*.part")
 
 
 def check_all(keys: Iterable[tuple[Store, str]], *, verify: bool = False) -> list[CacheState]:
@@ -154,7 +154,7 @@ def check_all(keys: Iterable[tuple[Store, str]], *, verify: bool = False) -> lis
     def check(chunk: list[tuple[_Ledger, str]]) -> list[CacheState]:
         return [ledger.check(key, verify=verify) for ledger, key in chunk]
 
-    checked = map_ahead(check, chunks(), workers=CHECKING_THREADS, ahead=4 * CHECKING_THREADS)
+    checked = prefetched_map(check, chunks(), workers=CHECKING_THREADS, ahead=4 * CHECKING_THREADS)
     states = [state for chunk in checked for state in chunk]
     for ledger in ledgers.values():
         ledger.save()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simpletuner.base.errors import AccessError
 from simpletuner.base.files import file_errors_reported, read_json
-from simpletuner.base.parts import locked_part, sweep_parts
+from simpletuner.base.parts import locked_part, remove_abandoned_parts
 from simpletuner.config.flavours import TINY, FlavourName
 from simpletuner.flux2.tiny import klein, vocabulary
 from simpletuner.flux2.tiny.parts import transformer_shapes, write_config, write_model
@@ -122,7 +122,7 @@ def make(folder: Path, flavour: FlavourName = "tiny") -> Path:
         return folder
     with file_errors_reported(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        sweep_parts(folder.parent, f".{folder.name}.*.part")
+        remove_abandoned_parts(folder.parent, f".{folder.name}.*.part")
         with locked_part(folder, is_folder=True) as build:
             vae = load_tensors(SHIPPED / VAE_WEIGHTS)
             if flavour == "tiny":
@@ -138,7 +138,7 @@ def make(folder: Path, flavour: FlavourName = "tiny") -> Path:
     return folder
 
 
-def make_start(folder: Path, seed: int, learned: Path) -> Path:
+def write_untrained(folder: Path, seed: int, learned: Path) -> Path:
     """Write an untrained model into `folder`, which may exist; return `folder`.
 
     Shipped files in `learned` replace drawn weights. `learned` must hold the autoencoder.

@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 
 from simpletuner.base.files import file_errors_reported
-from simpletuner.base.imagefiles import CAPTION_SUFFIXES, PICTURE_SUFFIXES
+from simpletuner.base.imagefiles import CAPTION_SUFFIXES, IMAGE_SUFFIXES
 from simpletuner.base.storage import is_utf8_name
 from simpletuner.server import uploads
 from simpletuner.server.api.environments import DocumentEdit
@@ -208,7 +208,7 @@ def _view(folder: Path, roots: Roots) -> FolderView:
         if entry.name.startswith(".") or not is_utf8_name(entry.name):
             continue
         if entry.is_dir():
-            if not entry.is_symlink() or roots.holds(Path(entry.path).resolve()):
+            if not entry.is_symlink() or roots.contains(Path(entry.path).resolve()):
                 subfolders.append(Folder(name=entry.name, path=roots.display_path(Path(entry.path))))
             continue
         suffix = Path(entry.name).suffix.lower()
@@ -218,7 +218,7 @@ def _view(folder: Path, roots: Roots) -> FolderView:
     parent = folder.parent
     return FolderView(
         path=roots.display_path(folder),
-        parent=roots.display_path(parent) if folder not in roots.all and roots.holds(parent.resolve()) else None,
+        parent=roots.display_path(parent) if folder not in roots.all and roots.contains(parent.resolve()) else None,
         folders=subfolders,
         pictures=len(pictures),
         captions=captions,
@@ -246,7 +246,7 @@ def _caption_of(roots: Roots, text: str) -> Path:
     Raises:
         Fault: 403, it or its image lies outside; 404, there is no such image; 422, it has another suffix.
     """
-    _image(roots, text, PICTURE_SUFFIXES)
+    _image(roots, text, IMAGE_SUFFIXES)
     # Beside the given name, not beside a link's target: a linked image has its own caption.
     unresolved = Path(os.path.normpath(roots.workspace / Path(text).expanduser()))
     candidates = [unresolved.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]

@@ -144,7 +144,7 @@ def images(
     """The images below a folder: with `missing` those without a caption, with `text` those whose name or caption
     contains it."""
     path = context.roots.folder(folder)
-    matches = context.image_lists.search(path, holds=context.roots.holds, only_missing=missing, text=text)
+    matches = context.image_lists.search(path, holds=context.roots.contains, only_missing=missing, text=text)
     return ImageList(
         path=context.roots.display_path(path),
         total=matches.total,
@@ -165,9 +165,9 @@ def partners(
 ) -> Partners:
     """The files of the folder `beside` that are references or masks of the images below `folder`; with `numbered` an
     image may have several, as with references."""
-    names = held_images(context.roots.folder(folder), context.roots.holds).images
+    names = held_images(context.roots.folder(folder), context.roots.contains).images
     path = context.roots.folder(beside)
-    partner_files = find_partners(names, held_images(path, context.roots.holds).images, is_numbered=numbered)
+    partner_files = find_partners(names, held_images(path, context.roots.contains).images, is_numbered=numbered)
     paired = {name: [file for _, file in partner_files.get(caption_key(name), ())] for name in names}
     return Partners(
         path=context.roots.display_path(path), names={name: files for name, files in paired.items() if files}

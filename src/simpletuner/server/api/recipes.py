@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from simpletuner.base.sizes import GIB
 from simpletuner.config.flavours import FLAVOURS, Flavour
-from simpletuner.config.recipes import CARDS, LEAST_STEPS, RECIPES, Card, Recipe, card_of
+from simpletuner.config.recipes import CARDS, MIN_STEPS, RECIPES, Card, Recipe, card_of
 from simpletuner.server.context import InContext
 from simpletuner.server.meter import MeteredGpu
 
@@ -65,7 +65,7 @@ def recipes(context: InContext) -> SetupChoices:
         cards=list(CARDS),
         gpus=_gpus(context.meter.read(context.workspace).gpus),
         recipes=[replace(recipe, **_with_epochs(recipe)) for recipe in RECIPES],
-        least_steps=LEAST_STEPS,
+        least_steps=MIN_STEPS,
     )
 
 
@@ -89,7 +89,7 @@ def _models() -> list[ModelChoice]:
 
 
 def _sizes(flavour: Flavour) -> dict[str, Any]:
-    side = flavour.only_side
+    side = flavour.fixed_side
     return {} if side is None else {"validation_resolution": f"{side}x{side}"}
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from simpletuner.base.imagefiles import PICTURE_SUFFIXES
-from simpletuner.config.datasets import MOST_REFERENCES
+from simpletuner.base.imagefiles import IMAGE_SUFFIXES
+from simpletuner.config.datasets import MAX_REFERENCES
 from simpletuner.runs.layout import LORA_NAME
 from simpletuner.server.body import RequestBody
 from simpletuner.server.context import InContext, ServerContext
@@ -58,13 +58,13 @@ class SampleJobRequest(RequestBody):
     """Images per prompt, with the seeds `seed`, `seed` + 1 and so on."""
     loras: list[WeightedLora] | None = Field(default=None, max_length=8)
     """An empty list means the base model; null means the run's finished LoRA."""
-    references: list[Annotated[str, Field(max_length=4096)]] = Field(default=[], max_length=MOST_REFERENCES)
+    references: list[Annotated[str, Field(max_length=4096)]] = Field(default=[], max_length=MAX_REFERENCES)
     """Reference images for each generated image, in this order."""
     strengths: list[Strength] = Field(default=[], max_length=12)
     """Generate each image once at each of these factors for the strengths of all LoRAs; 0 is the base model."""
 
 
-class SampledImage(BaseModel):
+class SampleFile(BaseModel):
     """An image generated earlier, with the parameters that its file records."""
 
     path: str
@@ -96,7 +96,7 @@ async def sample(context: InContext, body: SampleJobRequest) -> CommandJob:
 
 
 @router.get("/run/samples")
-def samples(context: InContext, run: RunName) -> list[SampledImage]:
+def samples(context: InContext, run: RunName) -> list[SampleFile]:
     """The images generated with a run, newest first."""
     directory = run_at(context.roots, run)
     folder = part_of(context.roots, directory, directory.root / FOLDER)
@@ -146,7 +146,7 @@ def image_file(roots: Roots, text: str) -> Path:
         Fault: 403, it lies outside the roots; 422, there is no image.
     """
     path = roots.resolve(text)
-    if path.suffix.lower() not in PICTURE_SUFFIXES or not path.is_file():
+    if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
         raise Fault.of(422, f"{text}: there is no image", "an image file")
     return path
 
@@ -169,7 +169,7 @@ def _display_path(roots: Roots, text: str) -> str:
     return roots.display_path((roots.workspace / text).resolve())
 
 
-def _sampled_image(path: Path, display_path: str) -> SampledImage | None:
+def _sampled_image(path: Path, display_path: str) -> SampleFile | None:
     """Return an image with the parameters that its file records; None if the file is not a PNG."""
     # Slow to import, and the first page needs no image.
     from PIL import Image
@@ -186,6 +186,6 @@ def _sampled_image(path: Path, display_path: str) -> SampledImage | None:
         parameters = decoded(str(text))
         scalars = {name: parameters.get(name) for name in ("prompt", "seed", "steps", "guidance")}
         lists = {name: parameters.get(name, []) for name in ("loras", "references")}
-        return SampledImage(path=display_path, width=width, height=height, **lists, **scalars)
+        return SampleFile(path=display_path, width=width, height=height, **lists, **scalars)
     except (DamagedText, ValueError, AttributeError):  # written by another program
-        return SampledImage(path=display_path, width=width, height=height)
+        return SampleFile(path=display_path, width=width, height=height)
