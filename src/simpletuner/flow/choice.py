@@ -22,4 +22,4 @@ class TokenChoice:
         return replace(self, kept_tokens=change(self.kept_tokens))
 
     def to(self, device: torch.device) -> "TokenChoice":
-        return self.mapped(lambda kept: kept.to(device, non_blocking=True))
+        return self.mapped(lambda tokens: tokens.to(device, non_blocking=True))
