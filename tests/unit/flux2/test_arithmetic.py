@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from simpletuner.config.flavours import FLAVOURS, TransformerSpec
 from simpletuner.config.options.lora import LoraOptions
+from simpletuner.flow.choice import TokenChoice
 from simpletuner.flux2.activations import TransformerPass
 from simpletuner.flux2.arithmetic import (
     PassFlop,
@@ -22,7 +23,6 @@ from simpletuner.flux2.footprint import adapted_blocks
 from simpletuner.flux2.lora import attach
 from simpletuner.flux2.routes import Route
 from simpletuner.flux2.transformer import Flux2Transformer, ReferenceAttention
-from simpletuner.flux2.tread import Choice
 from simpletuner.memory import recompute
 
 SPEC = TransformerSpec(2, 16, 2, 3, 48, guidance_embeds=True, axes=(4, 4, 4, 4))
@@ -84,7 +84,7 @@ def counted(transformer: Flux2Transformer, at: TransformerPass, device: str = "c
         text = torch.randn(at.batch, at.text_tokens, SPEC.context_dim, dtype=at.dtype)
         image_ids, text_ids = torch.zeros(tokens, 4).long(), torch.zeros(at.text_tokens, 4).long()
         choices = [
-            Choice(route.start, route.end, torch.arange(count).expand(at.batch, -1))
+            TokenChoice(route.start, route.end, torch.arange(count).expand(at.batch, -1))
             for route, count in zip(at.routes, kept, strict=True)
         ]
         with FlopCounterMode(display=False, custom_mapping=FUSED) as counter, torch.set_grad_enabled(backward):

@@ -482,15 +482,17 @@ class WholeShards(RankShards):
         self.splits = {}
         self.parameters = dict(adapter.weights)
 
-    def collect(self) -> None:
+    def take_gradients(self) -> None:
         """Nothing."""
 
-    def settle(self) -> None:
-        self.world.barrier("what is trained")
+    def update_weights(self) -> None:
+        self.world.barrier("the trainable parameters")
 
 
 @SHARDED
-def test_ranks_that_share_out_what_is_trained_take_the_average_together(tmp_path: Path, is_sharded: bool) -> None:
+def test_ranks_that_shard_trainable_parameters_sample_with_the_average_together(
+    tmp_path: Path, is_sharded: bool
+) -> None:
     """So does one without an image; and an image that fails leaves what is trained as it was."""
     paint(ALONE, tmp_path / "alone")
 
@@ -503,11 +505,11 @@ def test_ranks_that_share_out_what_is_trained_take_the_average_together(tmp_path
             return pixels
 
         made = drawing(world, tmp_path / "ranks", is_sharded=is_sharded, decode=decode)
-        adapter = made.painter.trained
+        adapter = made.sampler.trained
         assert isinstance(adapter, Adapter)
         adapter.masters = WholeShards(adapter, world)
         before = {name: tensor.clone() for name, tensor in adapter.state().items()}
-        event = made.painter.draw(1, made.report)
+        event = made.sampler.sample(1, made.report)
         return event, made.notices, all(tensor.equal(before[name]) for name, tensor in adapter.state().items())
 
     (event, notices, *first), (_, _, *second) = in_threads(2, work)
