@@ -26,8 +26,8 @@ def test_a_run_exports_in_its_format_and_checkpoints_keep_diffusers_names(workpl
     first_step = next(at for at, event in enumerate(events) if event["type"] == "step")
     notices = [event["text"] for event in events[:first_step] if event["type"] == "notice"]
     assert (
-        "Of this LoRA in the kohya format, diffusers leaves out 1 of 5 layers, such as norm_out.linear. "
-        "It reads all of it in diffusers." in notices
+        "In the kohya format, diffusers leaves out 1 of this LoRA's 5 layers, such as norm_out.linear. "
+        "It reads all layers in the diffusers format." in notices
     )
     run = workplace.run()
     made = {}

@@ -384,7 +384,7 @@ def test_a_mistake_that_a_header_tells_ends_the_run_before_anything_is_encoded(
             4,
             "part.safetensors: tensors are missing or have another shape (1)",
         ),
-        ("--init_lora=nan.safetensors", 6, "nan.safetensors: NaN or infinite numbers in 1 of 1 layers"),
+        ("--init_lora=nan.safetensors", 6, "nan.safetensors: NaN or infinite values in 1 of 1 layers"),
         ("--init_lora=other.safetensors", 6, "other.safetensors does not fit this model, tiny: 1 of 1 layers"),
         ("--init_lora=foreign.safetensors", 6, "foreign.safetensors: none of its 2 keys names a layer of FLUX.2"),
         ("--init_lora=dora.safetensors", 6, "dora.safetensors holds DoRA in 3 keys"),

@@ -1,4 +1,7 @@
-"""Identify adapter kinds other than LoRA by key suffixes: read LoKr and LoHa, name DoRA, OFT and patches."""
+"""Identify adapter kinds other than LoRA by key suffixes.
+
+LoKr and LoHa are read; DoRA, OFT and patches are only recognized.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -124,7 +124,7 @@ def convert_model(
         free = machine.free_disk_bytes(target.parent)
         if size > free:
             raise DiskError.of(
-                f"{target} takes {format_size(size)}, and {format_size(free)} are free on that disk",
+                f"{target} needs {format_size(size)}, but its disk has {format_size(free)} free",
                 remedy="Free some space, or choose a target on another disk.",
             )
         if to == "diffusers":
@@ -219,7 +219,7 @@ def _checked_spec(source: Path, tensors: Mapping[str, _LazyTensor], config: Conf
         for defect, names in (
             ("missing", expected.keys() - shapes.keys()),
             ("unknown", shapes.keys() - expected.keys()),
-            ("of another shape", wrong),
+            ("wrong shape", wrong),
         )
         if names
     )

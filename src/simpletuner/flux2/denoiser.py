@@ -48,7 +48,7 @@ class Denoiser:
     ignores guidance. The velocity covers the latents only; references have none.
 
     Args:
-        reference_attention: tokens that reference tokens attend to. Sample a model with its value in training.
+        reference_attention: which tokens the reference tokens attend to. Sampling must use the value of training.
         forward: called in place of the transformer, with the same arguments; by default the transformer.
     """
 
@@ -80,7 +80,7 @@ class Denoiser:
         attention = None
         if condition.references is not None:
             attention = self._attention(condition.references)
-            choices = [_with_references(choice, tokens.shape[1], attention.length) for choice in choices]
+            choices = [_keeping_references(choice, tokens.shape[1], attention.length) for choice in choices]
             positions = self._with_references(positions, condition.references)
             tokens = torch.cat([tokens, condition.references.tokens.to(dtype)], dim=1)
         velocity = self.forward(
@@ -132,8 +132,8 @@ class Denoiser:
         return functools.partial(self, choices=choices)
 
 
-def _with_references(choice: TokenChoice, target: int, references: int) -> TokenChoice:
-    """`choice` of `target` image tokens, extended to keep all `references` tokens that follow them."""
+def _keeping_references(choice: TokenChoice, target: int, references: int) -> TokenChoice:
+    """`choice`, made for `target` image tokens, extended to keep the `references` tokens that follow them."""
     indices = torch.arange(target, target + references, device=choice.kept_tokens.device)
     return replace(
         choice, kept_tokens=torch.cat([choice.kept_tokens, indices.expand(len(choice.kept_tokens), -1)], dim=1)

@@ -90,7 +90,7 @@ class AdapterFile:
     header: Mapping[str, str] = field(default_factory=dict)
     """Text fields of the file's header."""
     header_scaled: frozenset[str] = frozenset()
-    """Modules whose scale other than 1 comes from an alpha in the header only. ComfyUI does not read the header."""
+    """Modules whose scale is not 1 and comes from an alpha in the header. ComfyUI does not read the header."""
     dialects: tuple[str, ...] = ()
     """The dialects of a mixed file; else empty."""
 
@@ -143,7 +143,7 @@ def read_adapter(path: Path) -> AdapterFile:
     names = tuple(dict.fromkeys(_dialect(group) for group in groups))
     for group in list(groups):
         kinds = [UNREAD_SUFFIXES[suffix].name for suffix in group.tensors if suffix in UNREAD_SUFFIXES]
-        if kinds or group.tensors.keys() == {"alpha"}:  # A and B of a DoRA are meaningless without its magnitudes
+        if kinds or group.tensors.keys() == {"alpha"}:  # a DoRA's A and B are useless without its magnitudes
             unread |= dict.fromkeys(group.keys.values(), kinds[0] if kinds else "unknown")
             groups.remove(group)
     _check_groups(path, groups)
@@ -194,8 +194,8 @@ def check_all_read(file: AdapterFile) -> None:
                 )
             )
         elif kind != "text encoder":
-            marks = [(key, suffix) for key in keys if (suffix := _parsed(key).suffix) in UNREAD_SUFFIXES]
-            key, suffix = marks[0]
+            unsupported = [(key, suffix) for key in keys if (suffix := _parsed(key).suffix) in UNREAD_SUFFIXES]
+            key, suffix = unsupported[0]
             unread_kind = UNREAD_SUFFIXES[suffix]
             problems.append(
                 Problem(
@@ -221,12 +221,12 @@ def _parsed(key: str) -> _KeyParts:
 
 
 def _grouped(path: Path, tensors: Mapping[str, Tensor]) -> tuple[list[_KeyGroup], dict[str, str]]:
-    """The keys grouped by module of FLUX.2, and the kinds of all other keys."""
+    """The tensors grouped by FLUX.2 module, and the kinds of all other keys."""
     groups: dict[str, _KeyGroup] = {}
     unread = {}
     for key, stored in tensors.items():
-        is_byte = stored.is_floating_point() and stored.itemsize == 1  # torch has no arithmetic in fp8
-        tensor = stored.to(torch.bfloat16) if is_byte else stored
+        is_fp8 = stored.is_floating_point() and stored.itemsize == 1  # torch has no arithmetic in fp8
+        tensor = stored.to(torch.bfloat16) if is_fp8 else stored
         stem, suffix, spelling = _parsed(key)
         prefix = prefix_of(stem)
         module = known_module(stem.removeprefix(prefix)) if suffix else None
@@ -274,7 +274,7 @@ def _check_groups(path: Path, groups: Iterable[_KeyGroup]) -> None:
             empty.append(f"{group.stem} with a lora_A of {'×'.join(map(str, a.shape))}")
     if broken:
         counted = broken[0] if len(broken) == 1 else f"{len(broken)} layers, such as {broken[0]},"
-        problems.append(Problem(f"{path} has {counted} without a matching lora_A and lora_B", "a whole LoRA"))
+        problems.append(Problem(f"{path} has {counted} without a matching lora_A and lora_B", "a complete LoRA"))
     if empty:
         message = f"{path} has {len(empty)} empty layers, such as {empty[0]}"
         problems.append(Problem(message, "a rank of at least 1", SAVE_AGAIN))
@@ -282,7 +282,7 @@ def _check_groups(path: Path, groups: Iterable[_KeyGroup]) -> None:
 
 
 def _factors(path: Path, group: _KeyGroup, header_scale: HeaderScale) -> Factors:
-    """The factors in `group`, for the whole matrix as stored in the file.
+    """The factors in `group`, for the matrix as the file stores it: fused matrices are not split yet.
 
     Raises:
         CheckpointError: the tensors are not valid factors.
@@ -335,18 +335,16 @@ def _split_by_linear(path: Path, group: _KeyGroup, factors: Factors) -> dict[str
 
 
 def _check_modules(path: Path, modules: Mapping[str, Factors], unread: Mapping[str, str]) -> None:
-    """Raise if no key is of FLUX.2, or if a factor has NaN or infinite numbers."""
+    """Raise if no key names a layer of FLUX.2, or if a factor has NaN or infinite values."""
     if not modules and not set(unread.values()) & {"dora", "oft", "diff"}:
         if not unread:
-            raise CheckpointError.of(f"{path} has no layers", "a whole LoRA")
+            raise CheckpointError.of(f"{path} has no layers", "a complete LoRA")
         keys = [key for key, kind in unread.items() if kind == "unknown"]
         message = f"none of its {len(unread)} keys names a layer of FLUX.2"
         raise CheckpointError.of(
-            f"{path}: {message}; they are {_described(keys[0])}"
-            if keys
-            else f"{path}: {message}, only of a text encoder",
+            f"{path}: {message}; {_described(keys[0])}" if keys else f"{path}: {message}; all are for a text encoder",
             "a LoRA of FLUX.2's transformer",
-            "The file is for another model, or it is not a LoRA.",
+            "The file is for another model or is not a LoRA.",
         )
     damaged = [
         name
@@ -355,19 +353,19 @@ def _check_modules(path: Path, modules: Mapping[str, Factors], unread: Mapping[s
     ]
     if damaged:
         raise CheckpointError.of(
-            f"{path}: NaN or infinite numbers in {len(damaged)} of {len(modules)} layers, such as {damaged[0]}",
+            f"{path}: NaN or infinite values in {len(damaged)} of {len(modules)} layers, such as {damaged[0]}",
             "finite weights",
             "The file is damaged or was saved from a run that diverged: use an earlier checkpoint.",
         )
 
 
 def _described(key: str) -> str:
-    """`key`, and the kind of adapter that its spelling suggests."""
+    """End of an error message: `key` as an example, and the kind of adapter that its suffix suggests."""
     stem, suffix, _ = _parsed(key)
     prefix = prefix_of(stem)
     if not suffix:
-        return f"such as {key}"
+        return f"one is {key}"
     kind = (
         "a LoRA" if suffix in ("A", "B", "alpha") else "a LoKr or LoHa" if suffix in FACTOR_SUFFIXES else "an adapter"
     )
-    return f"those of {kind}" + (f" under {prefix}" if prefix else "") + f", such as {key}"
+    return f"they are those of {kind}" + (f" under {prefix}" if prefix else "") + f", such as {key}"

@@ -237,7 +237,7 @@ def _adapted_part(path: Path, name: str, layer: SavedLayer, adapted_range: Linea
     if a.count_nonzero() != layer.a.count_nonzero() or b.count_nonzero() != layer.b.count_nonzero():
         raise CheckpointError.of(
             f"{path}: {name} has weights outside the rows and columns of its preset",
-            "a file as this program wrote it",
+            "the file as simpletuner wrote it",
             "If it was edited on purpose, remove simpletuner.target from its header.",
         )
     return a.clone(), b.clone()

@@ -22,10 +22,10 @@ class Differences:
     layers: Iterator[tuple[str, Reduced]]
     """Factors of each Linear that differs, computed lazily."""
     other_differences: dict[str, float]
-    """The largest difference of each weight outside the Linears that differs, such as a norm: a LoRA cannot hold it.
-    Iterating over `layers` fills this."""
+    """For each differing weight that is not a matrix, such as a norm, its largest absolute difference. A LoRA cannot
+    hold it. Iterating over `layers` fills this."""
     dtype: torch.dtype
-    """Dtype of the tuned weights."""
+    """Dtype of the tuned weights if all are bf16 or all are fp16; else fp32."""
 
 
 def differences(

@@ -23,7 +23,7 @@ from simpletuner.flux2.lora import Adaptable, AdapterLayer, adaptable, linears
 from simpletuner.memory.tensors import open_tensors
 
 _SLICE = 2**24
-"""Approximate number of elements of a LoHa's ΔW computed at a time, if computing ΔW is cheaper than its factors."""
+"""Approximate number of elements of a LoHa's ΔW computed at a time, where that is cheaper than its factors."""
 
 
 class FixedLinear(AdapterLayer):
@@ -35,7 +35,7 @@ class FixedLinear(AdapterLayer):
     def __init__(self, base: Adaptable, factors: Factors) -> None:
         super().__init__(base, factors.scale)
         device = next(base.parameters()).device
-        self.factors = _on(device, factors)
+        self.factors = _moved_to(device, factors)
         """Not registered as parameters, so that only the base weights are streamed and counted."""
         self.train(base.training)
 
@@ -44,7 +44,7 @@ class FixedLinear(AdapterLayer):
         return torch.add(out, delta_product(self.factors, x), alpha=self.scale) if self.is_enabled else out
 
 
-def _on(device: torch.device, factors: Factors) -> Factors:
+def _moved_to(device: torch.device, factors: Factors) -> Factors:
     moved: dict[str, Any] = {name: each.to(device) for name, each in vars(factors).items() if isinstance(each, Tensor)}
     return replace(factors, **moved)
 
@@ -57,7 +57,10 @@ def delta_product(factors: Factors, x: Float[Tensor, "*batch columns"]) -> Float
 
 
 def _kronecker_product(factors: Kronecker, x: Tensor) -> Tensor:
-    """kron(w1, w2) · x = w1 · X · w2ᵀ, with X = x as a (columns of w1, columns of w2) matrix. Cheaper product first."""
+    """kron(w1, w2) · x = w1 · X · w2ᵀ, with X = x as a (columns of w1, columns of w2) matrix.
+
+    The cheaper of the two products is computed first.
+    """
     w1, w2 = factors.w1.to(x.dtype), factors.w2.to(x.dtype)
     (rows1, columns1), (rows2, columns2) = w1.shape, w2.shape
     matrix = x.unflatten(-1, (columns1, columns2))

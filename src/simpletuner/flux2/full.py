@@ -103,7 +103,11 @@ def unfreeze(transformer: Flux2Transformer, compute_dtype: torch.dtype | None = 
     """Make every weight of `transformer` trainable, norms and embedders included.
 
     Args:
-        compute_dtype: that of the weights; their fp32 values become masters. None keeps the weights' dtype.
+        compute_dtype: dtype that the model computes in. The weights, which must be fp32, become masters. None keeps the
+            weights' dtype, without masters.
+
+    Raises:
+        ConfigError: `compute_dtype` is fp16 and cannot represent a weight.
     """
     transformer.requires_grad_(True)
     fp32_masters = None if compute_dtype is None else Masters(dict(transformer.named_parameters()), compute_dtype)

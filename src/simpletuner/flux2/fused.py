@@ -63,8 +63,8 @@ def unfused(modules: Mapping[str, Factors], header: Mapping[str, str]) -> dict[s
     """`modules`, with the parts of each fused matrix at the ranks that they had before `fused`.
 
     Parts of zeros are left out; modules that `fused` did not fuse stay unchanged. The ranks come from the header, else
-    from exact zeros in `b`, where one part does not use the a of another. Parts are reduced only if they share one `a`
-    tensor, as parts from `LowRank.selected_rows` do.
+    from exact zeros: a part's `b` is zero in the columns that belong to another part's `a`. Parts are reduced only if
+    they share one `a` tensor, as parts from `LowRank.selected_rows` do.
     """
     recorded = _recorded(header)
     modules_at_own_ranks = dict(modules)
@@ -88,8 +88,8 @@ def _at_own_ranks(parts: Sequence[LowRank], recorded: Sequence[int] | None) -> S
     used = [part.b.any(dim=0) for part in parts]
     if recorded is not None and len(recorded) == len(parts) and max(recorded) == len(a) != sum(recorded):
         # The parts had the same a before they were fused.
-        is_whole = all(rank or not columns.any() for rank, columns in zip(recorded, used, strict=True))
-        return [part if rank else None for part, rank in zip(parts, recorded, strict=True)] if is_whole else parts
+        is_consistent = all(rank or not columns.any() for rank, columns in zip(recorded, used, strict=True))
+        return [part if rank else None for part, rank in zip(parts, recorded, strict=True)] if is_consistent else parts
     for ranks in _candidates(len(a), used, recorded):
         stops = list(itertools.accumulate(ranks))
         spans = [slice(stop - rank, stop) for stop, rank in zip(stops, ranks, strict=True)]
@@ -127,7 +127,7 @@ def _is_block_diagonal(used: Sequence[Tensor], spans: Sequence[slice]) -> bool:
 
 
 def _recorded(header: Mapping[str, str]) -> dict[str, list[int]]:
-    """The valid entries of the header's `FUSED_RANKS`. For a damaged one, `unfused` falls back to zeros in `b`."""
+    """The valid entries of the header's `FUSED_RANKS`. Without a valid entry, `unfused` relies on zeros in `b`."""
     try:
         listed = json.loads(header.get(FUSED_RANKS, "{}"))
     except (ValueError, RecursionError):

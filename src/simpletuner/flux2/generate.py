@@ -23,7 +23,7 @@ Decode = Callable[[Float[Tensor, "b 128 h w"]], Float[Tensor, "b 3 H W"]]
 def initial_noise(seed: int, *, width: int, height: int) -> Float[Tensor, "1 128 h w"]:
     """The initial noise of an image of `width` × `height` pixels: fp32, always drawn on the CPU."""
     if width % PIXELS_PER_TOKEN or height % PIXELS_PER_TOKEN:
-        raise ValueError(f"{width} × {height} pixels do not divide by {PIXELS_PER_TOKEN}")
+        raise ValueError(f"{width} × {height} pixels: both must be multiples of {PIXELS_PER_TOKEN}")
     shape = (1, 128, height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -34,7 +34,7 @@ def fits_both_predictions(
     """Whether `device` has memory for both predictions of real guidance in one pass.
 
     Each prediction has `text` and `references` tokens; `size` is (width, height) in pixels. False on a CPU: there, one
-    pass for both differs in last bits (docs/log.md), so results would depend on free memory.
+    pass for both differs in the last bits (docs/log.md), so results would depend on free memory.
     """
     if device.type == "cpu":
         return False
@@ -73,10 +73,10 @@ def sample_latents(
             return denoise(x, sigma, condition)
         if both_at_once:
             pair = Condition.stacked([negative, condition])
-            without, positive = denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), pair).chunk(2)
+            negative_velocity, positive_velocity = denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), pair).chunk(2)
         else:
-            positive, without = denoise(x, sigma, condition), denoise(x, sigma, negative)
-        return without + real_guidance * (positive - without)
+            positive_velocity, negative_velocity = denoise(x, sigma, condition), denoise(x, sigma, negative)
+        return negative_velocity + real_guidance * (positive_velocity - negative_velocity)
 
     sigmas = torch.tensor(schedule(steps, noise.shape[-2] * noise.shape[-1]), dtype=torch.float64, device=noise.device)
     return euler(velocity, noise, repeat(sigmas, "points -> points b", b=len(noise)), report)

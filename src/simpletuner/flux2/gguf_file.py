@@ -24,7 +24,8 @@ from simpletuner.flux2.stored import FLOATING_DTYPES, ReadPart, StoredWeight
 
 _ARCHITECTURE = "flux"
 _NEWER_TYPE = re.compile(r"\b(\d{1,3})\)? is not a valid GGMLQuantizationType")
-"""Error text of a gguf package that does not know a type's number. A damaged header would hold a longer number."""
+"""Error text of a gguf package that is too old for a type, with the type's number. A damaged header would hold a longer
+number."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def read_gguf_header(file: Path) -> GgufHeader:
         field = reader.get_field("general.architecture")
         architecture = None if field is None else str(field.contents())
         tensors = {each.name: _entry(file, each) for each in reader.tensors}
-        whole = max((entry.stop for entry in tensors.values()), default=0)
-        if whole > len(reader.data):
-            raise ValueError(f"{len(reader.data):,} bytes long, at least {whole:,} by its own header")
+        needed = max((entry.stop for entry in tensors.values()), default=0)
+        if needed > len(reader.data):
+            raise ValueError(f"{len(reader.data):,} bytes long, at least {needed:,} by its own header")
     except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
         if number := _NEWER_TYPE.search(str(error)):
             raise _unreadable(file, number[1]) from None
@@ -96,39 +97,39 @@ def _entry(file: Path, tensor: Any) -> TensorEntry:
 
 
 @functools.cache
-def _is_known(name: str) -> bool:
-    """Whether the package can decode tensors of the type `name`."""
-    if name in FLOATING_DTYPES:
+def _is_known(type_name: str) -> bool:
+    """Whether the package can decode tensors of the type `type_name`."""
+    if type_name in FLOATING_DTYPES:
         return True
     try:
-        _decoded(np.zeros((1, block_size(name)[1]), np.uint8), name)
+        _decoded(np.zeros((1, block_size(type_name)[1]), np.uint8), type_name)
     except NotImplementedError:
         return False
     return True
 
 
-def block_size(name: str) -> tuple[int, int]:
-    """Number of weights and bytes in a block of the type `name`."""
+def block_size(type_name: str) -> tuple[int, int]:
+    """Number of weights and bytes in a block of the type `type_name`."""
     import gguf
 
-    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
     return weights, size
 
 
-def decoded_rows(rows: UInt8[Tensor, "rows bytes"], name: str) -> Float[Tensor, "rows columns"]:
-    """Decode whole rows of a tensor of the quantized type `name` to fp32.
+def decoded_rows(rows: UInt8[Tensor, "rows bytes"], type_name: str) -> Float[Tensor, "rows columns"]:
+    """Decode whole rows of a tensor of the quantized type `type_name` to fp32.
 
     Raises:
         NotImplementedError: the package cannot decode this type.
     """
-    return torch.from_numpy(_decoded(rows.numpy(), name))
+    return torch.from_numpy(_decoded(rows.numpy(), type_name))
 
 
-def _decoded(rows: Any, name: str) -> Any:
+def _decoded(rows: Any, type_name: str) -> Any:
     import gguf
 
     with np.errstate(all="ignore"):  # the check of the weights reports an infinite scale
-        return gguf.dequantize(rows, gguf.GGMLQuantizationType[name])
+        return gguf.dequantize(rows, gguf.GGMLQuantizationType[type_name])
 
 
 def gguf_weights(file: Path, component: Component) -> dict[str, StoredWeight]:

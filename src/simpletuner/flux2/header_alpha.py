@@ -40,7 +40,7 @@ class HeaderScale:
     Without PEFT's metadata alpha is the rank, as in diffusers.
 
     Raises:
-        CheckpointError: the metadata is damaged.
+        CheckpointError: the metadata is damaged, or has an invalid alpha or rank or an unsupported alpha pattern.
     """
 
     def __init__(self, path: Path, header: Mapping[str, str]) -> None:
@@ -73,6 +73,7 @@ class HeaderScale:
             self.by_ending.setdefault(ending, (index, checked))
 
     def __call__(self, layer: str, rank: int) -> float:
+        """The scale of `layer` (diffusers' name), whose factors have `rank`."""
         parts = layer.split(".")
         endings = [f"^{layer}", *(".".join(parts[start:]) for start in range(len(parts)))]
         matches = [self.by_ending[ending] for ending in endings if ending in self.by_ending]

@@ -236,7 +236,7 @@ def _adapter(path: Path, entries: Mapping[str, TensorEntry]) -> AdapterReport:
 
 
 def _unread_kind(key: str) -> UnreadKind | None:
-    """The kind that the end of `key` names; None for keys that are read."""
+    """The unsupported adapter kind that the suffix of `key` identifies; None if it identifies none."""
     return next((kind for suffix, kind in UNREAD_SUFFIXES.items() if key.endswith(f".{suffix}")), None)
 
 
@@ -247,7 +247,7 @@ def _by_number(name: str) -> tuple[str, int]:
 
 
 def _rounded(alpha: float) -> float:
-    """`alpha` to six digits, which drops the rounding of scale times rank."""
+    """`alpha` with six significant digits, without the rounding error of scale times rank."""
     return float(f"{alpha:.6g}")
 
 
@@ -259,7 +259,7 @@ def delta_norm(factors: Factors) -> float:
         # ‖b a‖² = Σ (bᵀb) ∘ (a aᵀ); rounding may make a zero norm negative.
         squared = (b.T @ b * (a @ a.T)).sum().clamp(min=0)
     elif isinstance(factors, Kronecker):
-        # The norm of a row of kron(w1, w2) is the product of the norms of its two rows.
+        # The norm of a row of kron(w1, w2) is the product of the norms of the two rows it comes from.
         rows = torch.outer(*(factor.double().square().sum(1) for factor in (factors.w1, factors.w2))).flatten()
         ranges = factors.ranges or ((0, len(rows)),)
         squared = torch.stack([rows[start:stop].sum() for start, stop in ranges]).sum()
@@ -302,7 +302,7 @@ def _is_within(preset: Preset, name: str, factors: Factors) -> bool:
     if not isinstance(factors, LowRank):
         return False
     rows, columns = factors.shape
-    # Attention comes first: in 3 · columns rows of the input Linear, in the first `rows` columns of the output Linear.
+    # Attention has the first 3 · columns rows of the input Linear, and the first `rows` columns of the output Linear.
     matrix, cut = (factors.b, 3 * columns) if name.endswith(FUSED_IN) else (factors.a.T, rows)
     outside = matrix[cut:] if part == "attention" else matrix[:cut]
     return not outside.count_nonzero()
@@ -318,17 +318,17 @@ def _adapted_groups(modules: Mapping[str, Factors]) -> list[AdaptedGroup]:
     ]
 
 
-_MARKS: Mapping[Component, re.Pattern[str]] = {
+_COMPONENT_PATTERNS: Mapping[Component, re.Pattern[str]] = {
     "transformer": re.compile(r"(.*\.)?double_stream_modulation_img\.lin(ear)?\.weight"),
     "vae": re.compile(r"(.*\.)?bn\.running_mean"),
     "text_encoder": re.compile(r"(.*\.)?(embed_tokens|token_embd)\.weight"),
 }
-"""Pattern of a tensor that each component has, in every layout."""
+"""For each component, the pattern of a tensor name that it has in every layout."""
 
 
 def _components(names: Iterable[str]) -> list[Component]:
     names = list(names)
-    return [each for each, mark in _MARKS.items() if any(map(mark.fullmatch, names))]
+    return [component for component, pattern in _COMPONENT_PATTERNS.items() if any(map(pattern.fullmatch, names))]
 
 
 def _component(files: Sequence[Path], entries: Mapping[str, TensorEntry], component: Component) -> ComponentReport:
@@ -348,7 +348,7 @@ def _component(files: Sequence[Path], entries: Mapping[str, TensorEntry], compon
         title = weight.data.dtype if weight.format == "plain" else weight.format
         formats[title] += sum(entry.stop - entry.start for entry in weight.parts.values())
     try:
-        layout, sizes, flavours = _READ[component](shapes)
+        layout, sizes, flavours = _COMPONENT_READERS[component](shapes)
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
         layout, sizes, flavours = "unknown", {}, []
         problem = problem or "required tensors are missing"
@@ -367,7 +367,7 @@ def _component(files: Sequence[Path], entries: Mapping[str, TensorEntry], compon
 
 TensorShapes = Mapping[str, tuple[int, ...]]
 ReadComponent = Callable[[TensorShapes], tuple[str, dict[str, int | bool], list[str]]]
-"""Return layout, sizes and flavours of a component, given the shapes of its tensors."""
+"""Takes the shapes of a component's tensors; returns its layout, sizes and flavours."""
 
 
 def _transformer(shapes: TensorShapes) -> tuple[str, dict[str, int | bool], list[str]]:
@@ -401,16 +401,23 @@ _LLAMA_CPP = {"attn_q": "q_proj", "attn_k": "k_proj", "ffn_gate": "gate_proj", "
 
 def _text_encoder(shapes: TensorShapes) -> tuple[str, dict[str, int | bool], list[str]]:
     layers = {int(match[1]) for name in shapes if "vision" not in name and (match := _LAYER.fullmatch(name))}
-    first = {
+    layer0_shapes = {
         _LLAMA_CPP.get(leaf, leaf): shape
         for name, shape in shapes.items()
         if "vision" not in name and (match := _LAYER.fullmatch(name)) and match[1] == "0"
         for leaf in (match[2].rpartition(".")[2],)
     }
     is_llama_cpp = "token_embd.weight" in shapes
-    embedding = next(name for name in shapes if _MARKS["text_encoder"].fullmatch(name))
+    embedding = next(name for name in shapes if _COMPONENT_PATTERNS["text_encoder"].fullmatch(name))
     vocabulary, hidden = shapes[embedding]
-    dimensions = (vocabulary, hidden, first["gate_proj"][0], first["q_proj"][0], first["k_proj"][0], "q_norm" in first)
+    dimensions = (
+        vocabulary,
+        hidden,
+        layer0_shapes["gate_proj"][0],
+        layer0_shapes["q_proj"][0],
+        layer0_shapes["k_proj"][0],
+        "q_norm" in layer0_shapes,
+    )
     flavours = []
     for name, flavour in FLAVOURS.items():
         spec = flavour.text.encoder
@@ -423,7 +430,11 @@ def _text_encoder(shapes: TensorShapes) -> tuple[str, dict[str, int | bool], lis
     return layout, sizes, flavours
 
 
-_READ: Mapping[Component, ReadComponent] = {"transformer": _transformer, "vae": _vae, "text_encoder": _text_encoder}
+_COMPONENT_READERS: Mapping[Component, ReadComponent] = {
+    "transformer": _transformer,
+    "vae": _vae,
+    "text_encoder": _text_encoder,
+}
 
 
 def _adapter_title(adapter: AdapterReport) -> str:
@@ -443,7 +454,7 @@ def _model_title(components: Sequence[ComponentReport]) -> str:
     families = dict.fromkeys(FLAVOURS[name].family for one in components[:1] for name in one.flavours)
     if not parts:
         return ""
-    model = f"FLUX.2 {' or '.join(families)}" if families else "FLUX.2, but with the shapes of no flavour"
+    model = f"FLUX.2 {' or '.join(families)}" if families else "FLUX.2, but no flavour has these shapes"
     return f"{'all-in-one checkpoint: ' if len(components) > 1 else ''}{parts} of {model}"
 
 
@@ -456,12 +467,12 @@ _FOREIGN: Mapping[str, str] = {
     r"(.*\.)?encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight": "T5 text encoder",
     r"(.*\.)?text_model\.embeddings\.token_embedding\.weight": "CLIP text encoder",
 }
-"""Titles of other models' files, by the pattern of a tensor that each has."""
+"""Titles of other models' files, by the pattern of a tensor name that each has."""
 
 
 def _foreign_title(entries: Mapping[str, TensorEntry]) -> str:
     for pattern, title in _FOREIGN.items():
         if any(re.fullmatch(pattern, name) for name in entries):
-            return f"{title}: not a file of FLUX.2"
+            return f"{title}: not a FLUX.2 file"
     examples = ", ".join(list(entries)[:3])
-    return f"not a file of FLUX.2: {len(entries)} tensors{f', such as {examples}' if examples else ''}"
+    return f"not a FLUX.2 file: {len(entries)} tensors{f', such as {examples}' if examples else ''}"

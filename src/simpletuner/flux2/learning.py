@@ -85,7 +85,7 @@ class TrainableParameters(abc.ABC):
         try:
             yield
         except BaseException:
-            if self.shards is None:  # all ranks restore shards together or none does: the run ends
+            if self.shards is None:  # shards are not restored: other ranks may not raise, and the run ends
                 self.load(own_state)
             raise
         self.load(own_state)

@@ -57,7 +57,7 @@ CUSTOM = "custom"
 
 
 class _AddToRows(torch.autograd.Function):
-    """`out[..., start:start + width] += delta`, which copies the wide `out` neither in forward nor in backward.
+    """`out[..., start : start + width] += delta` without a copy of the wide `out`, in forward and in backward.
 
     The other rows keep their exact bits. Adding zeros would not guarantee that: -0.0 + 0.0 is 0.0.
     """
@@ -77,7 +77,9 @@ class _AddToRows(torch.autograd.Function):
 
 
 class AdapterLayer(nn.Module):
-    """A frozen Linear plus `scale · ΔW · x`. `base` may itself be an `AdapterLayer`; then both deltas are added.
+    """A frozen Linear `base` with `scale · ΔW · x` added to its output.
+
+    `base` may itself be an `AdapterLayer`; then both deltas are added.
 
     While `is_enabled` is False, the output is that of `base`, bit for bit.
     """
@@ -123,7 +125,7 @@ class LoraLinear(AdapterLayer):
         self.row_start, self.row_stop = row_start, row_start + b.shape[0]
         self.base_last = base_last
         """Whether the base product is computed after the adapter's products. The order decides in which order autograd
-        sums the gradients of the input, and so its last bits if more than one Linear reads that input.
+        sums the gradients of the input, and so the last bits of that sum if more than one Linear reads that input.
         """
         self.train(base.training)
 
@@ -144,7 +146,11 @@ class LoraLinear(AdapterLayer):
         return self.deferred(x)()
 
     def deferred(self, x: Float[Tensor, "*batch columns"]) -> Callable[[], Float[Tensor, "*batch rows"]]:
-        """Return a function that computes `self(x)`. Products that precede the base product are computed now."""
+        """Return a function that returns `self(x)`.
+
+        With `base_last`, the adapter's products are computed now and the base product in that function. Without it,
+        everything is computed now; if the adapter is disabled, everything in that function.
+        """
         if not self.is_enabled:
             return lambda: self.base(x)
         if self.base_last:
@@ -239,14 +245,14 @@ class Adapter(TrainableParameters):
                 layer.is_enabled = was_enabled
 
     @contextlib.contextmanager
-    def with_export_weights(self, full_range: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let `weights` hold the unsharded tensors `whole` inside the context, to write a file of them.
+    def with_export_weights(self, whole_tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let `weights` hold `whole_tensors`, which are not sharded, inside the context, so that they can be exported.
 
-        Nothing is copied, and the model cannot run meanwhile.
+        Tensors on the right device are not copied. The model cannot run inside the context.
         """
         shards = {name: weight.data for name, weight in self.weights.items()}
         for name, weight in self.weights.items():
-            weight.data = full_range[name].to(weight.device)  # a move to another device would drop its gradient hooks
+            weight.data = whole_tensors[name].to(weight.device)  # another device would drop its gradient hooks
         try:
             yield
         finally:
@@ -373,7 +379,10 @@ def pattern_ranges(transformer: nn.Module, targets: str | tuple[str, ...]) -> di
 
 
 def _suggestion(target: str, names: Mapping[str, object]) -> str:
-    """A remedy that lists the names most similar to `target`, compared at its own number of dots."""
+    """A remedy that lists the names most similar to `target`.
+
+    `target` is compared with the endings of names that have as many parts as it has, or one more.
+    """
     depth = target.count(".") + 1
     endings = {".".join(name.split(".")[-depth:]) for name in names}
     endings |= {".".join(name.split(".")[-depth - 1 :]) for name in names}
@@ -394,10 +403,10 @@ def target_ranges(transformer: nn.Module, options: LoraOptions) -> dict[str, Lin
 
 
 def attach(transformer: nn.Module, options: LoraOptions, *, seed: int) -> Adapter:
-    """Freeze `transformer` and wrap the Linears that `options` target with new adapters. Its output keeps every bit.
+    """Freeze `transformer` and wrap the Linears that `options` target with new adapters.
 
-    Each layer's `a` is drawn from (`seed`, layer name): kaiming-uniform with a = √5, or, with `lora_init_type`
-    gaussian, normal with standard deviation 1/rank. `b` is zero.
+    `b` is zero, so the output of `transformer` stays bit-identical. Each layer's `a` is drawn from (`seed`, layer
+    name): kaiming-uniform with a = √5, or, with `lora_init_type` gaussian, normal with standard deviation 1/rank.
 
     Raises:
         ConfigError: a target matches no Linear.

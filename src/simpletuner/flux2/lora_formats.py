@@ -1,4 +1,4 @@
-"""Write LoRAs in diffusers', ComfyUI's, BFL's and kohya's formats, and tell which layers each loader loses.
+"""Write LoRAs in diffusers', ComfyUI's, BFL's and kohya's formats, and report which layers each loader loses.
 
 Conversions are exact: the effect is the same, and a conversion back to our format restores it bit for bit. For BFL's
 layout, query, key and value are fused as in `flux2.fused` and the halves of the last modulation are swapped. alpha/rank
@@ -67,7 +67,7 @@ LORA_FORMATS: Mapping[LoraFormat, LoraLayout] = {
 
 
 def losses(modules: Iterable[str], lora_format: LoraFormat) -> dict[AdapterLoader, dict[str, LayerLoss]]:
-    """Layers that each loader loses of a LoRA on `modules` (diffusers' names) in `lora_format`; {} if it loses none."""
+    """The layers that each loader drops or misapplies, of a LoRA on `modules` (diffusers' names) in `lora_format`."""
     names = list(modules)
     layout = LORA_FORMATS[lora_format]
     stems = [bfl_module.name if layout.is_bfl and (bfl_module := to_bfl(name)) else name for name in names]
@@ -81,8 +81,9 @@ def losses(modules: Iterable[str], lora_format: LoraFormat) -> dict[AdapterLoade
 
 
 def loss_texts(modules: Collection[str], lora_format: LoraFormat) -> dict[AdapterLoader, str]:
-    """For each loader that loses layers of a LoRA on `modules` in `lora_format`: a text with the layers, and with the
-    formats in which it reads all of them.
+    """A message for each loader that loses layers of a LoRA on `modules` in `lora_format`.
+
+    It states the number of lost layers with an example, and the formats in which the loader reads all layers.
     """
     texts = {}
     for loader, layer_losses in losses(modules, lora_format).items():
@@ -90,14 +91,18 @@ def loss_texts(modules: Collection[str], lora_format: LoraFormat) -> dict[Adapte
             continue
         lossless_formats = [candidate for candidate in LORA_FORMATS if not losses(modules, candidate)[loader]]
         verdicts = [
-            f"{verb} {len(names)} of {len(modules)} layers, such as {names[0]}"
+            f"{verb} {len(names)} of this LoRA's {len(modules)} layers, such as {names[0]}"
             for loss, verb in (("dropped", "leaves out"), ("wrong", "misapplies"))
             if (names := [name for name, layer_loss in layer_losses.items() if layer_loss == loss])
         ]
-        verdict = " and ".join(verdicts) if loader in LORA_FORMATS[lora_format].readers else "reads none of it"
+        verdict = (
+            " and ".join(verdicts)
+            if loader in LORA_FORMATS[lora_format].readers
+            else "reads none of this LoRA's layers"
+        )
         texts[loader] = (
-            f"Of this LoRA in the {lora_format} format, {loader} {verdict}. "
-            f"It reads all of it in {join_names(lossless_formats)}."
+            f"In the {lora_format} format, {loader} {verdict}. "
+            f"It reads all layers in the {join_names(lossless_formats)} format."
         )
     return texts
 
@@ -156,7 +161,7 @@ def lora_tensors(modules: Mapping[str, LowRank], lora_format: LoraFormat) -> dic
 
 
 def _in_bfl(modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """`modules` under BFL's names: fused, and with its order of modulation halves."""
+    """`modules` in BFL's layout: query, key and value fused, the halves of the last modulation swapped."""
     by_bfl_name = {
         name: fused([None if part is None else modules[part] for part in parts])
         for name, parts in fused_groups(modules).items()
@@ -227,8 +232,8 @@ def write_adapter(
 ) -> None:
     """Write the LoRA on `modules` (diffusers' names) to `path` in `lora_format`.
 
-    Before the file replaces `path`, the normal reader must return every layer with the same bits and no other key.
-    `header` holds text fields of any format's header; fields that `lora_format` requires are added.
+    The file replaces `path` only if `read_adapter` returns every layer bit for bit from it, and no other key. `header`
+    holds text fields of any format's header; fields that `lora_format` requires are added.
 
     Raises:
         DiskError: no space, or the file reads back differently.
@@ -250,7 +255,7 @@ def write_adapter(
 
 
 def _is_same(read_back: LowRank | None, expected: LowRank) -> bool:
-    """Whether the factors are bit-identical; only their dtype may be wider, after fusing."""
+    """Whether the factors have equal values. The dtype may differ: fusing can widen it."""
     return read_back is not None and all(
         torch.equal(read_factor.double(), expected_factor.double())
         for read_factor, expected_factor in ((read_back.a, expected.a), (folded(read_back).b, expected.b))

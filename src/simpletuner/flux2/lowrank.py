@@ -14,11 +14,11 @@ from torch import Tensor
 
 from simpletuner.flux2.factors import Factors, Hadamard, Kronecker, LowRank
 
-_NO_RANK = 1e-24
+_NEGLIGIBLE_ENERGY = 1e-24
 """Share of the energy of a product of factors that is treated as rounding: 1e-12 in a singular value."""
-_NO_RANK_OF_DENSE = 1e-13
-"""The same for `_all` and `_leading`, which decompose DᵀD: there, fp64 rounds the squares."""
-_NO_FACTOR_RANK = 2e-6
+_NEGLIGIBLE_ENERGY_DENSE = 1e-13
+"""The same for `_full_spectrum` and `_leading_spectrum`, which decompose DᵀD: there, fp64 rounds the squares."""
+_NEGLIGIBLE_FACTOR_VALUE = 2e-6
 """Singular values of a Kronecker factor below this fraction of the largest are treated as rounding: factors that the
 file stores as a product were multiplied in fp32."""
 _OVERSAMPLING = 32
@@ -30,7 +30,7 @@ _SLICE = 4096
 
 @dataclass(frozen=True)
 class RankRule:
-    """Rule for a layer's rank; without both limits, the rank is not reduced."""
+    """Rule for a layer's rank; if both limits are None, the rank is not reduced."""
 
     rank: int | None = None
     """The maximum rank."""
@@ -47,11 +47,10 @@ class RankRule:
         """
         count = len(squares)
         if self.energy is not None:
-            dropped = (
-                squares.flip(0).cumsum(0).flip(0) + omitted
-            )  # at each value: the sum of its square and all smaller ones
-            allowed = (1 - self.energy + negligible) * dropped[0]
-            count = int((dropped > allowed).sum())
+            # For each value, the sum of its square and of all smaller ones.
+            tail_energy = squares.flip(0).cumsum(0).flip(0) + omitted
+            allowed = (1 - self.energy + negligible) * tail_energy[0]
+            count = int((tail_energy > allowed).sum())
         return max(1, count if self.rank is None else min(count, self.rank))
 
 
@@ -96,13 +95,13 @@ def _of_kronecker(factors: Kronecker) -> LowRank | None:
 def _split(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Factorize `factor` into two matrices of its numerical rank, in fp64."""
     left_vectors, values, right_vectors = torch.linalg.svd(factor.double(), full_matrices=False)
-    count = max(1, int((values > _NO_FACTOR_RANK * values[0]).sum()))
+    count = max(1, int((values > _NEGLIGIBLE_FACTOR_VALUE * values[0]).sum()))
     root = values[:count].sqrt()
     return left_vectors[:, :count] * root, root[:, None] * right_vectors[:count]
 
 
 def _kron(first: Tensor, second: Tensor) -> Tensor:
-    """torch.kron; its own raises (torch 2.13) if one factor is column-major and the other row-major."""
+    """The same as torch.kron, which raises (torch 2.13) if one factor is column-major and the other row-major."""
     return (first[:, None, :, None] * second[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
@@ -147,39 +146,40 @@ def reduced(delta: LowRank, rule: RankRule) -> Reduced:
     right_basis, right_core = torch.linalg.qr(delta.a.double().T)
     u, values, vh = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
     squares = values.square()
-    rank = rule.chosen(squares, _NO_RANK)
+    rank = rule.chosen(squares, _NEGLIGIBLE_ENERGY)
     if rank >= delta.rank:
         return Reduced(delta, 1.0)
     root = values[:rank].sqrt()
     b, a = left_basis @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ right_basis.T
-    return Reduced(LowRank(a.float(), b.float()), _share(squares, rank))
+    return Reduced(LowRank(a.float(), b.float()), _energy_share(squares, rank))
 
 
 def decomposed(difference: Tensor, rule: RankRule) -> Reduced:
     """Factorize a dense fp32 `difference` [rows, columns] at the rank of `rule`.
 
-    Computes on its device, without a whole fp64 copy. The factors are on the CPU.
+    Computes on the device of `difference`, without a whole fp64 copy. The factors are on the CPU.
     """
     rows, columns = difference.shape
     tall = difference if rows >= columns else difference.T
     if rule.rank is not None and 4 * (rule.rank + _OVERSAMPLING) <= tall.shape[1]:
-        vectors, squares, omitted = _leading(tall, rule.rank + _OVERSAMPLING)
+        vectors, squares, omitted = _leading_spectrum(tall, rule.rank + _OVERSAMPLING)
     else:
-        vectors, squares, omitted = _all(tall)
-    rank = rule.chosen(squares, _NO_RANK_OF_DENSE, omitted)
+        vectors, squares, omitted = _full_spectrum(tall)
+    rank = rule.chosen(squares, _NEGLIGIBLE_ENERGY_DENSE, omitted)
     # Both factors get the square root of each singular value, so neither exceeds the range of fp16; 0 is replaced by 1.
-    root = squares[:rank].clamp_min(float(squares[0]) * _NO_RANK_OF_DENSE).pow(0.25)
+    root = squares[:rank].clamp_min(float(squares[0]) * _NEGLIGIBLE_ENERGY_DENSE).pow(0.25)
     root = torch.where(root == 0, 1, root)
     b = torch.cat([piece.double() @ (vectors[:, :rank] / root) for piece in tall.split(_SLICE)]).float().cpu()
     a = (root[:, None] * vectors[:, :rank].T).float().cpu()
     factors = LowRank(a, b) if rows >= columns else LowRank(b.T.contiguous(), a.T.contiguous())
-    return Reduced(factors, _share(squares, rank, omitted))
+    return Reduced(factors, _energy_share(squares, rank, omitted))
 
 
-def _all(tall: Tensor) -> tuple[Tensor, Tensor, float]:
+def _full_spectrum(tall: Tensor) -> tuple[Tensor, Tensor, float]:
     """Right singular vectors of D in columns, squared singular values, and the sum of the omitted squares, 0.
 
-    They are the eigenvectors and eigenvalues of DᵀD. D·V·Vᵀ = D for any singular values, so full rank is lossless.
+    Vectors and squares are the eigenvectors and eigenvalues of DᵀD. D·V·Vᵀ = D for any singular values, so full rank is
+    lossless.
     """
     square = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
     for piece in tall.split(_SLICE):
@@ -188,8 +188,8 @@ def _all(tall: Tensor) -> tuple[Tensor, Tensor, float]:
     return vectors.flip(1), eigenvalues.clamp_min(0).flip(0), 0.0
 
 
-def _leading(tall: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
-    """The same for the `count` largest singular values, of which the last are not exact.
+def _leading_spectrum(tall: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
+    """As `_full_spectrum`, but for the `count` largest singular values only, of which the last are not exact.
 
     Subspace iteration from random directions (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4). All
     eigenvectors of a large model would take hours on a CPU.
@@ -206,6 +206,6 @@ def _leading(tall: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
     return basis @ vectors.flip(1), squares, max(0.0, total - float(squares.sum()))
 
 
-def _share(squares: Tensor, rank: int, omitted: float = 0.0) -> float:
+def _energy_share(squares: Tensor, rank: int, omitted: float = 0.0) -> float:
     total = float(squares.sum()) + omitted
     return float(squares[:rank].sum()) / total if total else 1.0

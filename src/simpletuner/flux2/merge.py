@@ -23,10 +23,10 @@ from simpletuner.flux2.transformer_file import opened_transformer
 from simpletuner.memory.tensors import non_finite_count
 
 _TEXT_ENCODER = "text encoder"
-"""The kind that `AdapterFile.unread` gives keys of a text encoder's layers."""
+"""Kind of a text encoder's keys in `AdapterFile.unread`."""
 COMMON_FIELDS = ("base_model", "licence")
 """Fields of our header that a merged file keeps if all of its source files have the same value."""
-_FIELDS_OF_FACTORS = frozenset(
+_FACTOR_FIELDS = frozenset(
     {
         "format",
         "simpletuner.alpha",
@@ -54,7 +54,7 @@ class WeightedAdapter:
     file: AdapterFile
     strength: float
     modules: Mapping[str, Factors]
-    """The file's modules; parts of fused matrices have their own ranks again."""
+    """The file's modules; parts of fused matrices have the ranks that they had before fusing."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +279,6 @@ def merged_header(adapters: Sequence[WeightedAdapter], rule: RankRule | None = N
 
 def resized_header(file: AdapterFile, rule: RankRule) -> dict[str, str]:
     """The header of `file` at another rank: its training fields, and name and SHA-256 of the source file."""
-    header = {key: value for key, value in file.header.items() if key not in _FIELDS_OF_FACTORS}
+    header = {key: value for key, value in file.header.items() if key not in _FACTOR_FIELDS}
     record = {"file": file.path.name, "sha256": sha256_file(file.path), **vars(rule)}
     return {**header, "simpletuner.resized": json.dumps(record)}

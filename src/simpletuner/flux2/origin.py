@@ -35,6 +35,7 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
 A dot after a field's name selects a key of the JSON object in that field.
 """
 _BASES = ("simpletuner.base_model", "ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")
+"""Header fields that name the base model, in order of preference."""
 _FREE_NAMES = ("simpletuner.base_model", "ss_sd_model_name")
 """Fields of `_BASES` that hold a Hub id or the name of a folder or file, which may be arbitrary."""
 _LENGTH_LIMIT = 300
@@ -104,5 +105,5 @@ def _decoded(text: str) -> Any:
 def _one_line(value: object) -> str:
     """`value` as one line without control characters, truncated to `_LENGTH_LIMIT` characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    line = "".join(sign if sign.isprintable() else " " for sign in text).strip()
+    line = "".join(character if character.isprintable() else " " for character in text).strip()
     return line if len(line) <= _LENGTH_LIMIT else line[: _LENGTH_LIMIT - 1] + "…"

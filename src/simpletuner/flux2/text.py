@@ -119,10 +119,11 @@ class TokenBatch:
 
 
 class TextEncoder(abc.ABC):
-    """Encodes prompts with the language model of a FLUX.2, as the reference implementation does.
+    """Encodes prompts with the language model of a FLUX.2 model, as the reference implementation does.
 
     Contexts have the model's dtype and are on the CPU. For the same batch of prompts they are bit-identical, wherever
-    the weights are stored. `text` defines the prompt's form in the chat template and the padding.
+    the weights are stored. `text` defines the
+    chat messages and the side of the padding.
 
     Raises:
         ConfigError: the template alone exceeds `max_length`.
@@ -173,7 +174,7 @@ class TextEncoder(abc.ABC):
     def encode_batches(
         self, batches: Sequence[Sequence[str]], report: ShareDone = lambda _share: None
     ) -> Generator[list[TextContext], None, None]:
-        """Yield the contexts of each batch, in order. Each batch has the bits that `encode` returns for it alone.
+        """Yield the contexts of each batch, in order, bit-identical to those that `encode` returns for it alone.
 
         `report` is called during long work before the first batch is yielded.
 
@@ -183,9 +184,9 @@ class TextEncoder(abc.ABC):
         fitted = [self._fitted(batch) for batch in batches]
         padded = [self._padded(ids) for ids in fitted]
         if self._text.padding_side == "left" and self._pad is None:
-            # Padding before one token, which attends to itself, so that there is a mask.
-            blank = self._padded([self._tokenize([""])[0][:1]])
-            batch_states = self._states([blank, *padded], report)
+            # One padding token before one text token, which attends to itself: with both, the model builds a mask.
+            padding_batch = self._padded([self._tokenize([""])[0][:1]])
+            batch_states = self._states([padding_batch, *padded], report)
             pad = next(batch_states)[:, :1].clone()
             self._check_finite(pad, ["padding"])
             self._pad = pad[0, 0]
@@ -236,6 +237,8 @@ class TextEncoder(abc.ABC):
         return Counter(self._added[index] for index in ids if index in self._added)
 
     def _shortened(self, text: str) -> list[int]:
+        """Token ids of the longest beginning of `text` that takes at most `max_length` tokens, template included."""
+
         def tokens_with(characters: int) -> int:
             return len(self._tokenize([text[:characters]])[0])
 
@@ -246,7 +249,8 @@ class TextEncoder(abc.ABC):
         """Token ids of `texts` in the chat template, without truncation and padding."""
         message = self._text.system_message
         system = [] if message is None else [{"role": "system", "content": [{"type": "text", "text": message}]}]
-        # Mistral's template takes a list of parts, Qwen's a string. Qwen's ends where a no-thinking answer starts.
+        # Mistral's template takes a list of parts, Qwen's a string. Qwen's prompt ends where an answer without thinking
+        # would start.
         is_qwen = self._text.kind == "qwen3"
         chats = [
             [*system, {"role": "user", "content": text if is_qwen else [{"type": "text", "text": text}]}]
@@ -267,8 +271,8 @@ class TextEncoder(abc.ABC):
         """Pad `batch` on the flavour's side.
 
         Left padding extends one token beyond the longest prompt, not to `max_length`: text rows do not depend on it.
-        The one token ensures that every batch has padding and runs the same attention code. Right padding extends to
-        `max_length`, because the transformer reads these rows.
+        With the extra token, every batch whose longest prompt is shorter than `max_length` has padding, so all run the
+        same attention code. Right padding extends to `max_length`, because the transformer reads these rows.
         """
         is_left = self._text.padding_side == "left"
         width = min(max(map(len, batch)) + 1, self._max_length) if is_left else self._max_length
@@ -278,7 +282,7 @@ class TextEncoder(abc.ABC):
             text = slice(width - len(tokens), width) if is_left else slice(len(tokens))
             ids[row, text] = torch.tensor(tokens)
             mask[row, text] = 1
-        # The positions that they would have with full padding.
+        # Tokens have the positions that they would have in a batch padded to `max_length`.
         positions = torch.arange(self._max_length - width, self._max_length)[None]
         return TokenBatch(ids, mask, positions)
 

@@ -30,12 +30,12 @@ class StreamedTextEncoder(TextEncoder):
 
     Args:
         embed: returns the embeddings of token ids, and reads only these rows.
-        read_layer: returns a layer by its number from 0, on `device`, as transformers' model of this one layer without
-            embedding and final norm. So the code of the whole model computes masks, positions and the layer, and the
-            bits are equal.
+        read_layer: returns a layer by its number from 0, on `device`, as a transformers model that has only this
+            layer, without embedding and final norm. Masks and positions are computed by the same code as in the whole
+            model, so the bits are equal.
         layers: numbers, from 1, of the layers whose output states form the context.
-        width: of a state.
-        dtype: of states and weights.
+        width: number of features of a state.
+        dtype: dtype of states and weights.
         folder: for the temporary file of states that exceed `memory_bytes`.
         portion_tokens: limit for the tokens of one portion, padding included; a portion has at least one batch.
         memory_bytes: limit for a portion's states in memory.
@@ -85,8 +85,8 @@ class StreamedTextEncoder(TextEncoder):
     def _states_of(
         self, portion: Sequence[TokenBatch], advance: Callable[[int], None]
     ) -> Iterator[Float[Tensor, "b n d"]]:
-        # The states of the last layer are the final stream. The stream has the first slots, which stay in memory: every
-        # layer reads and writes them.
+        # The first slots hold the residual stream; they get memory first, because every layer reads and writes them. At
+        # the end they hold the output of the last layer.
         count, earlier_layers = len(portion), self._layers[:-1]
         shapes = [(*batch.ids.shape, self._width) for batch in portion] * (1 + len(earlier_layers))
         scratch = Scratch(shapes, dtype=self._dtype, memory_bytes=self._memory_bytes, folder=self._folder)

@@ -28,11 +28,12 @@ _TEKKEN_PATTERN = (
 BATCH = 1000
 """Captions that are tokenized at a time."""
 COUNTED_LIMIT = 10_000
-"""The most captions that are tokenized, the longest in bytes first: takes one second of one core at 100 tokens each."""
+"""Maximum number of captions that are tokenized, the longest in bytes first. At 100 tokens each, they take one core one
+second."""
 
 ASCII_PER_TOKEN = 3
-"""Lower bound of ASCII characters per token; English has about 4.5. Except for rare ones, each other character is at
-most one token.
+"""Lower bound of ASCII characters per token; English has about 4.5. Each other character counts as
+one token, which only rare ones exceed.
 """
 TEMPLATE_TOKENS = 64
 """Upper bound for the tokens of the chat template around a caption."""
@@ -48,7 +49,7 @@ class CaptionLength:
 
 
 def longest_caption(captions: Collection[str], options: ModelOptions) -> CaptionLength:
-    """The token count of the longest of `captions`, estimated if no tokenizer of the model is on this disk.
+    """The token count of the longest of `captions`, estimated if the model's tokenizer is not stored locally.
 
     Raises:
         AccessError: the tokenizer's file is damaged.
@@ -115,7 +116,7 @@ def correct_pattern(tokenizer: "Tokenizer") -> None:
 
 
 def find_tokenizer(options: ModelOptions) -> Path | None:
-    """The tokenizer folder that a run with these options uses, if it is on this disk; else None.
+    """The tokenizer folder that a run with these options uses; None if it is not stored locally.
 
     It may be in a local folder, the Hub's cache or an existing embedded model. Nothing is downloaded or generated.
     """

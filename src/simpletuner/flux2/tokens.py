@@ -16,9 +16,9 @@ REFERENCE_STRIDE = 10
 """Distance on the axis t between successive references, and between the target and the first reference."""
 
 
-def patchify(moments: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b c4 h w"]:
+def patchify(latents: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b c4 h w"]:
     """Move each 2×2 square of the autoencoder's grid into channels; the channel index is c·4 + row·2 + column."""
-    return rearrange(moments, "b c (h row) (w column) -> b (c row column) h w", row=2, column=2)
+    return rearrange(latents, "b c (h row) (w column) -> b (c row column) h w", row=2, column=2)
 
 
 def unpatchify(latents: Float[Tensor, "b c4 h w"]) -> Float[Tensor, "b c h2 w2"]:

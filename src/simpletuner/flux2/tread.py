@@ -32,10 +32,10 @@ def draw_choice(
     `force_keep` are kept first.
     """
     generator = torch.Generator().manual_seed(draw_seed(seed, "tread", step, slot, route))
-    rank = torch.randperm(tokens, generator=generator)
+    order = torch.randperm(tokens, generator=generator)
     if force_keep is not None:
-        rank = rank - tokens * force_keep
-    return rank.argsort()[:keep].sort().values
+        order = order - tokens * force_keep
+    return order.argsort()[:keep].sort().values
 
 
 def draw_choices(

@@ -56,15 +56,15 @@ def test_what_a_loader_would_lose_is_an_error_until_it_is_asked_for(
 ) -> None:
     write_dialect(here / "in.safetensors", SPEC, DIFFUSERS)
     for to, loader, count in (("diffusers", "ComfyUI", 7), ("comfyui", "diffusers", 1), ("kohya", "diffusers", 6)):
-        with pytest.raises(CheckpointError, match=f"{loader} .* {count} of 25 layers.* --allow-loss"):
+        with pytest.raises(CheckpointError, match=f"{loader} .* {count} of this LoRA's 25 layers.* --allow-loss"):
             run(["in.safetensors", "out.safetensors", "--to", to])
         assert [path.name for path in here.iterdir()] == ["in.safetensors"]
     assert run(["in.safetensors", "out.safetensors", "--to", "comfyui", "--allow-loss"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("out.safetensors: a LoRA on 25 layers in the comfyui format, ")
     assert second == (
-        "Of this LoRA in the comfyui format, diffusers misapplies 1 of 25 layers, such as norm_out.linear. "
-        "It reads all of it in diffusers."
+        "In the comfyui format, diffusers misapplies 1 of this LoRA's 25 layers, such as norm_out.linear. "
+        "It reads all layers in the diffusers format."
     )
 
 
@@ -75,7 +75,10 @@ def test_blocks_alone_lose_nothing(here: Path, to: str, capsys: pytest.CaptureFi
     assert run(["in.safetensors", "out.safetensors", "--to", to]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:] == (
-        ["Of this LoRA in the bfl format, ComfyUI reads none of it. It reads all of it in diffusers, comfyui or kohya."]
+        [
+            "In the bfl format, ComfyUI reads none of this LoRA's layers. "
+            "It reads all layers in the diffusers, comfyui or kohya format."
+        ]
         if to == "bfl"
         else []
     )

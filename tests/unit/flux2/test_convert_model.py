@@ -200,7 +200,7 @@ def with_one(name: str, tensor: torch.Tensor) -> Callable[[Tensors], None]:
         (with_one("img_in.bias", torch.ones(4)), r"unknown tensors \(1\): img_in.bias"),
         (with_one("vae.decoder.conv_in.weight", torch.ones(4)), r"unknown tensors \(1\): vae.decoder"),
         (with_one("single_blocks.0.linear1.comfy_quant", torch.ones(4)), "comfy_quant marker"),
-        (with_one("txt_in.weight", torch.ones(4, 4)), "of another shape"),
+        (with_one("txt_in.weight", torch.ones(4, 4)), "wrong shape"),
         (with_one("txt_in.weight", torch.ones(DEV.hidden, 40).to(torch.float8_e4m3fn)), r"quantized \(1\): .* F8_E4M3"),
     ],
 )
@@ -280,7 +280,7 @@ def test_neither_a_full_disk_nor_a_bad_one_nor_an_interrupt_leaves_anything(
 
     with monkeypatch.context() as patch:
         patch.setattr(machine, "free_disk_bytes", lambda _: 1000)
-        fails(DiskError, "takes .* and 1000 B are free")
+        fails(DiskError, "needs .* has 1000 B free")
     pieces = tensorfile.file_pieces
 
     def breaking(error: BaseException) -> Any:

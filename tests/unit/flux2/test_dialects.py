@@ -337,8 +337,8 @@ ODD = "lora_unet_down_blocks_0_attentions_0_to_q"
         (lora("transformer.single_transformer_blocks.0.norm.linear"), r"2 keys.*a LoRA under transformer\., such as"),
         (lora("blocks.0.self_attn.q"), r"none of its 2 keys.*those of a LoRA, such as blocks\.0.*another model"),
         ({"blocks.0.q.lokr_w1": torch.ones(2, 2)}, r"none of its 1 keys.*those of a LoKr or LoHa, such as"),
-        ({"double_blocks.0.img_attn.proj.weight": torch.ones(2, 2)}, r"1 keys.*such as double_blocks.*is not a LoRA"),
-        (lora("lora_te_model_layers_0_self_attn_q_proj"), r"none of its 2 keys.*only of a text encoder"),
+        ({"double_blocks.0.img_attn.proj.weight": torch.ones(2, 2)}, r"1 keys.*one is double_blocks.*is not a LoRA"),
+        (lora("lora_te_model_layers_0_self_attn_q_proj"), r"none of its 2 keys.*all are for a text encoder"),
         ({f"{HERE}.alpha": torch.ones(())}, r"none of its 1 keys"),
         (lora() | lora("blocks.0.self_attn.q"), r"has 2 unknown keys, such as blocks\.0\.self_attn\.q"),
         (lora() | {f"{HERE}.lora_B.bias": torch.ones(32)}, r"has 1 unknown keys, such as .*lora_B\.bias"),
@@ -371,7 +371,7 @@ ODD = "lora_unet_down_blocks_0_attentions_0_to_q"
             r"2 layers, such as \S+, without a matching",
         ),
         ({key: tensor.to(torch.int8) for key, tensor in lora().items()}, r"2 problems(.|\n)*as torch\.int8"),
-        ({key: tensor * torch.nan for key, tensor in lora().items()}, r"NaN or infinite numbers in 1 of 1 layers"),
+        ({key: tensor * torch.nan for key, tensor in lora().items()}, r"NaN or infinite values in 1 of 1 layers"),
     ],
 )
 def test_what_makes_no_lora_is_refused_by_name(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:

@@ -332,9 +332,9 @@ def test_the_first_matching_pattern_decides_as_in_peft(tmp_path: Path) -> None:
     [
         (
             {f"{Q}.lora_A.weight": torch.full((4, 32), torch.nan)},
-            "NaN or infinite numbers in 1 of 2 layers",
+            "NaN or infinite values in 1 of 2 layers",
         ),
-        ({f"{Q}.lora_B.weight": torch.full((32, 4), -torch.inf)}, "NaN or infinite numbers in 1 of 2 layers"),
+        ({f"{Q}.lora_B.weight": torch.full((32, 4), -torch.inf)}, "NaN or infinite values in 1 of 2 layers"),
         ({f"{Q}.lora_A.weight": torch.ones(0, 32), f"{Q}.lora_B.weight": torch.ones(32, 0)}, "1 empty layers.*rank of"),
         ({f"{Q}.lora_A.weight": torch.ones(4, 0)}, "1 empty layers"),
         ({f"{Q}.lora_A.weight": torch.ones(3, 32)}, "to_q without a matching lora_A and lora_B"),

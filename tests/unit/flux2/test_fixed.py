@@ -265,7 +265,7 @@ def test_a_damaged_number_is_found_before_anything_is_drawn(tmp_path: Path, numb
     tensors = load_file(tmp_path / "a.safetensors")
     next(value for key, value in tensors.items() if "lokr_w1" in key)[0, 0] = number
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match="NaN or infinite numbers in 1 of"):
+    with pytest.raises(CheckpointError, match="NaN or infinite values in 1 of"):
         read_for_sampling(tmp_path / "a.safetensors")
 
 

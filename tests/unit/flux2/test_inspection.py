@@ -397,7 +397,7 @@ def test_a_gguf_file_has_its_types_told(tmp_path: Path) -> None:
 
 def test_what_is_of_another_model_is_said(tmp_path: Path) -> None:
     flux1 = {"double_blocks.0.img_mod.lin.weight": torch.ones(2, 2)}
-    for tensors, what in ((flux1, "transformer of FLUX.1"), ({"a": torch.ones(1)}, "not a file of FLUX.2: 1 tensor")):
+    for tensors, what in ((flux1, "transformer of FLUX.1"), ({"a": torch.ones(1)}, "not a FLUX.2 file: 1 tensor")):
         save_file(tensors, tmp_path / "a.safetensors")
         assert inspected(tmp_path / "a.safetensors").what.startswith(what)
 

@@ -250,8 +250,8 @@ def test_losses_are_those_of_the_layers_that_are_there() -> None:
         "kohya": {"diffusers": 6, "ComfyUI": 0},
     }
     assert loss_texts(every, "diffusers") == {
-        "ComfyUI": "Of this LoRA in the diffusers format, ComfyUI leaves out 7 of 25 layers, such as "
-        "time_guidance_embed.timestep_embedder.linear_1. It reads all of it in comfyui or kohya."
+        "ComfyUI": "In the diffusers format, ComfyUI leaves out 7 of this LoRA's 25 layers, such as "
+        "time_guidance_embed.timestep_embedder.linear_1. It reads all layers in the comfyui or kohya format."
     }
 
 

@@ -139,7 +139,7 @@ def test_another_version_is_not_taken_for_this_one(tiny_folder, tmp_path):
     copy = shutil.copytree(tiny_folder, tmp_path / "copy")
     stamp = read_json(copy / STAMP)
     write_json(copy / STAMP, stamp | {"version": 1})
-    with pytest.raises(AccessError, match="version 1: expected version 2, all files whole"):
+    with pytest.raises(AccessError, match="version 1: expected version 2, all files complete"):
         tiny.make(copy)
 
 

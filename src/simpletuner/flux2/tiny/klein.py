@@ -92,7 +92,7 @@ def _in_bf16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _text_encoder_shapes() -> Shapes:
-    """Shapes of the text encoder. It has no head, which is tied to the embedding, as in klein-4b."""
+    """Shapes of the text encoder. Its head is tied to the embedding, as in klein-4b, so it has no tensor of its own."""
     shapes = text_shapes(TINY_KLEIN_TEXT, KLEIN_TEXT_CONFIG["num_hidden_layers"])
     model = {f"model.{name}": shape for name, shape in shapes.items()}
     return {**model, "model.norm.weight": (TINY_KLEIN_TEXT.hidden,)}

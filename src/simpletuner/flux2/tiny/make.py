@@ -25,6 +25,7 @@ SEED = 0
 """Seed of the text encoder for which the shipped transformer was trained."""
 
 STAMP = "simpletuner.json"
+"""File with the version of a generated model and the sizes of its files. It is written last."""
 
 # As in dev, there are more layers than are used: layer 30 must not be the last.
 TEXT_CONFIG: dict[str, Any] = {
@@ -133,23 +134,24 @@ def make(folder: Path, flavour: FlavourName = "tiny") -> Path:
             try:
                 build.rename(folder)
             except OSError:
-                # Another process was first and wrote the same bytes: rename does not replace a folder with files.
+                # Another process was first and wrote the same bytes: rename does not replace a non-empty folder.
                 _check(folder, version)
     return folder
 
 
-def write_untrained(folder: Path, seed: int, learned: Path) -> Path:
-    """Write an untrained model into `folder`, which may exist; return `folder`.
+def write_untrained(folder: Path, seed: int, trained_folder: Path) -> Path:
+    """Write the embedded model before or during its training into `folder`, which may exist; return `folder`.
 
-    Shipped files in `learned` replace drawn weights. `learned` must hold the autoencoder.
+    Text encoder and transformer are drawn from `seed`, but a transformer in `trained_folder` is used instead. The
+    autoencoder is read from `trained_folder`, which must hold it.
     """
-    transformer = learned / TRANSFORMER
+    transformer = trained_folder / TRANSFORMER
     tensors = (
         load_tensors(transformer)
         if transformer.is_file()
         else draw("transformer", transformer_shapes(TINY), START_GAINS, seed)
     )
-    _fill(folder, seed, transformer=tensors, vae=load_tensors(learned / VAE_WEIGHTS))
+    _fill(folder, seed, transformer=tensors, vae=load_tensors(trained_folder / VAE_WEIGHTS))
     _stamp(folder, VERSION)
     return folder
 
@@ -171,7 +173,7 @@ def _check(folder: Path, version: int) -> None:
         defect = f"{damaged[0]} is damaged" if damaged else f"version {contents['version']}"
         raise AccessError.of(
             f"the embedded model in {folder}: {defect}",
-            f"version {version}, all files whole",
+            f"version {version}, all files complete",
             "Delete that folder: the program generates it again in seconds.",
         )
 

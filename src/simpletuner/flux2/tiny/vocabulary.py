@@ -146,7 +146,7 @@ KLEIN_CHAT_TEMPLATE = """\
 
 
 def learn() -> Tokenizer:
-    """Train the tokenizer of the embedded dev. Deterministic: merges go by count, then by the lower pair of ids."""
+    """Train the tokenizer of the embedded dev. Deterministic: merges go by count, ties by the lower pair of ids."""
     tokenizer = _untrained(PATTERN)
     # The system message precedes every prompt, and most prompts use words of the scenes: repeated, they become short.
     message = FLAVOURS["tiny"].text.system_message or ""

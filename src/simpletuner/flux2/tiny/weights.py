@@ -1,6 +1,6 @@
 """Draw random weights: each tensor depends only on the seed and its name, not on the machine.
 
-Only integers are drawn and then scaled once, because last bits of vectorized logarithms differ between processors.
+Only integers are drawn, then scaled once: normal draws need logarithms, whose last bits differ between processors.
 Gains keep activations near unit size.
 """
 
@@ -15,8 +15,9 @@ from simpletuner.base.draws import draw_seed
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# The mean square of a sinusoid is 1/2, that of SiLU of a unit normal 0.36. Modulation, gates and the last layer are
-# zero: training starts best if each block is the identity at first (adaLN-Zero, arXiv 2212.09748).
+# The mean square of a sinusoid is 1/2, that of SiLU of a unit normal 0.36: hence the gains √2 and 1.67. Modulation,
+# gates and the last layer are zero: training starts best if each block is the identity at first (adaLN-Zero, arXiv
+# 2212.09748).
 START_GAINS = {
     "embedder.linear_1": math.sqrt(2),
     "embedder.linear_2": 1.67,
@@ -24,7 +25,7 @@ START_GAINS = {
     "norm_out": 0.0,
     "proj_out": 0.0,
 }
-# A klein is used without training: its blocks must have an effect, or their adapters would get no gradient.
+# The kleins are used untrained: their blocks must have an effect, or adapters would get no gradient.
 KLEIN_GAINS = {
     "embedder.linear_1": math.sqrt(2),
     "embedder.linear_2": 1.67,
