@@ -24,10 +24,11 @@ DISC_SHARE = 0.5
 
 def render_flags(folder: Path, seed: int = 0) -> None:
     """Draw 20 images of "a zorblat flag" into `folder/train` and 6 others into `folder/held-out`. Draw 160 images of
-    scenes that the base model knows into `folder/prior`, so that training preserves them.
+    scenes that the base model knows into `folder/prior`, so that training preserves this knowledge.
 
     A zorblat flag is teal, orange, teal with a white disc; no model knows it. The flags have the sizes, places and
-    backgrounds of the embedded model's world. Each image is 128x128 with its caption in a .txt file.
+    backgrounds of the scenes in `world`, which the embedded model knows. Each image is 128x128, with its caption in a
+    .txt file.
 
     Raises:
         DiskError: no space, or a read-only disk.
@@ -64,23 +65,24 @@ def training_flags(seed: int = 0) -> list[FlagScene]:
 
 
 def held_out_flags(seed: int = 0) -> list[FlagScene]:
-    """The scenes that are not trained."""
+    """The scenes of no training image."""
     return _shuffled(seed)[TRAINED:]
 
 
 def _shuffled(seed: int) -> list[FlagScene]:
     """All scenes, in an order in which sizes, backgrounds and places alternate."""
-    order = random.Random(f"{seed}/flags")
+    rng = random.Random(f"{seed}/flags")
     sizes, places = list(world.SIZES), list(world.PLACES)
     backgrounds = [name for name in world.COLORS if name != "orange"]
     combinations = [FlagScene(*parts) for parts in product(sizes, backgrounds, places)]
-    # A scene's position is the sum of its parts' numbers: a Latin square, as in `Scene.is_held_out`.
-    turns = [
+    # Sorted by a weighted sum of the parts' indices, modulo the number of backgrounds: a Latin square, as in
+    # `Scene.is_held_out`.
+    sort_keys = [
         (sizes.index(scene.size) + backgrounds.index(scene.background) + 2 * places.index(scene.position))
         % len(backgrounds)
         for scene in combinations
     ]
-    shuffled = order.sample(list(zip(turns, combinations, strict=True)), len(combinations))
+    shuffled = rng.sample(list(zip(sort_keys, combinations, strict=True)), len(combinations))
     return [scene for _, scene in sorted(shuffled, key=lambda entry: entry[0])]
 
 
@@ -98,8 +100,10 @@ def zorblat_flag(scene: FlagScene, rng: random.Random) -> Image.Image:
 
 
 def cloth(width: float) -> Image.Image:
-    """The flag with its pole on a transparent background, `FINER` times enlarged. `width` is in pixels of the final
-    image; the cloth's height is two thirds of it."""
+    """The flag with its pole on a transparent background, enlarged by the factor `FINER`.
+
+    `width` is that of the cloth in pixels of the final image; its height is two thirds of that.
+    """
     wide, high = round(width * FINER), round(width * FINER * 2 / 3)
     pole = wide // 16
     flag = Image.new("RGBA", (wide, high + high // 6))

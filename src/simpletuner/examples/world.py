@@ -45,6 +45,7 @@ PLACES: Mapping[str, Point] = {
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 HELD_OUT_ONE_IN = 6
+"""One scene in this many is held out."""
 
 _CAPTION = re.compile(
     f"a (?P<size>{'|'.join(SIZES)}) (?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)})"
@@ -120,13 +121,13 @@ def render_scenes(folder: Path, count: int, seed: int = 0, *, held_out: bool = F
         DiskError: no space, or a read-only disk.
     """
     pool = held_out_scenes() if held_out else training_scenes()
-    order = random.Random(f"{seed}/order")
+    deck_rng = random.Random(f"{seed}/order")
     deck: list[Scene] = []
     with file_errors_reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             if not deck:
-                deck = order.sample(pool, len(pool))
+                deck = deck_rng.sample(pool, len(pool))
             scene = deck.pop()
             image = draw_scene(scene, random.Random(f"{seed}/{'held-out' if held_out else 'train'}/{index}"))
             image.save(folder / f"{index:05d}.png")
@@ -152,7 +153,7 @@ def silhouette(shape: str, center: Point, diameter: float) -> Image.Image:
     radius = diameter * FINER / 2
 
     def point(turn: float, reach: float = 1.0) -> Point:
-        """The point at `turn` of a full circle from the top, clockwise."""
+        """The point at `turn` full turns from the top, clockwise, and `reach` radii from the center."""
         angle = 2 * math.pi * turn
         return x + math.sin(angle) * radius * reach, y - math.cos(angle) * radius * reach
 
