@@ -106,8 +106,8 @@ def convert_model(
 
     Raises:
         ConfigError: `to` is unknown, or `target` does not fit it or exists already.
-        AccessError: `source` is not a complete FLUX.2 transformer, or is quantized while there are no `changes`. The
-            message names the defect.
+        AccessError: `source` is not a complete FLUX.2 transformer, is quantized while there are no `changes`, or cannot
+            be stored in a single file. The message names the defect.
         CheckpointError: a file of the weights is missing or damaged.
         DiskError: no space, or the file reads back differently. Nothing remains at `target`.
     """

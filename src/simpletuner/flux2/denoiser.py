@@ -21,7 +21,7 @@ CACHED_POSITIONS = 8
 of 512 tokens, each takes 2.5 MB of device memory."""
 
 
-class Positions(NamedTuple):
+class TokenPositions(NamedTuple):
     """Positions of tokens, for the whole batch or per sample: ids, and rotary tables of text and image tokens."""
 
     image: Int64[Tensor, "*b n 4"]
@@ -31,14 +31,14 @@ class Positions(NamedTuple):
 
 def positions_of(
     axes: tuple[int, ...], theta: float, height: int, width: int, length: int, device: torch.device
-) -> Positions:
+) -> TokenPositions:
     """The positions of `height` × `width` image tokens and `length` text tokens, on `device`.
 
     They are ordinary tensors even under `torch.inference_mode`, so that training can reuse tables cached by sampling.
     """
     with torch.inference_mode(mode=False), torch.no_grad():
         image, text = image_ids(height, width, device), context_ids(length, device)
-        return Positions(image, text, rotary(torch.cat([text, image]), axes, theta))
+        return TokenPositions(image, text, rotary(torch.cat([text, image]), axes, theta))
 
 
 class Denoiser:
@@ -101,7 +101,7 @@ class Denoiser:
         return ReferenceAttention(references.tokens.shape[1], references.is_token, is_own)
 
     @torch.no_grad()
-    def _with_references(self, positions: Positions, references: References) -> Positions:
+    def _with_references(self, positions: TokenPositions, references: References) -> TokenPositions:
         """`positions` as one table per sample, with those of its references appended."""
         spec, samples = self.transformer.spec, len(references.ids)
         tables = zip(positions.angles, rotary(references.ids, spec.axes, spec.theta), strict=True)
@@ -110,7 +110,7 @@ class Denoiser:
             for image_table, reference_table in tables
         )
         image = torch.cat([positions.image.expand(samples, -1, -1), references.ids], dim=1)
-        return Positions(image, positions.text.expand(samples, -1, -1), (cos, sin))
+        return TokenPositions(image, positions.text.expand(samples, -1, -1), (cos, sin))
 
     @torch.no_grad()
     def idle(self, device: torch.device) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from simpletuner import __version__
 from simpletuner.base.errors import CheckpointError, Problem
-from simpletuner.flux2.lowrank import RankRule, Reduced, decomposed
+from simpletuner.flux2.lowrank import RankRule, ReducedDelta, decomposed
 from simpletuner.flux2.transformer_file import OpenTransformer
 from simpletuner.memory.tensors import non_finite_count
 
@@ -16,10 +16,10 @@ _WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
-class Differences:
+class WeightDifferences:
     """The difference of two transformers' weights."""
 
-    layers: Iterator[tuple[str, Reduced]]
+    layers: Iterator[tuple[str, ReducedDelta]]
     """Factors of each Linear that differs, computed lazily."""
     other_differences: dict[str, float]
     """For each differing weight that is not a matrix, such as a norm, its largest absolute difference. A LoRA cannot
@@ -34,8 +34,8 @@ def differences(
     rule: RankRule,
     device: torch.device,
     report: Callable[[Iterable[str]], Iterable[str]],
-) -> Differences:
-    """The difference `tuned` − `base` at the rank of `rule`. One weight at a time is in memory, in fp32.
+) -> WeightDifferences:
+    """The difference `tuned` − `base` at the rank of `rule`. One weight of each model at a time is in memory, in fp32.
 
     Raises:
         CheckpointError: the models differ in weights or shapes; while iterating, also if a weight has NaN or infinite
@@ -44,7 +44,7 @@ def differences(
     _check_same(base, tuned)
     others: dict[str, float] = {}
 
-    def layers() -> Iterator[tuple[str, Reduced]]:
+    def layers() -> Iterator[tuple[str, ReducedDelta]]:
         for name in report(tuned.weights):
             first, second = base.weights[name].values(torch.float32), tuned.weights[name].values(torch.float32)
             for model, values in ((base, first), (tuned, second)):
@@ -63,7 +63,7 @@ def differences(
     dtypes = {rows.weight.data.dtype for rows in tuned.weights.values()}
     narrow = {"BF16": torch.bfloat16, "F16": torch.float16}
     dtype = narrow.get(next(iter(dtypes)), torch.float32) if len(dtypes) == 1 else torch.float32
-    return Differences(layers(), others, dtype)
+    return WeightDifferences(layers(), others, dtype)
 
 
 def _check_same(base: OpenTransformer, tuned: OpenTransformer) -> None:

@@ -1,7 +1,7 @@
 """Attach adapters of any kind for sampling: a file's factors next to frozen Linears, without trainable parameters.
 
-Factors are applied to the input in the form of the file, so an adapter takes as much memory as its file, and the base
-weights do not change, in any precision.
+Factors are applied to the input as `read_adapter` returns them, so an adapter takes about as much memory as its file.
+The base weights do not change, whatever their precision.
 """
 
 from dataclasses import replace

@@ -23,7 +23,7 @@ from simpletuner.flux2.export import linear_shapes
 from simpletuner.flux2.factors import Factors, Hadamard, Kronecker, LowRank
 from simpletuner.flux2.gguf_file import is_gguf, read_gguf_header
 from simpletuner.flux2.loaders import AdapterLoader, LoaderVerdict, loader_verdicts
-from simpletuner.flux2.lora import CUSTOM, FUSED_IN, FUSED_OUT, PRESETS, Preset
+from simpletuner.flux2.lora import CUSTOM, FUSED_IN, FUSED_OUT, PRESETS, TargetPreset
 from simpletuner.flux2.names import renamed_shapes, transformer_renaming
 from simpletuner.flux2.origin import base_model_of, training_of
 from simpletuner.flux2.spec import transformer_from_tensors
@@ -287,14 +287,14 @@ def target_of(modules: Mapping[str, Factors], fits: Sequence[str]) -> str:
     return CUSTOM
 
 
-def _preset_modules(preset: Preset, names: Iterable[str]) -> set[str]:
+def _preset_modules(preset: TargetPreset, names: Iterable[str]) -> set[str]:
     single = {linear_name for linear_name, part in ((FUSED_IN, preset.fused_in), (FUSED_OUT, preset.fused_out)) if part}
     by_group = {"transformer_blocks": set(preset.double), "single_transformer_blocks": single}
     name_parts = {name: name.split(".", 2) for name in names}
     return {name for name, parts in name_parts.items() if len(parts) == 3 and parts[2] in by_group.get(parts[0], ())}
 
 
-def _is_within(preset: Preset, name: str, factors: Factors) -> bool:
+def _is_within(preset: TargetPreset, name: str, factors: Factors) -> bool:
     """Whether the factors change only those rows or columns of a fused Linear that the preset adapts."""
     part = preset.fused_in if name.endswith(FUSED_IN) else preset.fused_out
     if not name.startswith("single_") or part in (None, "whole"):

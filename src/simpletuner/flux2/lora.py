@@ -37,7 +37,7 @@ FusedPart = Literal["whole", "attention", "mlp"]
 
 
 @dataclass(frozen=True)
-class Preset:
+class TargetPreset:
     """Target Linears by name in a double block, and the adapted parts of a single block's two Linears."""
 
     double: tuple[str, ...]
@@ -45,11 +45,11 @@ class Preset:
     fused_out: FusedPart | None
 
 
-PRESETS: dict[str, Preset] = {
-    "all": Preset(DOUBLE_QKV + DOUBLE_OUT + DOUBLE_MLP, fused_in="whole", fused_out="whole"),
-    "attention": Preset(DOUBLE_QKV + DOUBLE_OUT, fused_in="attention", fused_out="attention"),
-    "mlp": Preset(DOUBLE_MLP, fused_in="mlp", fused_out="mlp"),
-    "tiny": Preset(DOUBLE_QKV, fused_in="attention", fused_out=None),
+PRESETS: dict[str, TargetPreset] = {
+    "all": TargetPreset(DOUBLE_QKV + DOUBLE_OUT + DOUBLE_MLP, fused_in="whole", fused_out="whole"),
+    "attention": TargetPreset(DOUBLE_QKV + DOUBLE_OUT, fused_in="attention", fused_out="attention"),
+    "mlp": TargetPreset(DOUBLE_MLP, fused_in="mlp", fused_out="mlp"),
+    "tiny": TargetPreset(DOUBLE_QKV, fused_in="attention", fused_out=None),
 }
 
 CUSTOM = "custom"
@@ -217,7 +217,7 @@ class Adapter(TrainableParameters):
         self.target = target
         """A key of `PRESETS`, or "custom"."""
         self.alpha = alpha
-        """The user's alpha; each layer's `scale` is already alpha/rank."""
+        """The user's alpha. A new layer's `scale` is alpha/rank; that of a loaded layer may differ."""
         self.masters = None  # adapters are already fp32
 
     @property
@@ -316,7 +316,7 @@ def full_range(linear: Adaptable) -> LinearRange:
     return LinearRange(rows=(0, linear.out_features), columns=(0, linear.in_features))
 
 
-def preset_ranges(transformer: nn.Module, preset: Preset) -> dict[str, LinearRange]:
+def preset_ranges(transformer: nn.Module, preset: TargetPreset) -> dict[str, LinearRange]:
     """The rows and columns that `preset` adapts, by Linear, in the order of `transformer`.
 
     Raises:

@@ -111,7 +111,7 @@ def lora_modules(file: AdapterFile) -> dict[str, LowRank]:
     """The layers of a LoRA file by diffusers' names. Parts of fused matrices have their original ranks.
 
     Raises:
-        CheckpointError: the file holds another kind of adapter.
+        CheckpointError: the file holds no LoRA, or another kind of adapter.
     """
     if not file.modules:
         check_all_read(file)

@@ -55,7 +55,7 @@ class RankRule:
 
 
 @dataclass(frozen=True)
-class Reduced:
+class ReducedDelta:
     """A delta reduced to a rank."""
 
     factors: LowRank
@@ -138,23 +138,23 @@ def stacked(parts: Sequence[tuple[Factors, float]]) -> LowRank:
     return LowRank(a, b)
 
 
-def reduced(delta: LowRank, rule: RankRule) -> Reduced:
+def reduced(delta: LowRank, rule: RankRule) -> ReducedDelta:
     """`delta` reduced to the rank of `rule`, with the least squared error; unchanged if its rank already fits."""
     if rule.energy is None and (rule.rank is None or rule.rank >= delta.rank):
-        return Reduced(delta, 1.0)
+        return ReducedDelta(delta, 1.0)
     left_basis, left_core = torch.linalg.qr(delta.b.double() * delta.scale)
     right_basis, right_core = torch.linalg.qr(delta.a.double().T)
     u, values, vh = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
     squares = values.square()
     rank = rule.chosen(squares, _NEGLIGIBLE_ENERGY)
     if rank >= delta.rank:
-        return Reduced(delta, 1.0)
+        return ReducedDelta(delta, 1.0)
     root = values[:rank].sqrt()
     b, a = left_basis @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ right_basis.T
-    return Reduced(LowRank(a.float(), b.float()), _energy_share(squares, rank))
+    return ReducedDelta(LowRank(a.float(), b.float()), _energy_share(squares, rank))
 
 
-def decomposed(difference: Tensor, rule: RankRule) -> Reduced:
+def decomposed(difference: Tensor, rule: RankRule) -> ReducedDelta:
     """Factorize a dense fp32 `difference` [rows, columns] at the rank of `rule`.
 
     Computes on the device of `difference`, without a whole fp64 copy. The factors are on the CPU.
@@ -172,7 +172,7 @@ def decomposed(difference: Tensor, rule: RankRule) -> Reduced:
     b = torch.cat([piece.double() @ (vectors[:, :rank] / root) for piece in tall.split(_SLICE)]).float().cpu()
     a = (root[:, None] * vectors[:, :rank].T).float().cpu()
     factors = LowRank(a, b) if rows >= columns else LowRank(b.T.contiguous(), a.T.contiguous())
-    return Reduced(factors, _energy_share(squares, rank, omitted))
+    return ReducedDelta(factors, _energy_share(squares, rank, omitted))
 
 
 def _full_spectrum(tall: Tensor) -> tuple[Tensor, Tensor, float]:

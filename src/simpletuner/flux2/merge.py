@@ -18,7 +18,7 @@ from simpletuner.flux2.factors import Factors, LowRank
 from simpletuner.flux2.fused import FUSED_RANKS, unfused
 from simpletuner.flux2.header_alpha import ADAPTER_METADATA
 from simpletuner.flux2.lora_formats import PRESERVED_METADATA, folded, losses, write_adapter
-from simpletuner.flux2.lowrank import RankRule, Reduced, reduced, stacked
+from simpletuner.flux2.lowrank import RankRule, ReducedDelta, reduced, stacked
 from simpletuner.flux2.transformer_file import opened_transformer
 from simpletuner.memory.tensors import non_finite_count
 
@@ -169,7 +169,7 @@ def write_merged(
 
 def write_layers(
     target: Path,
-    layers: Iterable[tuple[str, Reduced]],
+    layers: Iterable[tuple[str, ReducedDelta]],
     lora_format: LoraFormat,
     header: Mapping[str, str],
     dtype: torch.dtype,
@@ -211,10 +211,10 @@ def merge_into(
     *,
     report: Callable[[str], None] = lambda layer: None,
 ) -> ConvertedModel:
-    """Write the transformer of `model` with the sum of `adapters` added to its weights, which keep their dtypes.
+    """Write the transformer of `model` with the sum of `adapters` added to its weights.
 
-    A target that ends in .safetensors becomes a single file in BFL's layout; any other, a diffusers folder. `report` is
-    called with the name of each layer when it changes.
+    The weights keep their dtypes, but quantized ones become bf16. A target that ends in .safetensors becomes a single
+    file in BFL's layout; any other, a diffusers folder. `report` is called with the name of each layer that changes.
 
     Raises:
         CheckpointError: the adapters' layers do not fit the model, or a sum exceeds the range of a weight's dtype.

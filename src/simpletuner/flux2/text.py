@@ -153,13 +153,13 @@ class TextEncoder(abc.ABC):
 
     @property
     def truncated(self) -> tuple[str, ...]:
-        """The prompts encoded so far that were truncated."""
+        """The prompts that were truncated, of those tokenized so far by `lengths` or `encode`."""
         return tuple(self._truncated)
 
     @property
     def control_tokens(self) -> Mapping[str, tuple[str, ...]]:
-        """Control tokens, such as [INST] or <|im_end|>, in the prompts encoded so far, by prompt. As in the reference,
-        the tokenizer does not encode them as text."""
+        """Control tokens, such as [INST] or <|im_end|>, in the prompts tokenized so far, by prompt. As in the
+        reference, the tokenizer does not encode them as text."""
         return self._control_tokens
 
     def lengths(self, prompts: Sequence[str]) -> list[int]:

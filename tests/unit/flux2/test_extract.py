@@ -15,7 +15,7 @@ from simpletuner.base.errors import AccessError, CheckpointError, UserError
 from simpletuner.cli.main import main
 from simpletuner.config.flavours import TransformerSpec
 from simpletuner.flux2.dialects import read_adapter
-from simpletuner.flux2.extract import Differences, differences
+from simpletuner.flux2.extract import WeightDifferences, differences
 from simpletuner.flux2.factors import LowRank
 from simpletuner.flux2.lowrank import RankRule
 from simpletuner.flux2.modelfile import WEIGHTS_NAME, save_transformer
@@ -126,7 +126,7 @@ def test_a_folder_with_a_variant_alone_is_refused_with_the_file_to_give(
     assert "Rename the files without the variant." in capsys.readouterr().err
 
 
-def found_in(base: Path, tuned: Path, rule: RankRule) -> tuple[Differences, dict[str, LowRank]]:
+def found_in(base: Path, tuned: Path, rule: RankRule) -> tuple[WeightDifferences, dict[str, LowRank]]:
     with opened_transformer(base) as first, opened_transformer(tuned) as second:
         found = differences(first, second, rule, CPU, lambda names: names)
         return found, {name: reduced.factors for name, reduced in found.layers}
