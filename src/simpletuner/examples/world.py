@@ -115,7 +115,7 @@ def held_out_scenes() -> list[Scene]:
 
 
 def render_scenes(folder: Path, count: int, seed: int = 0, *, held_out: bool = False) -> None:
-    """Draw `count` images into `folder`, each with its caption in a .txt file. Every scene is drawn equally often.
+    """Draw `count` images into `folder`, each with its caption in a .txt file. A scene recurs only after all others.
 
     Raises:
         DiskError: no space, or a read-only disk.
