@@ -1,4 +1,4 @@
-"""Compares what two commits train, bit for bit: a refactoring must change none of it.
+"""Compare the training results of two commits, bit for bit: a refactoring must change none of them.
 
     python tools/compare_commits.py BEFORE AFTER [--only NAME ...]
 
@@ -7,10 +7,10 @@ each, through `simpletuner train`, with the interpreter and the packages of this
 wrote equal bytes in every weight file, optimizer state and image, and equal numbers in every step and validation
 event. The caches are compared at the end. Prints one line per case and exits with 1 if any case differs.
 
-The header of a weight file counts too: it holds a hash of the configuration. Where only headers differ, the line says
-so; that is right only if the configuration record was changed on purpose.
+The header of a weight file counts too: it holds a hash of the configuration. If only headers differ, the line says so;
+that is right only if the configuration record was changed on purpose.
 
-On one thread. Both sides get the same environment and reach no network.
+Runs on one thread. Both sides get the same environment and use no network.
 """
 
 import argparse
@@ -98,7 +98,7 @@ VALIDATION_FIELDS = ("step", "loss", "loss_by_sigma", "ema_loss")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", metavar="BEFORE", help="a commit, a tag or a branch")
-    parser.add_argument("after", metavar="AFTER", help="the one to compare with it")
+    parser.add_argument("after", metavar="AFTER", help="the commit to compare with BEFORE")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
     arguments = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Trains the embedded model's autoencoder from nothing, on pictures of its world and on clutter."""
+"""Train the embedded model's autoencoder from scratch, on images of its scenes and on clutter."""
 
 import math
 import random

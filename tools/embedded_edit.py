@@ -1,10 +1,10 @@
-"""Whether an edit is learned that no text can say: a shape is asked for without its color, which a reference shows.
+"""Measure whether a LoRA learns an edit that text cannot specify: the color of a shape, which only a reference shows.
 
-    python tools/embedded_edit.py FOLDER               train with references and without, and judge both
-    python tools/embedded_edit.py FOLDER --steps 50    so many steps each
+    python tools/embedded_edit.py FOLDER               train with references and without, and evaluate both
+    python tools/embedded_edit.py FOLDER --steps 50    the number of steps of each training
 
-FOLDER gets the images, both runs and their logs; runs that are there go on. Three rows of `edit.jpg` there show
-references, what is drawn with them, and what is drawn without.
+FOLDER gets the images, both runs and their logs; existing runs are resumed. The three rows of FOLDER/edit.jpg show
+references, the images generated with them, and the images generated without.
 """
 
 import argparse
@@ -204,8 +204,8 @@ def main(arguments: Sequence[str]) -> int:
         prog="python tools/embedded_edit.py", description="Train and judge an edit that text cannot give."
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=800, help="of each training (800)")
-    parser.add_argument("--pairs", type=int, default=100, help="that are held out and drawn (100)")
+    parser.add_argument("--steps", type=int, default=800, help="steps of each training (800)")
+    parser.add_argument("--pairs", type=int, default=100, help="held-out pairs to evaluate (100)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     most = len(held_out_scenes())

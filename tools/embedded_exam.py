@@ -1,8 +1,7 @@
-"""What the embedded model, or a LoRA that was trained on it, draws when asked for many scenes, and how much of it is
-right.
+"""Count how many prompts that were not trained on the embedded model gets right, alone and with a LoRA.
 
-    python tools/embedded_exam.py                   the base
-    python tools/embedded_exam.py RUN_OR_LORA       the base, and with the LoRA
+python tools/embedded_exam.py                   the base model
+python tools/embedded_exam.py RUN_OR_LORA       the base model, and the base model with the LoRA
 """
 
 import argparse
@@ -143,7 +142,9 @@ def main(arguments: Sequence[str]) -> int:
         prog="python tools/embedded_exam.py", description="Judge what the embedded model draws."
     )
     parser.add_argument("lora", nargs="?", type=Path, help="a LoRA file, or the folder of a run")
-    parser.add_argument("--pictures", type=int, default=50, help="of flags (50); of shapes three times as many")
+    parser.add_argument(
+        "--pictures", type=int, default=50, help="prompts for flags (50); three times as many for shapes"
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     try:

@@ -1,7 +1,7 @@
-"""Says what a picture of the small world shows, and whether that is what its caption asks for. No network in it.
+"""Recognize the scene in an image of the embedded model, and compare it with the caption. Uses no neural network.
 
-Seeing knows nothing of the caption: the background is a smooth surface, the thing is what stands out from it, and
-only its names are compared with the wanted ones.
+Recognition does not read the caption: it fits a smooth surface to the background, takes the pixels that differ from it
+as the object, and names color, shape, size and position. Only these names are compared with the caption's.
 
     python tools/embedded_judge.py FOLDER
 """

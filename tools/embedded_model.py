@@ -1,14 +1,14 @@
-"""Make the embedded model from nothing: its training images, its autoencoder, its transformer, and their scores.
+"""Make the embedded model from scratch: its training images, its autoencoder, its transformer, and their scores.
 
     python tools/embedded_model.py WORK [--seed 0]
 
 Takes about an hour on two CPU cores. Resumes after a kill. WORK gets:
 
-    world/             images with captions, and images of scenes that training never sees
+    world/             images with captions, and images of scenes that are not trained on
     autoencoder.png    images above their reconstructions by the autoencoder
     base/              the model before its transformer is trained
     run/               the run of `simpletuner train` with `model_type: full`, its contact sheets and its checkpoints
-    scores.json        of 400 held-out prompts, and sheet.png with some of them
+    scores.json        scores for 400 held-out prompts; sheet.png shows some of the images
     log.txt            what was printed, with times
 
 The weights that the flavour `tiny` ships were made by this tool (docs/log.md has the scores).
@@ -57,10 +57,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of the transformer's training")
     parser.add_argument("--autoencoder-steps", type=int, default=embedded_autoencoder.STEPS)
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="to train on")
-    parser.add_argument("--prompts", type=int, default=PROMPTS, help="to judge by")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="number of training images")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="number of held-out prompts to score")
     arguments = parser.parse_args()
     work: Path = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""What `preservation` costs of a subject, and what it keeps of everything else: the example tiny-lora, judged.
+"""Measure how `preservation` trades learning a subject against preserving other images, on the example tiny-lora.
 
-    python tools/embedded_preservation.py FOLDER                           a table over weights, of five seeds
+    python tools/embedded_preservation.py FOLDER                           all ways and weights, five seeds each
     python tools/embedded_preservation.py FOLDER class=1 set=1 none=0      these ways and weights
 
-A way is `none`, `class`, `blank` (the values of `preservation`), or `set`: the example's images of the old world as a
-regularization set. FOLDER gets the runs and `grades.jsonl`; what is graded there is not trained again, so several
-processes may share the work, each with seeds of its own.
+A way is `none`, `class` or `blank` (the values of `preservation`), or `set`: the example's images of known shapes as a
+regularization dataset. FOLDER gets the runs and `grades.jsonl`. Runs that are graded there are not trained again, so
+several processes may share the work, each with other seeds.
 """
 
 import argparse
@@ -126,8 +126,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("ways", nargs="*", default=WAYS, metavar="WAY=WEIGHT", help=f"({' '.join(WAYS)})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="N")
-    parser.add_argument("--steps", type=int, default=800, help="of each training (800)")
-    parser.add_argument("--pictures", type=int, default=50, help="of flags (50); of shapes three times as many")
+    parser.add_argument("--steps", type=int, default=800, help="steps of each training (800)")
+    parser.add_argument(
+        "--pictures", type=int, default=50, help="prompts for flags (50); three times as many for shapes"
+    )
     given = parser.parse_args(arguments)
     folder = given.folder
     materialize("tiny-lora", folder / "datasets" / "tiny-lora")

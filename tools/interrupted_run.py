@@ -1,9 +1,9 @@
-"""Makes `tests/fixtures/before-breadth`: caches, and a run that was killed after its checkpoint at step 2 of 4.
+"""Make `tests/fixtures/before-breadth`: caches, and a run that was killed after its checkpoint at step 2 of 4.
 
     PYTHONPATH=SOURCE python -P tools/interrupted_run.py FOLDER
 
-SOURCE is the `src` of the commit whose files are wanted. FOLDER must be empty or new; it gets a working folder with
-two images of 64x64 and 160x96 pixels, their configuration, the caches of a first start, and the run.
+SOURCE is the `src` folder of the commit that is to write the files. FOLDER must be empty or new. It becomes a working
+folder with two images of 64x64 and 160x96 pixels, their configuration, the caches of a first start, and the run.
 """
 
 import argparse

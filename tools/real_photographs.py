@@ -1,10 +1,10 @@
-"""Trains a few steps of the embedded model on real photographs, at 1024 with aspect buckets.
+"""Train a few steps of the embedded model on real photographs, at 1024 with aspect buckets.
 
     python tools/real_photographs.py PICTURES WORK [--steps 4] [--aspect preserve|closest]
 
-PICTURES is a folder of photographs; WORK an empty or new one, which gets copies of them, a caption for each
-(the .txt beside it, else its file name in words), a configuration, caches and the run. Nothing in PICTURES is
-changed. The exit code is that of `simpletuner train`.
+PICTURES is a folder of photographs, and is not changed. WORK must be empty or new. It gets copies of the photographs,
+a caption for each (the .txt beside it, else the words of its file name), a configuration, caches and the run. The exit
+code is that of `simpletuner train`.
 """
 
 import argparse

@@ -1,17 +1,18 @@
-"""Trains half of a run in one layout of processes and the rest in another, for every pair, by the real command.
+"""Train half of a run in one layout of processes and resume it in another, for every pair, with the real command.
 
     python tools/resume_matrix.py [FOLDER] [--pairs single:fsdp2,ddp2:single | --draw 2] [--steps 4]
 
-The layouts are one process, two or four under DDP, two or four under FSDP2, and two under each of DeepSpeed's stages,
-which `--draw` leaves out, at the same effective batch of four: 1 × 4 accumulated, 2 × 2, 4 × 1. The run is one LoRA on
-the embedded model in fp32, on images drawn here. Each first half is trained once and copied; each second half goes on
-from the copy with `simpletuner train`. Of each pair the table shows how far losses, and the final adapter with its
-optimizer's state, are from the run that one process trained at one go.
-FOLDER keeps the runs; otherwise they are removed.
+The layouts are one process, two or four under DDP, two or four under FSDP2, and two under each stage of DeepSpeed
+(`--draw` leaves these out). All have the effective batch 4: 1 process with 4 accumulation steps, 2 with 2, 4 with 1.
+The run is one LoRA on the embedded model in fp32, on generated images. Each first half is trained once and copied; each
+second half resumes the copy with `simpletuner train`. For each pair the table shows how far the losses, the final
+adapter and the optimizer state are from those of a run that one process trained without interruption. FOLDER keeps the
+runs; without it they are deleted.
 
-Tolerance: fp32 sums of the same gradients in another order. 20 steps in another order were 1.1e-7 apart in their losses
-and 1.7e-7 in the norm of the adapter, each relative; the limits are ten times that, and 1e-4 for the optimizer's second
-moments and whatever else is a square or nearly nothing. Exit code: 0, or 1 if a pair is beyond them.
+Tolerance: fp32 sums of the same gradients in another order. 20 steps in another order differed by 1.1e-7 in their
+losses and by 1.7e-7 in the norm of the adapter, both relative. The limits are ten times that, and 1e-4 for the
+optimizer's second moments and other tensors of squares or of numbers near zero. Exit code: 0, or 1 if a pair exceeds
+the limits.
 """
 
 import argparse
@@ -84,10 +85,12 @@ class Difference:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path)
-    parser.add_argument("--pairs", metavar="FROM:TO,…", help="these alone")
-    parser.add_argument("--draw", metavar="N", type=int, help="single with each of the others both ways, and N more")
-    parser.add_argument("--seed", type=int, default=16, help="of the draw")
-    parser.add_argument("--steps", type=int, default=4, help="of the whole run; half of them before the change")
+    parser.add_argument("--pairs", metavar="FROM:TO,…", help="only these pairs")
+    parser.add_argument(
+        "--draw", metavar="N", type=int, help="only single with each other layout, both ways, and N random pairs"
+    )
+    parser.add_argument("--seed", type=int, default=16, help="seed of --draw")
+    parser.add_argument("--steps", type=int, default=4, help="steps of the whole run; the first half in layout FROM")
     given = parser.parse_args()
     known = {**LAYOUTS, **ZERO_LAYOUTS}
     pairs = [(start, end) for start in known for end in known]

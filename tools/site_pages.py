@@ -1,4 +1,4 @@
-"""MkDocs hook of `mkdocs.yml`: pages of the site that lie outside `docs/`, and links between them and those inside."""
+"""MkDocs hook of `mkdocs.yml`: adds pages that lie outside `docs/` to the site, and adapts links to and from them."""
 
 import posixpath
 import re

@@ -1,10 +1,10 @@
-"""Compares what two commits cost: processor time of a step and of a start, in interleaved pairs.
+"""Compare the cost of two commits: processor time of a step and of a start, in interleaved pairs.
 
     python tools/time_commits.py BEFORE AFTER [--pairs 6] [--steps 100]
 
 Checks out both commits as `compare_commits.py` does and trains the embedded model with each, with warm caches, on one
-thread: runs of 1 step and runs of 1 + STEPS steps, whose difference is the steps. Every other pair runs the other way
-round. Prints the median ratio AFTER / BEFORE of each.
+thread, in runs of 1 step and of 1 + STEPS steps. The time of the steps is the difference of the two. Every other pair
+runs in the opposite order. Prints the median ratio AFTER / BEFORE of each.
 """
 
 import argparse
@@ -22,7 +22,7 @@ FLAGS = ["--validation_disable", "--checkpoint_step_interval=0", "--eval_steps_i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", metavar="BEFORE", help="a commit, a tag or a branch")
-    parser.add_argument("after", metavar="AFTER", help="the one to compare with it")
+    parser.add_argument("after", metavar="AFTER", help="the commit to compare with BEFORE")
     parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--steps", type=int, default=100)
     arguments = parser.parse_args()

@@ -1,13 +1,13 @@
-"""The vocabularies of FLUX.2's real tokenizers as small files for the tests, and tokenizer folders made from them.
+"""Write the vocabularies of FLUX.2's real tokenizers as small files for the tests, and make tokenizer folders from these.
 
-The tests need neither package. To make the files again, in an environment of its own:
+The tests do not need the two packages below. To make the files again, in a separate environment:
 
     pip install mistral-common==1.9.1 && pip install --no-deps dashscope==2.0.2
     PYTHONPATH=src python tools/tokenizer_fixtures.py [--tekken FILE] [--qwen FILE]
 
-A vocabulary is stored as its 256 bytes and, for each further token, the ids of the two tokens that it is joined from:
-a sixth smaller than its texts, and no merge has to be searched for. The golden ids come from mistral-common's own chat
-encoding and from tiktoken, which it brings along: neither is the library that this program tokenizes with.
+A vocabulary is stored as its 256 bytes and, for each further token, the ids of the two tokens that it joins: a sixth
+smaller than its texts, and no merges have to be searched for. The expected ids come from mistral-common's own chat
+encoding and from its dependency tiktoken; this program uses neither of them to tokenize.
 """
 
 import argparse
@@ -306,8 +306,10 @@ def checked(path: Path, name: str) -> Path:
 def main() -> None:
     """Write the fixtures: vocabularies, golden ids, licence."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tekken", type=Path, help="tekken_240911.json; by default of the installed mistral-common")
-    parser.add_argument("--qwen", type=Path, help="qwen.tiktoken; by default of the installed dashscope")
+    parser.add_argument(
+        "--tekken", type=Path, help="path of tekken_240911.json; by default from the installed mistral-common"
+    )
+    parser.add_argument("--qwen", type=Path, help="path of qwen.tiktoken; by default from the installed dashscope")
     given = parser.parse_args()
     tekken = checked(given.tekken or _installed("mistral-common", "mistral_common/data/tekken_240911.json"), DEV)
     qwen = checked(given.qwen or _installed("dashscope", "dashscope/resources/qwen.tiktoken"), KLEIN)
