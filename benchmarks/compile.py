@@ -1,11 +1,11 @@
-"""Seconds a step with compiled blocks against without, in interleaved pairs, and what the start costs.
+"""Measure seconds a step with and without compiled blocks, in interleaved pairs, and the time of the start.
 
     python benchmarks/compile.py [--pairs 4] [--steps 30] [-- FLAGS of `simpletuner train`]
 
-Each run is a process of its own; a pair is one of each, every other pair the other way round, so that a machine that
-gets slower or faster meets both. Of a run the median step counts, the first three left out. The start is the time from
-the command to the end of step 1: with the compiler's cache empty once, then with it filled. Flags after `--` hold for
-both, for example `-- --mixed_precision=no --gradient_checkpointing=true`.
+Each run is a separate process. A pair is one run of each kind; every other pair runs in the opposite order, so that a
+change in the machine's speed affects both alike. The result of a run is its median step without the first three. The
+start is the time from the command to the end of step 1: once with an empty compiler cache, then with a filled one.
+Flags after `--` apply to both kinds, for example `-- --mixed_precision=no --gradient_checkpointing=true`.
 """
 
 import argparse

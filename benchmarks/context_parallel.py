@@ -1,22 +1,22 @@
-"""A trial of context parallelism: is it exact, what does a process keep in memory, and what does it send?
+"""A trial of context parallelism: is it exact, how much memory does a process take, and how much does it send?
 
     torchrun --standalone --nproc-per-node=2 benchmarks/context_parallel.py     # exactness and bytes, on CPUs
     python benchmarks/context_parallel.py                                       # the published models, by shapes alone
 
-DeepSpeed Ulysses (arXiv 2309.14509) over the program's own transformer, which is not changed: each process has some of
-the tokens of every sample. Around attention, an all-to-all turns some tokens of all heads into all tokens of some
-heads, and another turns the result back. Each process gathers the whole velocity and computes the same loss of it; its
-gradients of the weights are those of its own tokens, and their sum over the processes is the gradient.
+DeepSpeed Ulysses (arXiv 2309.14509) around the program's own transformer, which is not changed: each process has some
+of the tokens of every sample. Before attention, an all-to-all turns some tokens of all heads into all tokens of some
+heads; after it, another turns the result back. Each process gathers the whole velocity and computes the same loss from
+it. Its gradients of the weights are those of its own tokens; their sum over the processes is the gradient.
 
-- **off by**: loss and gradients in fp32 against the same pass in one process, the most that a number differs, relative
-  to the largest of its tensor. Limit: 5e-6. Cases: references, padded or not; numbers of tokens that no number of
-  processes divides; recomputed blocks; a sharded base; all weights.
-- **peak**: bytes of all tensors that live at the same time during a forward and backward pass, of the process with the
-  most, and of one process alone. Weights are left out, but not those that FSDP2 gathers.
-- **sent**: bytes that a process sends to others in that pass, and the formula's, which counts attention alone.
+- **off by**: loss and gradients in fp32 against the same pass in one process: the largest difference of a number,
+  relative to the largest number of its tensor. Limit: 5e-6. Cases: references, padded or not; token counts that the
+  number of processes does not divide; recomputed blocks; a sharded base; all weights.
+- **peak**: the most bytes of tensors that exist at one time during a forward and backward pass, in the process with the
+  most, and in a single process. Weights do not count, except those that FSDP2 gathers.
+- **sent**: bytes that a process sends to others in that pass, and those of the formula, which counts attention alone.
 - **published models**: the memory plan's own trace of a step, with the all-to-alls in its blocks.
 
-The number of processes must divide that of the heads. Why the program has no context parallelism:
+The number of processes must divide the number of heads. Why the program has no context parallelism:
 docs/decisions/0031-context-parallel.md.
 """
 
@@ -368,7 +368,7 @@ def main() -> None:
     """Compare, as one of several processes; otherwise describe the published models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [case.name for case in CASES]
-    parser.add_argument("--case", action="append", choices=names, help="compare this one; may be repeated")
+    parser.add_argument("--case", action="append", choices=names, help="compare only this case; may be repeated")
     given = parser.parse_args().case or names
     torch.set_num_threads(1)
     world = join(os.environ, TIMEOUT_S)

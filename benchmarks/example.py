@@ -1,4 +1,4 @@
-"""Runs on the pictures of the example tiny-lora with nothing in them but training, for the benchmarks."""
+"""For the benchmarks: runs on the images of the example tiny-lora that only train, without validation."""
 
 import json
 import resource

@@ -1,11 +1,11 @@
-"""`simpletuner train` in a process that lists its file operations, or kills itself at one of them.
+"""Run `simpletuner train` in a process that lists its file operations, or kills itself at one of them.
 
     python benchmarks/fault_process.py list FILE -- FLAGS...
     python benchmarks/fault_process.py kill FILE NUMBER -- FLAGS...
 
-`list` appends a line to FILE for each operation below the working folder that changes it: a file opened for writing, a
-rename, a removal, a link, a folder. `kill` sends SIGKILL to itself just before operation NUMBER, counted from 0, and
-leaves that operation's line in FILE.
+`list` appends a line to FILE for each operation that changes something below the working folder: a file opened for
+writing, a rename, a removal, a link, a new folder. `kill` sends SIGKILL to its own process just before operation
+NUMBER, counted from 0, and writes that operation's line to FILE.
 """
 
 import os

@@ -1,11 +1,11 @@
-"""Kill training at random moments, start the same command again, and compare what it leaves with an undisturbed run.
+"""Kill training at random moments, start the same command again, and compare the result with an undisturbed run.
 
     python benchmarks/faults.py --kills 100 --seed 1 [--out faults.jsonl] [--setup NAME] [--jobs 2]
 
-A kill is SIGKILL. Half of them come just before a file operation (`fault_process.py`), spread evenly over the folders
-and files that a run writes; the others after a random time, so that they hit computation, imports and half-written
-files. A third of the runs have been killed once before. Each kill appends one JSON line to `--out`; kills that have a
-line there are not repeated, so the command may be interrupted itself.
+A kill is SIGKILL. Half of the kills come just before a file operation (`fault_process.py`), spread evenly over the
+folders and files that a run writes; the others after a random time, so that they hit computation, imports and
+half-written files. A third of the runs have been killed once before. Each kill appends one JSON line to `--out`. Kills
+that have a line there are not repeated, so this command may be interrupted too.
 
 The restarted run must end with exit code 0, the same bytes in every file (`VARYING` names the exceptions), the same
 loss of every step, the same events about images and checkpoints, and no file that an undisturbed run does not have.
@@ -110,7 +110,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("faults.jsonl"))
-    parser.add_argument("--setup", choices=SETUPS, action="append", help="only this one; may be repeated")
+    parser.add_argument("--setup", choices=SETUPS, action="append", help="only this setup; may be repeated")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     setups = options.setup or list(SETUPS)

@@ -1,19 +1,19 @@
-"""What several processes cost: processor time of a step against a bare loop, the base's memory and the collectives.
+"""Measure the cost of several processes: processor time of a step against a bare loop, the base's memory, collectives.
 
     python benchmarks/many_gpus.py [--ranks 2] [--rounds 8] [--steps 4] [--json FILE]
 
-A FLUX.2 transformer of random weights, 5 blocks of width 256, fp32, with a LoRA of rank 16 on every Linear; the same
-batches, in memory, two micro-batches a process and step. Processes are on this machine's CPUs, on gloo, with a thread
-each. Both loops run in the same processes, in turns of `--steps` steps, every other turn the other way round; a ratio
-is the median over rounds of ours / bare, each the processor time of all processes (`time.process_time`: what waits for
-another process costs none).
+A FLUX.2 transformer with random weights, 5 blocks of width 256, fp32, with a LoRA of rank 16 on every Linear; the same
+batches, held in memory, two micro-batches a process and step. Processes run on this machine's CPUs over gloo, with one
+thread each. Both loops run in the same processes and alternate every `--steps` steps; every other round runs them in
+the opposite order. A ratio is the median over rounds of ours / bare, each the processor time of all processes
+(`time.process_time`: waiting for another process costs none).
 
 - **one process**: the program's `Stepper` against forward, backward, clip and AdamW written out.
 - **DDP**: the program's `Stepper` on several processes against torch's DistributedDataParallel over the same modules,
-  with `no_sync` for all micro-batches but the last. Limit: 5 %.
-- **FSDP2**: the same with the base sharded, against the program's DDP; the bytes of the base that a process holds at
-  rest, beside those of the whole base.
-- **ZeRO** 1, 2, 3, where DeepSpeed is installed: the program's `Stepper` under each of its stages against the bare loop
+  with `no_sync` for all micro-batches except the last. Limit: 5 %.
+- **FSDP2**: the same with a sharded base, against the program's DDP; and the bytes of the base that a process holds
+  between steps, compared with the whole base.
+- **ZeRO** 1, 2, 3, if DeepSpeed is installed: the program's `Stepper` under each of its stages against the bare loop
   over the same modules: its engine's forward, backward and step, its clipping, torch's AdamW. Limit: 5 %.
 - **collectives**: calls of torch.distributed in a step, by kind.
 """
@@ -49,8 +49,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=4, help="of each loop in a round")
-    parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each loop in a round")
+    parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--in-rank", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.in_rank:

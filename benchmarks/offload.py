@@ -1,11 +1,11 @@
-"""What streaming costs where it can hide nothing: a step on a CPU, offloaded against resident, in one run.
+"""Measure the overhead of streaming where compute can hide none of it: a step on a CPU, offloaded against resident.
 
     python benchmarks/offload.py [--rounds 7] [--heads 8] [--side 16]
 
-The baseline is the same transformer with all weights resident, recomputed like the others. Every case has a model of
-its own with the same weights; each round times each case once, every other round the other way round; the median of
-the rounds' own ratios counts, of seconds and of seconds on the processor, which tell more on a busy machine. The copies
-are within the same memory, so all of them is overhead. Losses are compared: they must be the same bits.
+The baseline is the same transformer with all weights resident, also recomputed. Every case has its own model with the
+same weights. Each round times each case once; every other round runs in the opposite order. The result is the median of
+the rounds' ratios, of wall time and of processor time, which is more reliable on a busy machine. The copies stay within
+one memory, so all of them are overhead. The losses must be equal, bit for bit.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--side", type=int, default=16, help="tokens along a side of the picture")
+    parser.add_argument("--side", type=int, default=16, help="tokens along a side of the image")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="simpletuner-offload-") as folder:
         steps = {

@@ -1,4 +1,4 @@
-"""Each optimizer on the example `tiny-lora`: held-out loss, time of a step, bytes of state for a parameter.
+"""Compare the optimizers on the example `tiny-lora`: held-out loss, time of a step, bytes of state per parameter.
 
 python benchmarks/optimizers.py [--steps 40] [--only NAME,NAME]     (about a minute an optimizer on two idle cores)
 python benchmarks/optimizers.py --survey                            (which names of the libraries can be used)

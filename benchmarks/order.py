@@ -1,9 +1,9 @@
-"""Drawing the order of an epoch: processor time and memory, against the same order in pure Python.
+"""Measure drawing the order of an epoch: processor time and memory, against the same order in pure Python.
 
     python benchmarks/order.py [--visits 1000000]
 
-One set whose samples lie in seven buckets, each sample once, in batches of 1. The order must be the reference's. Memory
-is peak growth: by tracemalloc, and, in another pass, of the process (VmHWM).
+One dataset whose samples lie in seven buckets, each sample once, in batches of 1. Both orders must be equal. Memory is
+peak growth: as tracemalloc counts it and, in another pass, of the process (VmHWM).
 """
 
 import argparse

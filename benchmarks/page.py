@@ -1,4 +1,4 @@
-"""How long the curves of a long run take in a browser: from the click on the run to the last chart drawn.
+"""Measure how long the curves of a long run take in a browser: from the click on the run to the last drawn chart.
 
     python benchmarks/page.py [--steps 100000] [--rounds 5] [--source SRC]
 

@@ -4,13 +4,13 @@
 
 The embedded model's transformer with an adapter of rank 16 on every Linear of its blocks. Theirs is a plain loop
 around diffusers' `Flux2Transformer2DModel` with peft's LoRA, ours is the program's `Stepper`. Both get the same
-noise, sigmas and contexts, clip to the same norm and step with the same optimizer, so that the losses of all steps
-must be equal to rounding; the script fails if they are not. Adapters are fp32 in both; in bf16, peft computes them in
-fp32 and this program in bf16.
+noise, sigmas and contexts, clip to the same norm and step with the same optimizer, so the losses of all steps must be
+equal to rounding; otherwise the script fails. Adapters are fp32 in both. On a bf16 base, peft computes them in fp32,
+this program in bf16.
 
-Processor time of this process, on one thread: with more, those that wait are counted as if they worked. A pair is a
-few steps of each, one after the other, and every other pair begins with the other one. Of the pairs' ratios the
-median is printed, with the quartiles.
+Measures the processor time of this process, on one thread: with more, waiting threads would count as if they worked. A
+pair is a few steps of each, one after the other; every other pair begins with the other one. Prints the median of the
+pairs' ratios, with the quartiles.
 """
 
 import argparse
@@ -51,10 +51,10 @@ CASES = ((torch.float32, False), (torch.float32, True), (torch.bfloat16, True))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=2, help="of each, in a pair")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each in a pair")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--size", type=int, default=128, help="edge of the images in pixels")
-    parser.add_argument("--text", type=int, default=64, help="tokens of a context")
+    parser.add_argument("--text", type=int, default=64, help="tokens of each context")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

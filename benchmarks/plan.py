@@ -1,14 +1,14 @@
-"""The memory plan against what is measured, phase by phase, on a CPU.
+"""Compare the memory plan with measurements, phase by phase, on a CPU.
 
     python benchmarks/plan.py [--heads 12] [--doubles 5] [--singles 24] [--text-hidden 1536] [--edge 384]
 
-A model of dev's kind is drawn: its widths scaled, its blocks fewer, its autoencoder dev's own, in bf16 unless said
-otherwise. By default transformer and text encoder have at least 2 GB each. Every phase runs through the program's own
-code in a process of its own. Measured is the growth of its anonymous memory (RssAnon) plus the resident part of mapped
-weight files, sampled, from before anything is loaded, with all libraries imported.
+The model is like dev, with random weights, narrower and with fewer blocks, with dev's own autoencoder, in bf16 unless
+an option says otherwise. By default transformer and text encoder have at least 2 GB each. Every phase runs through the
+program's own code in a separate process. The measurement is the growth of its anonymous memory (RssAnon) plus the
+resident part of mapped weight files, sampled, from before anything is loaded, with all libraries imported.
 
-The plan counts tensors. By default glibc keeps what small and middling ones leave behind, in pieces; so the children
-are told to give freed memory back (MALLOC_MMAP_THRESHOLD_), and --default-malloc shows what it comes to otherwise.
+The plan counts tensors. By default glibc keeps freed small and medium allocations, fragmented. So the child processes
+return freed memory to the system (MALLOC_MMAP_THRESHOLD_); --default-malloc measures glibc's default instead.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in Scale().__dict__.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    parser.add_argument("--only", help="phases, by commas")
+    parser.add_argument("--only", help="phases to measure, separated by commas")
     parser.add_argument("--default-malloc", action="store_true")
     given = vars(parser.parse_args())
     only = given.pop("only")

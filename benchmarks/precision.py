@@ -1,11 +1,11 @@
-"""How far each precision takes the embedded model from bf16, and where its gradients point, on this machine.
+"""Measure the error of each precision of the base on the embedded model, in its velocity and in the gradients.
 
     python benchmarks/precision.py [--width 384] [--seed 0]
 
-For every precision that runs here: bits a weight of a block with all that is needed to read it; the error of the
-velocity, |found - bf16| / |bf16|; the cosine between the gradients of a rank-16 adapter on all Linears and those over
-the bf16 base, all of them as one vector; seconds of a pass forwards and backwards. The adapter is one that has learned
-something: `b` is drawn, not zero, so that the gradients of `a` are not.
+For every precision that runs here: bits a weight of a block, scales and other tensors included; the error of the
+velocity, |quantized - bf16| / |bf16|; the cosine between the gradients of a rank-16 adapter on all Linears and those
+over the bf16 base, all gradients as one vector; seconds of a forward and backward pass. The adapter's `b` is random
+instead of zero, as if it had been trained: otherwise the gradients of `a` would be zero.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from simpletuner.memory.precision import QuantizedLinear, check_precision
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=384, help="of the square picture, in pixels")
+    parser.add_argument("--width", type=int, default=384, help="edge of the square image in pixels")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,9 +1,9 @@
-"""Peak of tensors and CPU seconds of a full-training step on a CPU, with and without `optimizer_release_gradients`.
+"""Measure peak tensor memory and CPU seconds of a full-training step, with and without `optimizer_release_gradients`.
 
 python benchmarks/release.py [--steps 6]     (half a minute on two idle cores)
 
-One process, one model of 40 million parameters, the variants step by step in turn: compare their ratios. Bytes are
-those of all tensors but the weights, the optimizer's state included, beside the plan's.
+One process and one model of 40 million parameters, on a CPU; the variants alternate step by step, so compare their
+ratios. Bytes are those of all tensors except the weights, optimizer state included, with the plan's for comparison.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Which blocks to keep resident: the time of a streamed step by count, for several choices at equal memory.
+"""Simulate which blocks to keep resident: the time of a streamed step for several choices of blocks at equal memory.
 
     python benchmarks/residency.py [--budgets 8,14,26,40]
 
-dev's blocks: 8 double blocks of two units of bytes, 48 single blocks of one, the same arithmetic in each. A forward
-pass of a block takes 1, a recomputed backward pass 2. A ring of two slots copies one group ahead, as
+dev's blocks: 8 double blocks of two units of bytes, 48 single blocks of one, all with the same arithmetic. A forward
+pass of a block takes 1, a recomputed backward pass 2. A ring of two slots prefetches one group, as
 `memory/offload.py` does: a copy begins when the group before it begins to compute. The figures are the time of a step
 above its arithmetic; a copy of a single block takes `ratio` times its forward pass. Budgets are units of resident
-blocks and slots together, of 64. Nothing is run on a device.
+blocks and slots together, of 64. Nothing runs on a device.
 """
 
 import argparse

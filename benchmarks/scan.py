@@ -1,9 +1,9 @@
-"""Processor time and peak memory of a scan: cold, which decodes every image, and warm, which finds them unchanged.
+"""Measure processor time and peak memory of a scan: cold (decodes every image) and warm (finds all unchanged).
 
     python benchmarks/scan.py [--pictures 100000]
 
 Images of 16x16 pixels with captions in .txt files, 1,000 to a folder, so that the work on files outweighs decoding.
-Each scan is a process of its own.
+Each scan is a separate process.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What `simpletuner server` takes: time to its first page, memory, 100,000 events, 20 clients on a stream.
+"""Measure `simpletuner server`: time to its first page, memory, 100,000 events, 20 clients that follow a stream.
 
     python benchmarks/server.py [--steps 100000] [--clients 20] [--follow_s 20]
 
-Starts the real command on a free port, over a scratch folder with a run of that many steps and one that goes on at
-five events a second, and talks to it over plain sockets. Its processor time is the kernel's count over the whole of
-the following, heartbeats and all. On Linux.
+Starts the real command on a free port, over a scratch folder with a run of that many steps and another run that still
+writes five events a second, and requests pages over plain sockets. Its processor time is what the kernel counts while
+the clients follow, heartbeats included. On Linux.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Seconds from typing `simpletuner train` to the end of step 1, with warm caches, and the peak memory of it; then
-those that a configuration with a mistake takes to be refused.
+"""Measure seconds from typing `simpletuner train` to the end of step 1, with warm caches, and its peak memory; then the
+time until a faulty configuration is refused.
 
     python benchmarks/start_up.py [--times 5]
 
-The pictures and settings of the example tiny-lora, without validation. The first start, which makes the model and
-the caches, is not counted; each of the others is a new run. Measured from before the process starts to the time
-of its first step's event. A refusal is measured in processor time, beside that of importing pydantic alone.
+The images and settings of the example tiny-lora, without validation. The first start, which makes the model and the
+caches, does not count; each of the others is a new run. The time is from before the process starts to the event of its
+first step. A refusal is measured in processor time, with that of importing pydantic alone for comparison.
 """
 
 import argparse

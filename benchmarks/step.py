@@ -1,11 +1,11 @@
-"""Seconds a step of `simpletuner train` against those of a bare loop, in interleaved pairs, with peak memory.
+"""Compare seconds a step of `simpletuner train` with those of a bare loop, in interleaved pairs, with peak memory.
 
     python benchmarks/step.py [--pairs 5] [--steps 40]
 
-Both train the same adapter on the same batches with the same draws, clip and optimizer. The bare loop has its batches
-in memory and does nothing else: what the program adds is reading caches, events, the bar, requests and the disk.
-Each run is a process of its own; a pair is one of each, and pairs follow each other, so that a machine that gets
-slower or faster meets both. Of a run the median step counts, the first three left out.
+Both train the same adapter on the same batches with the same draws, clip and optimizer. The bare loop holds its batches
+in memory and does nothing else; the program also reads caches, writes events and files, shows the bar and checks for
+requests. Each run is a separate process. A pair is one run of each, and pairs follow each other, so that a change in
+the machine's speed affects both alike. The result of a run is its median step without the first three.
 """
 
 import argparse

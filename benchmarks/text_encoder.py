@@ -1,13 +1,13 @@
-"""Captions a second of the resident and the streamed text encoder, and of transformers' plain padded call, in one run.
+"""Measure captions a second of the resident and the streamed text encoder, and of transformers' plain padded call.
 
     python benchmarks/text_encoder.py [--captions 64] [--tokens 60] [--rounds 3] [--hidden 512]
 
-The model is drawn: thirty Mistral layers of `hidden`, an MLP of four times that, in `--dtype`, on the GPU or else the
-CPU. Captions have about `--tokens` tokens, to which the template adds its own. The plain call is what a pipeline does:
-every caption padded to 512 tokens, in the same batches, on a model without head that has one layer more than is read
-(with none more, the last state would be the normed one). Reading the weights is part of what the streamed encoder
-does, and so is in its time; the two others have theirs already. Rounds follow each other, so that a machine
-that gets slower or faster meets all three; of each the best round counts.
+The model has random weights: thirty Mistral layers of width `hidden`, an MLP of four times that, in `--dtype`, on the
+GPU or else the CPU. Captions have about `--tokens` tokens; the template adds its own. The plain call does what a
+pipeline does: every caption is padded to 512 tokens, in the same batches, on a model without head that has one layer
+more than is used (otherwise the last hidden state would be the normed one). The time of the streamed encoder includes
+reading the weights; the two others have loaded theirs before. Rounds time all three in turn, so that a change in the
+machine's speed affects them alike. The best round of each counts.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What TREAD saves: the transformer's forward and backward, routed and not, in interleaved pairs.
+"""Measure what TREAD saves: forward and backward pass of the transformer with and without routes, in interleaved pairs.
 
     python benchmarks/tread.py [--rounds 3] [--heads 2] [--only-contract]
 
 A transformer of dev's depth (8 double and 48 single blocks) that is narrow enough for a CPU, with an adapter on every
-Linear and 512 text tokens. Route: blocks 2 to -2. First 1024², ratio 0.5, held against what the blocks themselves
-allow: the time of a lone double and single block with all tokens and with the kept ones, added up over the depth.
-Then a table by ratio and resolution. Every round times each case once, so that a machine that gets slower or faster
-meets all of them; the median over the rounds counts.
+Linear and 512 text tokens. Route: blocks 2 to -2. First 1024² at ratio 0.5, compared with the speedup that the blocks
+themselves allow: the times of one double and one single block alone, with all tokens and with the kept ones, multiplied
+by their numbers. Then a table by ratio and resolution. Every round times each case once, so that a change in the
+machine's speed affects all of them; the median over the rounds counts.
 """
 
 import argparse
@@ -41,8 +41,8 @@ Case = tuple[int, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--heads", type=int, default=2, help="of 32 channels each")
-    parser.add_argument("--only-contract", action="store_true", help="1024², ratio 0.5, and no table")
+    parser.add_argument("--heads", type=int, default=2, help="attention heads of 32 channels each")
+    parser.add_argument("--only-contract", action="store_true", help="only 1024² at ratio 0.5, no table")
     arguments = parser.parse_args()
     model = transformer(arguments.heads)
 

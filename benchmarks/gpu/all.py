@@ -1,18 +1,18 @@
-"""What the first minutes on a GPU should tell: is it right, how fast is it, what does it take. The most valuable first.
+"""Run the GPU measurements: correctness, speed and memory, the most valuable first.
 
     python benchmarks/gpu/all.py --minutes 9 --out DIR      everything that fits into nine minutes
-    python benchmarks/gpu/all.py --list                     what there is to measure, in order, with limits
-    python benchmarks/gpu/all.py --only dev,attention       some of it
-    python benchmarks/gpu/all.py --only soak --minutes 9    the long tests of correctness, in a call of their own
-    python benchmarks/gpu/all.py --tiny --device cpu        the rehearsal: every line of it on small models, no GPU
+    python benchmarks/gpu/all.py --list                     all measurements in order, with time limits
+    python benchmarks/gpu/all.py --only dev,attention       some of them
+    python benchmarks/gpu/all.py --only soak --minutes 9    the long tests of correctness, in a separate call
+    python benchmarks/gpu/all.py --tiny --device cpu        the rehearsal: every line on small models, without a GPU
 
-Each measurement runs in a process of its own, one after the other. It may use what earlier ones left of their limits;
-then it is killed. Results come as JSON lines and are appended to DIR/results.jsonl one by one, so a measurement that
-raises, hangs or is killed costs the rest of itself and nothing else. DIR/table.md is written anew after each of them
-and printed at the end. DIR/profile.json.gz is a trace of one step, 16 MiB at most.
+Measurements run one after the other, each in a separate process. A measurement may also use time that earlier ones
+left unused; after that it is killed. Results are JSON lines, and each is appended to DIR/results.jsonl at once, so a
+measurement that raises, hangs or is killed loses only its own remaining results. DIR/table.md is rewritten after each
+measurement and printed at the end. DIR/profile.json.gz is a trace of one step, 16 MiB at most.
 
-README.md beside this file says what a machine without a network must be given. Exit code: 0, or 1 if a measurement
-failed or a check did not pass.
+README.md beside this file lists what a machine without a network needs. Exit code: 0, or 1 if a measurement or a check
+failed.
 """
 
 import argparse
@@ -91,9 +91,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--only", metavar="NAME,…", help="these measurements alone, in the order of --list")
+    parser.add_argument("--only", metavar="NAME,…", help="only these measurements, in the order of --list")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="small models: that the scripts work")
+    parser.add_argument("--tiny", action="store_true", help="use small models, to test the scripts")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     if arguments.list:

@@ -1,9 +1,9 @@
-"""Attention kernels of torch at FLUX.2's shapes, forward and with the backward pass.
+"""Measure torch's attention kernels at FLUX.2's shapes, forward alone and with the backward pass.
 
     python benchmarks/gpu/attention.py [--device cpu --tiny]
 
-A forward pass counts 4·tokens²·width operations, a backward pass twice that: what a kernel computes again for itself
-is not counted, so kernels compare by time. The first row of a shape is what torch takes by itself.
+A forward pass counts 4·tokens²·width operations, a backward pass twice that. Scores that a kernel computes again do not
+count, so kernels compare by time. The first row of a shape is torch's own choice of kernel.
 """
 
 import contextlib

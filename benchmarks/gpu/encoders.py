@@ -1,10 +1,10 @@
-"""Captions a second through the text encoders, and images a second through the VAE, at full size.
+"""Measure captions a second of the text encoders, and images a second of the VAE, at full size.
 
     python benchmarks/gpu/encoders.py [--device cpu --tiny]
 
-Random weights made on the device; the tokenizers are the embedded models'. Captions have about 60 tokens beside the
-template; klein's are padded to the whole context, and all of it is computed. The text encoders need transformers, the
-VAE diffusers: what is missing is left out, and said.
+Weights are random and generated on the device; the tokenizers are the embedded models'. Captions have about 60 tokens
+besides the template; klein's are padded to the whole context, all of which is computed. The text encoders need
+transformers, the VAE diffusers: if one is missing, its measurements are left out, with a message.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""What the machine is, and how fast it multiplies and copies: what every other number is held against.
+"""Describe the machine, and measure how fast it multiplies and copies: the reference for all other numbers.
 
 python benchmarks/gpu/machine.py [--device cpu --tiny]
 """

@@ -1,4 +1,4 @@
-"""What every GPU measurement needs: its arguments, the time it has left, and the time that work takes."""
+"""What all GPU measurements share: arguments, the remaining time, and timing."""
 
 import argparse
 import gc
@@ -14,8 +14,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that every measurement takes."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    made.add_argument("--tiny", action="store_true", help="small models: that the script works")
-    made.add_argument("--seconds", type=float, default=600.0, help="after which nothing new is begun")
+    made.add_argument("--tiny", action="store_true", help="use small models, to test the script")
+    made.add_argument("--seconds", type=float, default=600.0, help="start no further measurement after this time")
     made.add_argument("--out", type=Path, default=Path("gpu-results"))
     return made
 

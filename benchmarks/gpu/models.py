@@ -1,4 +1,4 @@
-"""FLUX.2 transformers of random weights, made on the device block by block: nothing is read and nothing downloaded."""
+"""FLUX.2 transformers with random weights, generated on the device block by block: nothing is read or downloaded."""
 
 from collections.abc import Collection
 from dataclasses import replace

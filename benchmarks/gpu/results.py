@@ -1,4 +1,4 @@
-"""Results of the GPU measurements: JSON lines on the way in, Markdown tables on the way out. Works without torch."""
+"""Results of the GPU measurements: reads JSON lines, writes Markdown tables. Works without torch."""
 
 import json
 import sys

@@ -1,14 +1,14 @@
-"""Whether a step on this device is the step that the CPU computes: in fp32 and bf16, streamed, quantized, compiled.
+"""Check that this device computes the same training step as the CPU: in fp32 and bf16, streamed, quantized, compiled.
 
     python benchmarks/gpu/smoke.py [--device cpu --tiny]
 
-A small transformer of random weights, the same numbers on both devices. Errors are ‖device − CPU‖ / ‖CPU‖ over all
-gradients, or over the velocity. Bounds: fp32 sums in another order, 1e-4; TF32 would give about 1e-3 and not pass.
-bf16 rounds each product to 8 bits, a few of them in a row: 5e-2 against fp32. Streamed steps must give the bits of
-resident ones; attention is then torch's plain one, since the backward passes of its other kernels add up in an order
-that changes between runs.
+A small transformer with the same random weights on both devices. Errors are ‖device − CPU‖ / ‖CPU‖ over all gradients,
+or over the velocity. Limits: 1e-4 in fp32, for sums in another order (TF32 would give about 1e-3 and fail); 5e-2 in
+bf16 against fp32, because several products in a row are each rounded to 8 bits. Streamed steps must give the bits of
+resident ones, with torch's plain attention: the backward passes of its other kernels add in an order that changes
+between runs.
 
-Each check is tried by itself: one that raises has not passed, and the others run.
+The checks are independent: one that raises has failed, and the others still run.
 """
 
 import contextlib

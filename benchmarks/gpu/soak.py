@@ -1,4 +1,4 @@
-"""The tests of tests/gpu, the long ones too, each reported as it ends.
+"""Run the tests of tests/gpu, including the long ones, and report each as it ends.
 
     python benchmarks/gpu/soak.py [--quick] [--device cpu --tiny]
 
@@ -49,7 +49,7 @@ def report_test(test: pytest.TestReport) -> None:
 
 def main() -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--quick", action="store_true", help="without the long ones")
+    arguments.add_argument("--quick", action="store_true", help="leave out the long tests")
     given = arguments.parse_args()
     if given.device.type == "cpu":
         os.environ["PYTEST_SIMPLETUNER_DEVICE"] = "cpu"

@@ -1,18 +1,17 @@
-"""Training steps at FLUX.2's shapes: seconds, rate, memory against the plan; resident and streamed.
+"""Measure training steps at FLUX.2's shapes: seconds, rate, and memory against the plan; resident and streamed.
 
     python benchmarks/gpu/training.py dev|klein|int8|int4|streamed|variants|… [--device cpu --tiny]
 
-Random weights made on the device, a LoRA of rank 16 on every Linear of every block, AdamW, recomputed blocks, 512 text
-tokens: the program's own `Stepper` over one batch. What reads batches and what saves is left out. Beside torch it needs
-einops, jaxtyping, pydantic, safetensors, numpy and tqdm; quantized weights are random numbers in the formats of
-int8-quanto and int4-quanto, which no library is needed to read. Streamed weights take 60 GiB of RAM in bf16, 30 in
-8 bits.
+Weights are random and generated on the device; a LoRA of rank 16 on every Linear of every block, AdamW, recomputed
+blocks, 512 text tokens: the program's own `Stepper` over one batch, without reading batches or saving. Besides torch it
+needs einops, jaxtyping, pydantic, safetensors, numpy and tqdm; quantized weights are random numbers in the formats of
+int8-quanto and int4-quanto, and need no library. Streamed weights take 60 GiB of RAM in bf16, 30 in 8 bits.
 
-A process holds one precision, and each model is made once for all cases that share it. A cap is that of torch's
-allocator (`torch.cuda.set_per_process_memory_fraction`): the CUDA context is outside of it, hence 22.5 GiB for a card
-of 24. Where a case does not fit, the inputs of recomputed blocks go to host memory, and then the ring is made one
-group shorter. The share hidden is 1 − (step − step without copies) / copies alone; without copies the weights are those
-of whichever group was there first, which changes no time.
+A process measures one precision, and makes each model once for all cases that share it. A cap imitates a smaller card
+by limiting torch's allocator (`torch.cuda.set_per_process_memory_fraction`). The CUDA context is not counted by it,
+hence 22.5 GiB for a card of 24. If a case does not fit, the inputs of recomputed blocks go to host memory, and then the
+ring gets one group less. The hidden share is 1 − (step − step without copies) / copies alone; a step without copies
+computes with the group that happens to be loaded, which does not change its time.
 """
 
 import contextlib

@@ -1,20 +1,20 @@
-"""Two GPUs, or more: the program's training on them against one process, its steps, its memory, and a rank that dies.
+"""Compare training on two or more GPUs with one process: results, steps, memory, and recovery from a killed rank.
 
     python benchmarks/gpu/two_gpus.py [--ranks 2] [--model klein-4b] [--device cpu --tiny]
 
 With fewer GPUs than ranks it says so and measures nothing. `--device cpu` trains on gloo instead of NCCL, anywhere.
 
 - **Parity**, by `simpletuner train --example tiny-lora` in fp32: 8 steps of one process that accumulates two
-  micro-batches for each rank, then of the ranks under DDP, then under FSDP2. Errors are ‖found − expected‖ / ‖expected‖
-  over the adapter. Bound: sums in another order are 2e-7 on a CPU; kernels of a GPU add up in orders that change
-  between runs, and Adam's first steps scale small gradients up, 1e-3.
-- **Loopback**: which addresses the ranks listen on meanwhile, in /proc/net/tcp and tcp6.
-- **A killed rank**: SIGKILL of the last rank in training ends the command with an error that names it, and the same
+  micro-batches for each rank, then of the ranks under DDP, then under FSDP2. Errors are ‖ranks − one process‖ /
+  ‖one process‖ over the adapter. Limit: 1e-3. Sums in another order make 2e-7 on a CPU; but a GPU's kernels add in
+  orders that change between runs, and Adam's first steps amplify small gradients.
+- **Loopback**: the addresses on which the ranks listen meanwhile, from /proc/net/tcp and tcp6.
+- **A killed rank**: SIGKILL of the last rank during training ends the command with an error that names it, and the same
   command resumes from the last checkpoint.
 - **Steps** of `--model`, random weights in bf16, a LoRA on every Linear, one image of 1024² a rank: alone, DDP, FSDP2,
   with the memory of a rank.
 
-This needs the program installed with all it depends on.
+It needs the program installed with all its dependencies.
 """
 
 import json
@@ -61,7 +61,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--ranks", type=int, default=2)
     arguments.add_argument("--model", default="klein-4b", choices=["dev", "klein-9b", "klein-4b"])
-    arguments.add_argument("--engine", choices=ENGINES, help="be a rank that measures its steps")
+    arguments.add_argument("--engine", choices=ENGINES, help="run as a rank that measures its steps (internal)")
     given = arguments.parse_args()
     clock = Clock(given.seconds)
     if given.engine is not None:
