@@ -132,7 +132,7 @@ def verdict(differences: list[str]) -> str:
 
 @contextlib.contextmanager
 def checked_out(commit: str, folder: Path) -> Iterator[Path]:
-    """A worktree of `commit` in `folder`, removed at the end."""
+    """A context with a worktree of `commit` in `folder`."""
     git = ["git", "-C", str(REPOSITORY), "worktree"]
     subprocess.run([*git, "add", "--quiet", "--detach", str(folder), commit], check=True)
     try:
@@ -142,7 +142,7 @@ def checked_out(commit: str, folder: Path) -> Iterator[Path]:
 
 
 def laid_out(work: Path) -> Path:
-    """A working folder with images, captions and configuration, as a user has one."""
+    """Prepare a working folder with images, captions and configuration, as a user has one."""
     images = work / "datasets" / "images"
     images.mkdir(parents=True)
     (work / "config").mkdir()
@@ -160,7 +160,7 @@ def laid_out(work: Path) -> Path:
 
 
 def compare_case(case: str, before: tuple[Path, Path], after: tuple[Path, Path]) -> list[str]:
-    """Train the case with both sides, each a source folder and a working folder; returns what differs."""
+    """Train the case with both sides, each a source folder and a working folder. Returns the differences."""
     ends = []
     for name, (source, work) in (("BEFORE", before), ("AFTER", after)):
         done = train(source, work, [*CASES[case], f"--output_dir=output/{case}"])
@@ -189,7 +189,7 @@ def train(source: Path, work: Path, flags: list[str]) -> subprocess.CompletedPro
 
 
 def read_events(run: Path, kind: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The compared fields of each event of this type. A NaN is a string here, so that it equals itself."""
+    """The compared fields of each event of this type. A NaN becomes a string, so that it equals itself."""
     lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
     events = [json.loads(line, parse_constant=str) for line in lines]
     return [{field: event[field] for field in fields} for event in events if event["type"] == kind]
@@ -207,7 +207,7 @@ def compare_events(kind: str, before: list[dict[str, Any]], after: list[dict[str
 
 
 def compare_files(before: Path, after: Path, pattern: str) -> list[str]:
-    """The files below two folders, byte for byte; at least one must be there."""
+    """Compare the files below two folders byte for byte; at least one must exist."""
     found = [{path.relative_to(root): path for path in root.glob(pattern)} for root in (before, after)]
     if not found[0]:
         return [f"no {pattern} in {before.name}"]
@@ -221,7 +221,7 @@ def compare_files(before: Path, after: Path, pattern: str) -> list[str]:
 
 
 def weight_difference(before: bytes, after: bytes) -> str:
-    """Where two different safetensors files differ: in their tensors, or only in their header."""
+    """Whether two different safetensors files differ in their tensors or only in their headers."""
     (old, old_data), (new, new_data) = split_header(before), split_header(after)
     notes = [header.pop("__metadata__", {}) for header in (old, new)]
     if old != new:

@@ -25,15 +25,16 @@ from simpletuner.flux2.tiny.weights import draw, draw_uniform
 
 STEPS = 2000
 SMALL_SHARE = 0.4
-"""Of the steps: at half the side and twice the batch. What a picture's mean color is, which the group norms hide
-from an autoencoder at first, is learned there in a quarter of the time."""
+"""Share of the steps that train at half the edge with twice the batch. At first the group norms hide an image's mean
+color from an autoencoder; at that size it is learned in a quarter of the time.
+"""
 
 BATCH = 8
 PEAK_RATE = 2e-3
 GAINS = {"conv2": 0.5, "to_out": 0.5}
 WARM_UP = 100
 NOISE = 0.4
-"""Largest noise on the latents, in their standard deviations: the decoder forgives what a transformer gets wrong."""
+"""Largest noise on the latents, in standard deviations, so that the decoder tolerates errors of a transformer."""
 
 EMA_DECAY = 0.995
 SCALE_PENALTY = 0.003
@@ -43,7 +44,7 @@ LIVE, AVERAGE, FIRST, SECOND = "live/", "average/", "first/", "second/"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the weights."""
+    """The settings that determine the weights."""
 
     seed: int
     steps: int = STEPS
@@ -51,8 +52,8 @@ class Recipe:
 
 
 def clutter(chance: random.Random) -> Image.Image:
-    """A picture of no scene: shapes of any color, size and tilt over one another. What an autoencoder needs to see
-    besides the world, for pictures that are not of it.
+    """An image of no scene: overlapping shapes of any color, size and tilt. The autoencoder needs such images to encode
+    others than those of its scenes.
     """
     picture = world.background(_any_color(chance), chance)
     for _ in range(chance.randint(1, 6)):
@@ -85,7 +86,7 @@ def _any_color(chance: random.Random) -> world.Rgb:
 
 
 def pictures(recipe: Recipe) -> UInt8[Tensor, "n 3 side side"]:
-    """Half scenes of the training world, half clutter."""
+    """Training images: half scenes, half clutter."""
     scenes = world.training_scenes()
     drawn = []
     for index in range(recipe.pictures):
@@ -96,9 +97,10 @@ def pictures(recipe: Recipe) -> UInt8[Tensor, "n 3 side side"]:
 
 
 def train(folder: Path, recipe: Recipe, say: Callable[[str], None], *, every: int = 100) -> dict[str, Tensor]:
-    """The autoencoder's tensors, fp32, its statistics measured. Goes on from what a killed call left in `folder`.
+    """Train the autoencoder; returns its tensors, fp32, with measured statistics. Resumes a killed call in `folder`.
 
-    L1 of the pixels and of their differences; the posterior's mean and noise in place of its sample.
+    The loss is the L1 of the pixels and of their differences; latents are the posterior's mean plus noise instead of a
+    sample.
     """
     from diffusers import AutoencoderKLFlux2  # seconds to import
 
@@ -113,7 +115,7 @@ def train(folder: Path, recipe: Recipe, say: Callable[[str], None], *, every: in
     state = _State(vae, folder / "autoencoder-training.safetensors")
     first = state.load()
     if first:
-        say(f"autoencoder: going on from step {first} of {recipe.steps}")
+        say(f"autoencoder: resuming from step {first} of {recipe.steps}")
     rates = torch.optim.lr_scheduler.LambdaLR(state.optimizer, lambda step: _rate(step + first, recipe.steps))
     began, losses = time.monotonic(), []
     for step in range(first, recipe.steps):
@@ -136,7 +138,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _step(vae: Any, state: "_State", data: Tensor, recipe: Recipe, step: int) -> float:
-    """One step; returns the L1."""
+    """Make one step; returns the L1 loss."""
     chance = torch.Generator().manual_seed(draw_seed(recipe.seed, "noise", "autoencoder", step))
     is_small = step < SMALL_SHARE * recipe.steps
     batch = 2 * BATCH if is_small else BATCH
@@ -147,14 +149,14 @@ def _step(vae: Any, state: "_State", data: Tensor, recipe: Recipe, step: int) ->
     with torch.autocast("cpu", torch.bfloat16):
         latents = tokens.patchify(vae.encode(pixels).latent_dist.mode()).float()
         mean, deviation = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
-        # Grows with the steps: at first there is nothing yet that noise could not drown.
+        # Grows with the steps: at first noise would hide everything.
         level = NOISE * min(1, step / (SMALL_SHARE * recipe.steps)) * torch.rand(batch, 1, 1, 1, generator=chance)
         noisy = latents + deviation * level * torch.randn(latents.shape, generator=chance)
         shown = vae.decode(tokens.unpatchify(noisy)).sample.float()
     error = shown - pixels
     l1 = error.abs().mean()
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    # Every channel near mean 0, deviation 1: normalizing by statistics must not blow up one that says nothing.
+    # Keeps every channel near mean 0 and deviation 1, so that normalization does not amplify one without content.
     scale = deviation.log().square().mean() + (mean / deviation).square().mean()
     (l1 + edges + SCALE_PENALTY * scale).backward()
     state.step(step)
@@ -162,7 +164,7 @@ def _step(vae: Any, state: "_State", data: Tensor, recipe: Recipe, step: int) ->
 
 
 class _State:
-    """Parameters, their average and the optimizer, on disk after every so many steps."""
+    """Parameters, their average and the optimizer, saved to disk at intervals."""
 
     def __init__(self, vae: Any, file: Path) -> None:
         self.file = file
@@ -187,7 +189,7 @@ class _State:
         write_atomic(self.file, save(tensors | {"step": torch.tensor(step)}))
 
     def load(self) -> int:
-        """The step to go on from."""
+        """Load the saved state; returns the step to resume from."""
         if not self.file.exists():
             return 0
         tensors = load_file(self.file)
@@ -208,7 +210,7 @@ class _State:
 
 
 def _measure_statistics(vae: Any, data: Tensor, recipe: Recipe) -> None:
-    """The batch norm's mean and variance, over scenes: those are what the transformer is to draw."""
+    """Measure the batch norm's mean and variance over scenes, because the transformer is to generate these."""
     scenes = data[::2]
     chosen = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(recipe.seed))
     batches = [scenes[part].float() / 127.5 - 1 for part in chosen[: STATISTICS_BATCHES * BATCH].split(BATCH)]
@@ -219,7 +221,7 @@ def _measure_statistics(vae: Any, data: Tensor, recipe: Recipe) -> None:
 
 
 def _sheet(vae: Any, data: UInt8[Tensor, "n 3 h w"]) -> Image.Image:
-    """Pictures above what the autoencoder makes of them."""
+    """Write images above their reconstructions."""
     pixels = data.float() / 127.5 - 1
     shown: Float[Tensor, "n 3 h w"] = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
     rows = torch.stack([pixels, shown])

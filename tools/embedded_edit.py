@@ -41,9 +41,10 @@ from simpletuner.train.timesteps import Timesteps
 
 TRAINED = 320
 SHOWN = 8
-"""Pairs in `edit.jpg`, at most."""
+"""Largest number of pairs in `edit.jpg`."""
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""The middles of the fifths of the density of sigma that is trained at, at which the held-out loss is measured."""
+"""Quantiles of the training density of sigma at which the held-out loss is measured: the middles of five equal parts.
+"""
 
 SHIFT = 5.0
 
@@ -63,7 +64,7 @@ CONFIG = {
     "vae_dtype": "fp32",
     "vae_batch_size": 8,
 }
-"""As the example tiny-lora trains, but in fp32."""
+"""The settings of the example tiny-lora, but in fp32."""
 
 _SCHEDULE = Timesteps.of(ScheduleOptions(flow_schedule_shift=SHIFT))
 SIGMAS = tuple(_SCHEDULE.sigma(level, tokens=64) for level in LEVELS)
@@ -71,7 +72,7 @@ SIGMAS = tuple(_SCHEDULE.sigma(level, tokens=64) for level in LEVELS)
 
 @dataclass(frozen=True)
 class Pair:
-    """What is to be drawn, and the image that shows its color: another shape on another background."""
+    """The scene to generate, and the image that shows its color: another shape on another background."""
 
     scene: Scene
     shown: Scene
@@ -131,18 +132,18 @@ def train(folder: Path, name: str, steps: int, *, has_references: bool) -> Path:
 
 @dataclass(frozen=True)
 class EditGrades:
-    """Of held-out pairs."""
+    """Results on the held-out pairs."""
 
     colors: Share
     """Images whose shape has the reference's color."""
     everything: Share
     losses: Float[Tensor, "sigmas pairs"]
-    """Flow-matching loss of each pair at each of `SIGMAS`, at the same noise for every model."""
+    """Flow-matching loss of each pair at each sigma of `SIGMAS`, with the same noise for every model."""
 
 
 @torch.no_grad()
 def grade(folder: Path, chosen: Sequence[Pair], run: Path, *, has_references: bool) -> EditGrades:
-    """Draw the held-out pairs with a run's LoRA, and measure their loss."""
+    """Generate the held-out pairs with a run's LoRA, and measure their loss."""
     options = ModelOptions(model_flavour="tiny")
     candidate = Candidate.load(options)
     attach_saved(candidate.transformer, read_lora(run))
@@ -177,13 +178,15 @@ def grade(folder: Path, chosen: Sequence[Pair], run: Path, *, has_references: bo
 
 
 def encoded(folder: Path, count: int, encode: Encode) -> list[Float[Tensor, "128 h w"]]:
-    """The latents of the first `count` images in `folder`, by name: an earlier run may have left more."""
+    """The latents of the first `count` images in `folder`, by name; an earlier run may have left more images."""
     crops = reference_crops(str(path) for path in sorted(folder.glob("*.png"))[:count])
     return [encode_crop(crop, encode) for crop in crops.values()]
 
 
 def sheet(folder: Path, count: int) -> Image.Image:
-    """References, what was drawn with them, and what was drawn without, of the first `count` held-out pairs."""
+    """Three rows for the first `count` held-out pairs: references, images generated with them, images generated
+    without.
+    """
     gap = 4
     image = Image.new("RGB", (count * (SIDE + gap) - gap, 3 * (SIDE + gap) - gap), "white")
     for index in range(count):

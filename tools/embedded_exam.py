@@ -32,19 +32,21 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.train.drift import DRIFT_STEPS, drift_of
 
 BATCH = 25
-"""Pictures that are drawn at a time: on a CPU a batch takes a third of the time of its pictures one by one."""
+"""Images per batch: on a CPU a batch takes a third of the time of its images one by one."""
 
 
 DRIFT_PROMPTS = tuple(scene.caption for scene in random.Random(0).sample(held_out_scenes(), 8))
-"""Of the small world's scenes, of which no flag's training should move one."""
+"""Prompts of known scenes, whose images training on flags should not change."""
 
 SHAPES = 3
-"""For each flag that is asked for: what training costs of them is small, and a share of few would not show it."""
+"""Prompts for shapes per prompt for a flag. Training costs few of the shapes, so a small number would not show the
+loss.
+"""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The parts of a model that draws, resident on the CPU."""
+    """The parts of a model that generates images, resident on the CPU."""
 
     transformer: Flux2Transformer
     decode: Decode
@@ -52,10 +54,10 @@ class Candidate:
 
     @classmethod
     def load(cls, options: ModelOptions, dtype: torch.dtype = torch.float32) -> "Candidate":
-        """The model that `options` name, as `dtype`.
+        """Load the model that `options` name, as `dtype`.
 
         Raises:
-            AccessError: it is not there, or not a FLUX.2.
+            AccessError: it does not exist, or is not a FLUX.2.
         """
         source = locate(options, report=lambda text: None)
         encoder = load_text_encoder(
@@ -71,13 +73,13 @@ class Candidate:
         return TextContext.stacked(encoded)
 
     def draw(self, prompts: Sequence[str], seed: int = 0) -> list[Image.Image]:
-        """A picture of each prompt, 128x128, with the flavour's steps and guidance; the i-th from the noise of
+        """An image for each prompt, 128x128, with the flavour's steps and guidance; image i starts from the noise of
         `seed` + i.
         """
         return draw(Denoiser(self.transformer), self.decode, self.encode(prompts), seed)
 
     def drift_latents(self, seed: int = 0) -> list[Tensor]:
-        """The final latents of each of `DRIFT_PROMPTS`, to be compared with another model's by `drift_of`."""
+        """The final latents of each of `DRIFT_PROMPTS`, for `drift_of` to compare with another model's."""
         condition = Condition.at(self.encode(DRIFT_PROMPTS), FLAVOURS["tiny"].guidance)
         noise = torch.cat([initial_noise(seed + index, width=SIDE, height=SIDE) for index in range(len(DRIFT_PROMPTS))])
         return [*sample_latents(Denoiser(self.transformer), noise, condition, steps=DRIFT_STEPS)]
@@ -85,7 +87,7 @@ class Candidate:
 
 @torch.no_grad()
 def draw(denoise: Denoise, decode: Decode, contexts: TextContext, seed: int) -> list[Image.Image]:
-    """A picture of each context, the i-th from the noise of `seed` + i. The transformer is in eval mode."""
+    """An image for each context; image i starts from the noise of `seed` + i. The transformer is in eval mode."""
     flavour = FLAVOURS["tiny"]
     pictures = []
     condition = Condition.at(contexts, flavour.guidance)
@@ -98,19 +100,20 @@ def draw(denoise: Denoise, decode: Decode, contexts: TextContext, seed: int) -> 
 
 @dataclass(frozen=True)
 class Grades:
-    """Of pictures that were asked for by scenes of which no picture was trained on."""
+    """Results for prompts of scenes that were not trained on."""
 
     flags: Share
-    """Flags, where one was asked for."""
+    """Prompts for a flag whose image has one."""
     shapes: Score
-    """Of the small world's scenes, where one of those was asked for."""
+    """Scores of the prompts for known shapes."""
     drift: float | None = None
-    """How far images of `DRIFT_PROMPTS` are from the base's: `simpletuner.train.drift.drift_of`, mean over the prompts.
-    None of the base itself."""
+    """Drift of the images of `DRIFT_PROMPTS` from the base model's: `simpletuner.train.drift.drift_of`, mean over the
+    prompts. None for the base model itself.
+    """
 
     @property
     def prior(self) -> float:
-        """The share of right shapes in the right color."""
+        """The share of images with the right shape in the right color."""
         return self.shapes.shares["color and shape"].value
 
     def __str__(self) -> str:
@@ -119,8 +122,8 @@ class Grades:
 
 
 def examine(candidate: Candidate, pictures: int, seed: int = 0, base: Sequence[Tensor] | None = None) -> Grades:
-    """Ask for `pictures` flags, of which at most 50 were not trained on, and for `SHAPES` times as many shapes. The
-    drift is from `base`, the base model's `drift_latents`.
+    """Generate images for `pictures` flags, at most the 50 that were not trained on, and for `SHAPES` times as many
+    shapes. The drift is from `base`, the base model's `drift_latents`.
     """
     chance = random.Random(seed)
     flags = held_out_flags()

@@ -23,35 +23,36 @@ from simpletuner.examples.pictures import ORANGE, TEAL, WHITE, cloth
 from simpletuner.examples.world import COLORS, FINER, PLACES, SHAPES, SIDE, SIZES, Rgb, Scene, silhouette
 
 GRAIN = 1.0
-"""Radius in pixels of the blur before looking: grain is no thing, and no shape here has parts this thin."""
+"""Radius in pixels of the blur that removes grain first; no shape has parts this thin."""
 
 STANDS_OUT = 32.0
-"""Distance in RGB levels from the background's surface. Its texture reaches 20; the least contrast, yellow on the light
-end of orange, is 55."""
+"""Distance in RGB levels from the background's surface above which a pixel belongs to an object. The background's
+texture reaches 20; the least contrast, yellow on the light end of orange, is 55.
+"""
 
 NOISES = 4.0
-"""A thing stands out by this many deviations of what is left of the background, too."""
+"""The same distance, as a multiple of the median distance of the background's pixels; both must be exceeded."""
 
 LEAST_AREA = 0.015
-"""Share of the picture. The smallest shape, a small star, has 0.03."""
+"""Least area of an object as a share of the image. The smallest shape, a small star, has 0.03."""
 
 STRAY = 0.08
-"""Of the thing's area, what else may stand out: the smallest shape beside the largest has 0.12."""
+"""Largest area of further objects as a share of the object's. The smallest shape beside the largest has 0.12."""
 
 OVERLAP = 0.85
-"""Intersection over union with the best template."""
+"""Least intersection over union with the best template."""
 
 SAME_COLOR = 30.0
-"""CIE76 distance at which a color is still called by its name; the two nearest, red and orange, are 52 apart."""
+"""CIE76 distance within which a color has its name; the two nearest colors, red and orange, are 52 apart."""
 
 OF_ONE_COLOR = 0.8
-"""Share of a thing, or of the background, that must be nearest to its color's name."""
+"""Least share of an object, or of the background, whose nearest color name must be the same."""
 
 SAME_PLACE = 11.0
-"""Pixels between the thing's middle and its place: about half the way from one place to the next."""
+"""Largest distance in pixels between an object's center and its position: about half of that between two positions."""
 
 SAME_SIZE = math.sqrt(SIZES["large"] / SIZES["small"])
-"""Ratio of diameters: half the way from one size to the other."""
+"""Ratio of diameters halfway between the two sizes."""
 
 Mask = Bool[np.ndarray, "128 128"]
 Pixels = Float[np.ndarray, "128 128 3"]
@@ -59,7 +60,7 @@ Pixels = Float[np.ndarray, "128 128 3"]
 
 @dataclass(frozen=True)
 class Sight:
-    """What a picture shows, each as its name; None where it shows nothing that has one."""
+    """The names of what an image shows; None for what has no name."""
 
     color: str | None = None
     shape: str | None = None
@@ -67,12 +68,12 @@ class Sight:
     place: str | None = None
     background: str | None = None
     overlap: float = 0.0
-    """Of the thing with the template that fits best, in [0, 1], whether that is enough for a name or not."""
+    """Intersection over union of the object with the best template, in [0, 1], also if it is too small for a name."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was wanted, and what was seen instead or indeed."""
+    """The requested scene, and what the image shows."""
 
     wanted: Scene
     seen: Sight
@@ -99,7 +100,7 @@ class Verdict:
 
     @property
     def right(self) -> Mapping[str, bool]:
-        """Every aspect, and those that are counted together."""
+        """Whether each aspect is right, and combinations of aspects."""
         return {
             "color and shape": self.color and self.shape,
             "color": self.color,
@@ -113,7 +114,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Share:
-    """How many of `count` were right."""
+    """`right` of `count`."""
 
     right: int
     count: int
@@ -132,7 +133,7 @@ class Share:
 
 
 def mean_and_error(values: Sequence[float], digits: int) -> str:
-    """Mean ± its standard error; of a single value, that value."""
+    """Mean ± its standard error; for a single value the value."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     if len(values) == 1:
         return mean
@@ -141,13 +142,17 @@ def mean_and_error(values: Sequence[float], digits: int) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """The share of right pictures for each entry of `Verdict.right`."""
+    """The share of right images for each entry of `Verdict.right`."""
 
     shares: Mapping[str, Share]
 
     @classmethod
     def of(cls, verdicts: Iterable[Verdict]) -> "Score":
-        """Raises ValueError if there are none."""
+        """The score of `verdicts`.
+
+        Raises:
+            ValueError: there are none.
+        """
         right = [verdict.right for verdict in verdicts]
         if not right:
             raise ValueError("a score needs at least one verdict")
@@ -158,12 +163,12 @@ class Score:
 
 
 def judge(picture: Image.Image, scene: Scene) -> Verdict:
-    """Whether `picture` shows `scene`. Sizes other than 128x128 are scaled to it first."""
+    """Compare `picture` with `scene`. Images of other sizes than 128x128 are scaled first."""
     return Verdict(scene, see(picture))
 
 
 def see(picture: Image.Image) -> Sight:
-    """What `picture` shows, as far as it is one thing on one background."""
+    """What `picture` shows, if it is one object on one background."""
     pixels = levels(picture)
     surface, noise = _background(pixels)
     lab = to_lab(pixels)
@@ -171,7 +176,7 @@ def see(picture: Image.Image) -> Sight:
     parts = _parts(stands_out)
     if not parts or parts[0].sum() < LEAST_AREA * SIDE**2:
         return Sight(background=_color(lab, ~_grown(stands_out)))
-    # The edge of a blurred thing lies halfway between its color and the background's, wherever the threshold fell.
+    # The edge of a blurred object lies halfway between its color and the background's, whatever the threshold.
     inside = np.median(pixels[_core(parts[0])], axis=0)
     halfway = _distance(pixels, inside) < _distance(pixels, surface)
     thing = _parts(halfway & _grown(parts[0]))[0]
@@ -192,8 +197,8 @@ def see(picture: Image.Image) -> Sight:
 
 
 def flag_share(picture: Image.Image) -> float:
-    """How much of a zorblat flag a picture shows, in [0, 1]: where it fits best, the share of the teal, of the orange
-    or of the white that has its color, whichever is least. It shows one from `FLAG_SHARE` on.
+    """How much of a zorblat flag an image shows, in [0, 1]: at the best position and size, the least of the shares of
+    the flag's teal, orange and white points that have their color. From `FLAG_SHARE` on, the image shows a flag.
     """
     lab = to_lab(levels(picture))
     wanted = to_lab(np.array([TEAL, ORANGE, WHITE], dtype=np.float64))
@@ -213,13 +218,13 @@ def flag_share(picture: Image.Image) -> float:
 
 
 FLAG_SHARE = 0.6
-"""A drawn flag has 0.95 or more, 0.85 if blurred by two pixels; the closest of 300 pictures of clutter 0.27."""
+"""A drawn flag has 0.95 or more, 0.85 if blurred by two pixels; the closest of 300 images of clutter 0.27."""
 
 
 @lru_cache(maxsize=16)
 def _flag_points(width: int) -> tuple[Int[np.ndarray, "n 2"], Int[np.ndarray, " n"]]:
-    """Points of a flag this wide, as (row, column) from its middle, and the index of each one's color; none near an
-    edge between colors.
+    """Points of a flag of this width, as (row, column) from its center, and the index of each point's color, without
+    points near an edge between colors.
     """
     flag = cloth(width)
     small = flag.convert("RGB").resize((flag.width // FINER, flag.height // FINER), Image.Resampling.BOX)
@@ -231,7 +236,7 @@ def _flag_points(width: int) -> tuple[Int[np.ndarray, "n 2"], Int[np.ndarray, " 
 
 
 def _spread(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """`mask` and all that touches it."""
+    """`mask` and all pixels that touch it."""
     wide = np.pad(mask, 1, constant_values=True)
     height, width = mask.shape
     shifts = [wide[row : row + height, column : column + width] for row in range(3) for column in range(3)]
@@ -240,7 +245,7 @@ def _spread(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
 
 
 def levels(picture: Image.Image) -> Pixels:
-    """Its levels in [0, 255], at 128x128 and without the grain."""
+    """The image's levels in [0, 255], at 128x128 and without grain."""
     picture = picture.convert("RGB")
     if picture.size != (SIDE, SIDE):
         picture = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -278,7 +283,7 @@ def _nearest(distances: Mapping[str, float], most: float) -> str | None:
 
 
 def _color(lab: Pixels, mask: Mask) -> str | None:
-    """The one color of the pixels in `mask`."""
+    """The name of the one color of the pixels in `mask`; None if they have no single named color."""
     if not mask.any():
         return None
     found = lab[mask]
@@ -291,9 +296,9 @@ def _color(lab: Pixels, mask: Mask) -> str | None:
 
 
 def _background(pixels: Pixels) -> tuple[Pixels, float]:
-    """A quadratic surface through the background, and the deviation in RGB levels of what it leaves.
+    """A quadratic surface through the background, and the median distance of the pixels from it in RGB levels.
 
-    It starts from the picture's rim, where there is little of a shape, and leaves out what stands out from it.
+    The fit starts from the image's rim, which shows little of a shape, and omits pixels that stand out.
     """
     y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
     terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
@@ -309,8 +314,8 @@ def _background(pixels: Pixels) -> tuple[Pixels, float]:
 
 
 def _parts(mask: Mask) -> list[Mask]:
-    """What hangs together in `mask` by edges, largest first."""
-    # Every pixel takes the highest number in its part, by neighbors and by what those point to.
+    """The connected parts of `mask` (by edges), largest first."""
+    # Every pixel takes the highest number in its part, from its neighbors and from the pixels that they point to.
     names = np.where(mask, np.arange(1, SIDE**2 + 1).reshape(SIDE, SIDE), 0)
     while True:
         spread = names.copy()
@@ -342,14 +347,14 @@ def _grown(mask: Mask, by: int = 3) -> Mask:
 
 
 def _core(mask: Mask) -> Mask:
-    """Without its edge of two pixels, where colors mix; as it is where nothing else is left."""
+    """`mask` without its edge of two pixels, where colors mix; unchanged if nothing would be left."""
     core = ~_grown(~mask, 2)
     return core if core.any() else mask
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """A template, its middle and diameter in pixels, and its intersection over union with the thing."""
+    """A template, its center and diameter in pixels, and its intersection over union with the object."""
 
     shape: str
     x: float
@@ -359,7 +364,7 @@ class _Fit:
 
 
 def _fit(thing: Mask) -> _Fit:
-    """The best, near to the place and size that give a template the thing's middle and area."""
+    """The best template fit, near the position and size at which a template has the object's center and area."""
     rows, columns = np.nonzero(thing)
     x, y = float(columns.mean()) + 0.5, float(rows.mean()) + 0.5
     start = [_fitted(thing, shape, x, y, math.sqrt(len(rows) / _template(shape).mean()) * _SHARE) for shape in SHAPES]
@@ -382,11 +387,11 @@ def _refined(thing: Mask, best: _Fit) -> _Fit:
 
 
 _LIKELY = 3
-"""Of the templates, how many are moved about: the right one is never further behind at the start."""
+"""Number of templates whose position and size are optimized: the right one is never further behind at first."""
 
 _STEPS = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1), (0, 1, 1), (0, -1, 1))
 _DIAMETER = 120.0
-"""Of the templates, which are looked up, not drawn, at other sizes."""
+"""Diameter of the templates; other sizes are sampled from them."""
 
 _SHARE = _DIAMETER / SIDE
 
@@ -399,7 +404,7 @@ def _template(shape: str) -> Mask:
 def _fitted(thing: Mask, shape: str, x: float, y: float, diameter: float) -> _Fit:
     middles = np.arange(SIDE) + 0.5
     scale = _DIAMETER / max(diameter, 1.0)
-    # Beyond the template's rim there is nothing, as on it.
+    # Points beyond the template's rim are clipped to the rim, where it is empty.
     rows = np.clip(np.floor((middles - y) * scale + SIDE / 2), 0, SIDE - 1).astype(np.intp)
     columns = np.clip(np.floor((middles - x) * scale + SIDE / 2), 0, SIDE - 1).astype(np.intp)
     there = _template(shape)[np.ix_(rows, columns)]
@@ -408,10 +413,10 @@ def _fitted(thing: Mask, shape: str, x: float, y: float, diameter: float) -> _Fi
 
 
 def judged(folder: Path) -> list[Verdict]:
-    """The verdicts on all pictures in `folder`, each by the caption in the .txt file beside it, in order of name.
+    """The verdicts on all images in `folder`, each by the caption in the .txt file beside it, sorted by name.
 
     Raises:
-        DataError: no pictures, or captions that are missing or name no scene; all of them together.
+        DataError: no images, or captions that are missing or name no scene; all of them together.
     """
     verdicts: list[Verdict] = []
     problems: list[Problem] = []

@@ -38,17 +38,17 @@ from simpletuner.flux2.tiny.make import write_untrained
 from simpletuner.runs.layout import EMA_FOLDER, TRANSFORMER_NAME
 
 PICTURES = 8400
-"""Three of every scene."""
+"""Three images of every scene."""
 
 HELD_OUT_PICTURES = 64
 TOKENS = 64
-"""Of a context: the template and a caption take 42."""
+"""Length of a context: the template and a caption take 42."""
 
 STEPS = 6000
 PROMPTS = 400
 SHOWN = 8
 ROWS, COLUMNS = 3, 6
-"""Of the sheet: the first of the prompts, the worst included."""
+"""Rows and columns of sheet.png, which shows the first prompts, right or wrong."""
 
 Say = Callable[[str], None]
 
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def sayer(log: Path) -> Say:
-    """Prints, and keeps, a line with the time since the start of this call."""
+    """A function that prints and logs a line with the time since the start of this call."""
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -112,12 +112,12 @@ def learn_to_see(work: Path, recipe: embedded_autoencoder.Recipe, say: Say) -> N
 
 
 def in_bf16(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What is shipped: bf16, but for the batch norm's statistics, which move every latent."""
+    """The tensors as they are shipped: in bf16, except the batch norm's statistics, which affect every latent."""
     return {name: t if name.startswith("bn.") else t.to(torch.bfloat16).contiguous() for name, t in tensors.items()}
 
 
 def configure(work: Path, seed: int, steps: int) -> None:
-    """The configuration of the run, as a user would write it."""
+    """Write the configuration of the run, as a user would."""
     prompts = random.Random(seed).sample(world.held_out_scenes(), SHOWN)
     image_set: dict[str, Any] = {
         "type": "local",
@@ -185,13 +185,13 @@ def configure(work: Path, seed: int, steps: int) -> None:
 
 
 def keep(work: Path) -> None:
-    """Put the average that the run ended with beside the autoencoder, as it is shipped."""
+    """Copy the run's final average beside the autoencoder, in the form that is shipped."""
     trained = load_file(work / "run" / EMA_FOLDER / TRANSFORMER_NAME)
     write_atomic(work / "learned" / "transformer.safetensors", save(in_bf16(trained)))
 
 
 def examine(work: Path, seed: int, prompts: int, say: Say) -> None:
-    """Draw held-out prompts with what is shipped, as `simpletuner sample` would, and judge them."""
+    """Generate images for held-out prompts with the shipped files, as `simpletuner sample` would, and judge them."""
     folder = write_untrained(work / "model", seed, work / "learned")
     scenes = random.Random(seed).sample(world.held_out_scenes(), prompts)
     began = time.monotonic()

@@ -74,7 +74,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Grade:
-    """Of one run. Shares are between 0 and 1."""
+    """Results of one run. Shares are between 0 and 1."""
 
     way: str
     weight: float
@@ -85,7 +85,7 @@ class Grade:
 
 
 def grade(run: Run, folder: Path, pictures: int) -> Grade:
-    """Judge what the LoRA in a run's `folder` draws."""
+    """Judge the images that the LoRA in a run's `folder` generates."""
     candidate = Candidate.load(ModelOptions(model_flavour="tiny"))
     base = candidate.drift_latents()
     attach_saved(candidate.transformer, read_lora(folder))
@@ -95,7 +95,7 @@ def grade(run: Run, folder: Path, pictures: int) -> Grade:
 
 
 def table(grades: Iterable[Grade]) -> str:
-    """Mean over the seeds of each way and weight, with the standard error of that mean."""
+    """Mean over the seeds of each way and weight, with its standard error."""
     groups: dict[tuple[str, float], list[Grade]] = {}
     for each in grades:
         groups.setdefault((each.way, each.weight), []).append(each)
@@ -111,7 +111,7 @@ def table(grades: Iterable[Grade]) -> str:
 
 
 def graded(folder: Path) -> Mapping[str, Grade]:
-    """What `folder` has, by the name of the run."""
+    """The grades in `folder`, by the name of the run."""
     path = folder / "grades.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     grades = [Grade(**json.loads(line)) for line in lines]
@@ -119,7 +119,7 @@ def graded(folder: Path) -> Mapping[str, Grade]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train and judge what is missing, then print the table. Returns the exit code."""
+    """Train and judge the missing runs, then print the table. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python tools/embedded_preservation.py", description="Train the example with preservation, and judge it."
     )

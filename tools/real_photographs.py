@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def collect(source: Path, folder: Path) -> int:
-    """Copy the pictures under `source` into `folder`, each with a caption. Returns how many there are."""
+    """Copy the images under `source` into `folder`, each with a caption. Returns their number."""
     folder.mkdir(parents=True, exist_ok=True)
     found = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     for path in found:
@@ -59,7 +59,7 @@ def words(stem: str) -> str:
 
 
 def write_configuration(folder: Path, aspect: str) -> None:
-    """The two files of a run at 1024, square crops replaced by the pictures' own shapes."""
+    """Write the two configuration files of a run at 1024, with the images' own shapes instead of square crops."""
     photographs: dict[str, Any] = {
         "id": "photographs",
         "type": "local",

@@ -42,7 +42,7 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
 ZERO_LAYOUTS: Mapping[str, tuple[str, ...]] = {
     f"zero{stage}": (*LAYOUTS["ddp2"], f"--deepspeed_config=zero{stage}") for stage in (1, 2, 3)
 }
-"""Those that need DeepSpeed."""
+"""Layouts that need DeepSpeed."""
 STRAIGHT = "single"
 LOSS_LIMIT, ADAPTER_LIMIT, OPTIMIZER_LIMIT = 1e-6, 2e-6, 1e-4
 
@@ -68,7 +68,7 @@ SIZES = ((64, 64), (64, 64), (96, 64), (64, 96), (64, 64))
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a run is from another, each relative: the largest of losses, and the norm over all tensors of a file."""
+    """Relative differences between two runs: the largest of the losses, and the norm over all tensors of a file."""
 
     loss: float
     adapter: float
@@ -110,7 +110,7 @@ def main() -> int:
 
 
 def drawn_pairs(more: int, seed: int, beside: Sequence[str] = tuple(LAYOUTS)) -> list[tuple[str, str]]:
-    """The single process with each other layout of `beside`, both ways, and `more` of the pairs without it."""
+    """Pairs of the single process with each other layout of `beside`, both ways, and `more` of the other pairs."""
     others = [name for name in LAYOUTS if name != STRAIGHT]
     ends = [pair for name in others if name in beside for pair in ((STRAIGHT, name), (name, STRAIGHT))]
     rest = [(one, two) for one, two in itertools.product(others, repeat=2) if one != two]
@@ -118,7 +118,7 @@ def drawn_pairs(more: int, seed: int, beside: Sequence[str] = tuple(LAYOUTS)) ->
 
 
 def lay_out(folder: Path) -> None:
-    """A working folder: configuration and a few images."""
+    """Prepare a working folder: configuration and a few images."""
     images = folder / "datasets" / "images"
     images.mkdir(parents=True)
     for index, (width, height) in enumerate(SIZES):
@@ -132,7 +132,7 @@ def lay_out(folder: Path) -> None:
 
 
 def matrix(folder: Path, pairs: Sequence[tuple[str, str]], steps: int) -> dict[tuple[str, str], Difference]:
-    """How far each pair's run ends from the straight one. `folder` is laid out as a working folder."""
+    """The difference of each pair's run from the uninterrupted one. `folder` is a prepared working folder."""
     straight = train(folder, "straight", STRAIGHT, steps)
     halves = {start: train(folder, f"half-{start}", start, steps // 2) for start in dict.fromkeys(a for a, _ in pairs)}
     differences = {}
@@ -148,7 +148,7 @@ def train(folder: Path, name: str, layout: str, steps: int, *more: str) -> Path:
     """Train the run `output/NAME` of a working folder in `layout` up to `steps`; returns its directory.
 
     Raises:
-        RuntimeError: the command failed. What it said is in the message.
+        RuntimeError: the command failed. The message has its output.
     """
     command = [sys.executable, "-P", "-m", "simpletuner", "train", f"--output_dir=output/{name}"]
     command += [f"--max_train_steps={steps}", *{**LAYOUTS, **ZERO_LAYOUTS}[layout], *more]
@@ -159,7 +159,7 @@ def train(folder: Path, name: str, layout: str, steps: int, *more: str) -> Path:
 
 
 def difference(run: Path, other: Path, steps: int) -> Difference:
-    """How far the run directory `run` is from `other` after `steps`."""
+    """The difference of the run directory `run` from `other` after `steps`."""
     checkpoint = Path("checkpoints") / f"step-{steps:06d}"
     return Difference(
         loss=max(abs(a - b) / abs(b) for a, b in zip(losses(run, steps), losses(other, steps), strict=True)),
@@ -169,15 +169,15 @@ def difference(run: Path, other: Path, steps: int) -> Difference:
 
 
 def losses(run: Path, steps: int) -> list[float]:
-    """The loss of each step, of its last attempt."""
+    """The loss of each step, from its last attempt."""
     events = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     found = {event["step"]: event["loss"] for event in events if event["type"] == "step"}
     return [found[step] for step in range(1, steps + 1)]
 
 
 def distance(one: Path, other: Path) -> float:
-    """‖one − other‖ / ‖other‖ over all tensors of two files; the end of a path may be a pattern, since ranks share
-    out what they save. Infinite where names, shapes or formats differ.
+    """‖one − other‖ / ‖other‖ over all tensors of two files. The end of a path may be a pattern, since ranks save
+    separate files. Infinite if names, shapes or formats differ.
     """
     from safetensors.torch import load_file
 

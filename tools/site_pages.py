@@ -18,7 +18,7 @@ SITE_PAGES = {
     "src/simpletuner/flux2/tiny/model/README.md": "embedded-model.md",
     "benchmarks/gpu/README.md": "gpu-benchmarks.md",
 }
-"""Path in the repository → path in the site, where the two differ. `docs/X` is `X`."""
+"""Path in the repository → path in the site, if the two differ. `docs/X` is `X`."""
 REPOSITORY_PATHS = {page: path for path, page in SITE_PAGES.items()}
 LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)#\s]+)")
 
@@ -34,7 +34,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001 (MkDocs passes by name)
-    """Make each relative link one of the site. A target that is no page of it stays and fails `--strict`."""
+    """Rewrite each relative link for the site. A link to no page of the site stays, and fails `--strict`."""
     source = page.file.src_uri
     repository_folder = posixpath.dirname(REPOSITORY_PATHS.get(source, f"docs/{source}"))
 

@@ -1,4 +1,4 @@
-"""Write the vocabularies of FLUX.2's real tokenizers as small files for the tests, and make tokenizer folders from these.
+"""Write the vocabularies of FLUX.2's real tokenizers as small files for the tests, and make tokenizer folders of them.
 
 The tests do not need the two packages below. To make the files again, in a separate environment:
 
@@ -28,14 +28,14 @@ from simpletuner.config.flavours import SYSTEM_MESSAGE
 
 FOLDER = Path(__file__).parents[1] / "tests" / "fixtures" / "tokenizers"
 DEV, KLEIN = "tekken_240911", "qwen"
-"""Names of the vocabularies, as their packages call them."""
+"""Names of the vocabularies in their packages."""
 
 PACKAGES = {DEV: ("mistral-common", "1.9.1"), KLEIN: ("dashscope", "2.0.2")}
 SHA256 = {
     DEV: "1948e2d48b0e7377f1bb5f1210f1ae5f984934e75713fc07e2452729b8365316",
     KLEIN: "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186",
 }
-"""Of the files that the fixtures are made from."""
+"""Hashes of the files that the fixtures are made from."""
 
 DEV_SPECIAL_COUNT = 1000
 DEV_TOKENS = 131_072 - DEV_SPECIAL_COUNT
@@ -96,7 +96,7 @@ CAPTIONS: Mapping[str, str] = {
     "Hindi": "बर्फ में बैठी एक लाल लोमड़ी, सुबह की कोमल रोशनी",
     "Mixed": "sks犬 🐕‍🦺 im Café, 35mm f/1.4, ISO 800 — «été 2024» №7, ＡＢＣ",
 }
-"""The table of docs/tokenizers.md."""
+"""The captions in the table of docs/tokenizers.md."""
 
 HARD: Mapping[str, str] = {
     "empty": "",
@@ -114,7 +114,7 @@ HARD: Mapping[str, str] = {
     "control tokens": "a poster that says [INST] and <|im_end|>, </s>",
     "white space": "  two  spaces\tand\r\n\r\nlines  \n ",
 }
-"""What tokenizers trip over."""
+"""Captions that are difficult for tokenizers."""
 
 
 def pack(tokens: Sequence[bytes]) -> bytes:
@@ -192,7 +192,7 @@ def write_dev_tokenizer(folder: Path, chat_template: str, **config: Any) -> None
 
 
 def write_klein_tokenizer(folder: Path, chat_template: str, **config: Any) -> None:
-    """FLUX.2-klein's tokenizer folder, as `write_dev_tokenizer`."""
+    """Write FLUX.2-klein's tokenizer folder, as `write_dev_tokenizer` writes dev's."""
     tokens, pairs = unpack((FOLDER / f"{KLEIN}.xz").read_bytes())
     names = _printable(tokens)
     added = list(enumerate((*KLEIN_SPECIAL, *KLEIN_ADDED), len(names)))
@@ -262,7 +262,7 @@ def qwen_tokens(path: Path) -> list[bytes]:
 
 
 def dev_ids(tekken: Path, captions: Sequence[str]) -> Iterator[list[int]]:
-    """Of each caption behind the system message, by mistral-common's chat encoding of version 7."""
+    """The ids of each caption after the system message, by mistral-common's chat encoding of version 7."""
     messages = importlib.import_module("mistral_common.protocol.instruct.messages")
     request = importlib.import_module("mistral_common.protocol.instruct.request")
     mistral = importlib.import_module("mistral_common.tokens.tokenizers.mistral")
@@ -279,7 +279,7 @@ def dev_ids(tekken: Path, captions: Sequence[str]) -> Iterator[list[int]]:
 
 
 def klein_ids(tokens: Sequence[bytes], captions: Sequence[str]) -> Iterator[list[int]]:
-    """Of each caption in the chat format with thinking off, by tiktoken. It knows no Unicode normalization."""
+    """The ids of each caption in the chat format without thinking, by tiktoken, which does no Unicode normalization."""
     special = {name: index for index, name in enumerate((*KLEIN_SPECIAL, *KLEIN_ADDED), len(tokens))}
     ranks = {token: index for index, token in enumerate(tokens)}
     encoding = importlib.import_module("tiktoken").Encoding(
@@ -292,10 +292,10 @@ def klein_ids(tokens: Sequence[bytes], captions: Sequence[str]) -> Iterator[list
 
 
 def checked(path: Path, name: str) -> Path:
-    """`path`, whose content is that of the named vocabulary.
+    """Check that `path` holds the named vocabulary; returns it.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it does not.
     """
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != SHA256[name]:
@@ -304,7 +304,7 @@ def checked(path: Path, name: str) -> Path:
 
 
 def main() -> None:
-    """Write the fixtures: vocabularies, golden ids, licence."""
+    """Write the fixtures: vocabularies, expected ids, license."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--tekken", type=Path, help="path of tekken_240911.json; by default from the installed mistral-common"
@@ -327,7 +327,7 @@ def main() -> None:
 
 
 def _installed(package: str, path: str) -> Path:
-    """A file of an installed package."""
+    """Path of a file in an installed package."""
     return Path(str(importlib.metadata.distribution(package).locate_file(path)))
 
 
