@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def measured(work: Path, name: str, steps: int, backend: str, flags: list[str]) -> tuple[float, float]:
-    """Seconds from the command to the end of step 1, and those of the median step."""
+    """Seconds from the command to the end of step 1, and seconds of the median step."""
     began = time.time()
     root = train(work, name, f"--dynamo_backend={backend}", *flags, steps=steps)
     times = [

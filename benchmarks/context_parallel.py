@@ -56,11 +56,13 @@ from simpletuner.memory.world import World
 
 TIMEOUT_S = 300.0
 LIMIT = 5e-6
-"""Most that a loss or a gradient may be off in fp32."""
+"""Limit of the relative difference of a loss or a gradient in fp32."""
 SIZES = ((1024, 0), (2048, 0), (2048, 4 * 4096), (2048, 10 * 4096))
-"""Side of an image in pixels, and tokens of its references, 4096 each. FLUX.2 draws up to 4 megapixels."""
+"""Edge of an image in pixels, and number of its reference tokens (4,096 for each reference). FLUX.2 generates up to 4
+megapixels.
+"""
 RANKS = (2, 4, 8)
-"""Processes that share a sample."""
+"""Numbers of processes that share a sample."""
 
 
 # --- the method -------------------------------------------------------------------------------------------------------
@@ -68,11 +70,13 @@ RANKS = (2, 4, 8)
 
 @dataclass
 class TokenSplit:
-    """The tokens of a pass, split over ranks: an even share of the text, of the target and of the references each."""
+    """The tokens of a pass, split over ranks: each rank has an even share of the text, of the target and of the
+    references.
+    """
 
     text: int
     image: int
-    """Tokens of the target."""
+    """Number of tokens of the target."""
     references: ReferenceAttention | None
     rank: int
     size: int
@@ -80,28 +84,28 @@ class TokenSplit:
     """Bytes that this rank has sent to others."""
 
     def places(self, rank: int) -> Tensor:
-        """Where the tokens of `rank` are in the whole sequence."""
+        """Positions of the tokens of `rank` in the whole sequence."""
         lengths = (self.text, self.image, 0 if self.references is None else self.references.length)
         parts = torch.arange(sum(lengths)).split(lengths)
         return torch.cat([part.tensor_split(self.size)[rank] for part in parts])
 
     @cached_property
     def counts(self) -> list[int]:
-        """Tokens of each rank."""
+        """Number of tokens of each rank."""
         return [len(self.places(rank)) for rank in range(self.size)]
 
     @cached_property
     def order(self) -> Tensor:
-        """The places of all ranks' tokens, one rank after the other."""
+        """The positions of all ranks' tokens, rank by rank."""
         return torch.cat([self.places(rank) for rank in range(self.size)])
 
     def own(self, first: int, last: int) -> Tensor:
-        """Those of this rank's places that lie from `first` to `last`, counted from `first`."""
+        """This rank's positions between `first` and `last`, counted from `first`."""
         places = self.places(self.rank)
         return places[(places >= first) & (places < last)] - first
 
     def all_to_all(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Send the next `sent[r]` rows of `x` to each rank r, and receive `received[r]` from it."""
+        """Send the next `sent[r]` rows of `x` to each rank r, and receive `received[r]` rows from it."""
         out = x.new_empty(sum(received), *x.shape[1:])
         self.sent += (len(x) - sent[self.rank]) * (x[:1].numel() * x.itemsize)
         if not x.is_meta:
@@ -110,7 +114,7 @@ class TokenSplit:
 
 
 class _Exchanged(torch.autograd.Function):
-    """An all-to-all; its gradient takes the way back."""
+    """An all-to-all whose backward pass sends the gradient the opposite way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, split: TokenSplit, sent: list[int], received: list[int]) -> Tensor:
@@ -124,7 +128,9 @@ class _Exchanged(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """The whole velocity on every rank. All of them compute the same loss of it, so a gradient stays where it is."""
+    """Gather the whole velocity on every rank. All ranks compute the same loss from it, so the gradient needs no
+    communication.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, split: TokenSplit) -> Tensor:
@@ -147,9 +153,9 @@ def attend_split(
     angles: Rotary,
     references: ReferenceAttention | None = None,  # noqa: ARG001  those of this rank; the whole ones are in `split`
 ) -> Tensor:
-    """`attend` of this rank's tokens to those of all ranks. `angles` are those of the whole sequence."""
+    """`attend` from this rank's tokens to those of all ranks. `angles` are those of the whole sequence."""
     own = [split.counts[split.rank]] * split.size
-    if query.is_meta:  # the memory plan knows the angles of this rank alone
+    if query.is_meta:  # the memory plan traces with this rank's angles only
         cos, sin = (table.new_empty(sum(split.counts), table.shape[-1]) for table in angles)
         angles = cos, sin
 
@@ -166,7 +172,7 @@ def attend_split(
 
 @contextlib.contextmanager
 def attending(split: TokenSplit | None) -> Iterator[None]:
-    """Inside, the transformer's blocks attend across ranks, in recompute too."""
+    """A context in which the transformer's blocks attend across ranks, also in recompute."""
     model.attend = attend if split is None else functools.partial(attend_split, split)
     try:
         yield
@@ -175,7 +181,7 @@ def attending(split: TokenSplit | None) -> Iterator[None]:
 
 
 class SplitTransformer:
-    """What a `Denoiser` asks of a transformer: of whole samples in, the whole velocity out, on every rank."""
+    """The transformer as a `Denoiser` calls it: takes whole samples and returns the whole velocity on every rank."""
 
     def __init__(self, transformer: Flux2Transformer, split: TokenSplit) -> None:
         self.transformer, self.split = transformer, split
@@ -219,7 +225,7 @@ class Case:
     references: tuple[int, ...] = ()
     """Reference tokens of each sample; shorter ones are padded."""
     is_own: bool = False
-    """Whether references see themselves alone."""
+    """Whether references attend only to references."""
     is_recomputed: bool = False
     is_full: bool = False
     is_sharded: bool = False
@@ -247,11 +253,13 @@ class PassResult:
     loss: Tensor
     gradients: list[Tensor]
     peak: int
-    """Bytes, weights left out."""
+    """Bytes without weights."""
 
 
 def one_pass(case: Case, split: TokenSplit | None, device: torch.device) -> PassResult:
-    """Loss and gradients of `case`, from the same numbers on every rank. With `split` the ranks share the tokens."""
+    """Loss and gradients of `case`, computed from the same numbers on every rank. With `split` the ranks share the
+    tokens.
+    """
     transformer = base()
     if case.is_sharded and split is not None:
         shard(transformer, transformer.blocks, Sharding(device))
@@ -291,7 +299,7 @@ def references_of(case: Case) -> References | None:
 
 
 def split_of(case: Case, world: World) -> TokenSplit:
-    """How `world` shares the tokens of `case`."""
+    """The split of the tokens of `case` over `world`."""
     found, references = references_of(case), None
     if found is not None:
         references = ReferenceAttention(found.tokens.shape[1], found.is_token, case.is_own)
@@ -324,8 +332,8 @@ def compare(world: World, cases: Sequence[Case]) -> None:
 
 
 def attention_bytes(spec: TransformerSpec, tokens: int, size: int, itemsize: int, passes: int) -> int:
-    """Bytes that a process with `tokens` of its own sends to others in the all-to-alls of a step: the queries, keys,
-    values and results of each block, in each of the `passes`, which are forward, backward and recompute.
+    """Bytes that a process with `tokens` tokens sends to others in the all-to-alls of a step: the queries, keys, values
+    and results of each block, in each of the `passes` (forward, backward and recompute).
     """
     return passes * spec.blocks * 4 * tokens * spec.hidden * itemsize * (size - 1) // size
 
@@ -365,7 +373,7 @@ def published() -> None:
 
 
 def main() -> None:
-    """Compare, as one of several processes; otherwise describe the published models."""
+    """Compare if there are several processes; otherwise describe the published models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [case.name for case in CASES]
     parser.add_argument("--case", action="append", choices=names, help="compare only this case; may be repeated")

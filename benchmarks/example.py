@@ -15,7 +15,7 @@ BESIDES = ("eval_dataset_id", "eval_steps_interval")
 
 
 def lay_out(work: Path) -> None:
-    """Put the example's pictures and configuration into `work`, without its held-out set."""
+    """Write the example's images and configuration into `work`, without its held-out dataset."""
     materialize("tiny-lora", work / "datasets" / "tiny-lora")
     config = json.loads((EXAMPLE / "config.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in BESIDES} | NOTHING_BESIDE
@@ -27,7 +27,7 @@ def lay_out(work: Path) -> None:
 
 
 def flags(name: str, steps: int) -> list[str]:
-    """The arguments of `simpletuner train` for the run `output/NAME` in a folder that is laid out."""
+    """The arguments of `simpletuner train` for the run `output/NAME` in a folder that `lay_out` prepared."""
     return ["--output_dir", f"output/{name}", "--max_train_steps", str(steps)]
 
 
@@ -39,5 +39,5 @@ def train(work: Path, name: str, *more: str, steps: int) -> Path:
 
 
 def peak_gib() -> float:
-    """The largest peak of resident memory of any child process so far."""
+    """The largest peak of resident memory of any child process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2

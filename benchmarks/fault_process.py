@@ -20,7 +20,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Operations:
-    """An audit hook that counts the operations below the folder in which it is made."""
+    """An audit hook that counts the operations below the folder that is current when it is created."""
 
     def __init__(self, record: str, fatal: int | None) -> None:
         self._folder = os.path.realpath(os.getcwd()) + os.sep

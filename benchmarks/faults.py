@@ -75,17 +75,17 @@ SETUPS: dict[str, dict[str, Any]] = {
 PROMPTS = {"one": "a soft gradient", "two": "a hard edge"}
 
 VARYING = ("events.jsonl", "run.log", "lock")
-"""Files that tell of attempts."""
+"""Files that differ because they record attempts."""
 STAMPED = ("verified.json", "scan-")
-"""Lists of what was read, with the time stamps of other files: a shortcut, which each run may have or lack."""
+"""Lists of files that were read, with time stamps. They only save work, so a run may have or lack them."""
 TIMEOUT_S = 300
 DRAWS = 10
-"""Moments that are drawn before a run that always ends first is given up."""
+"""Number of random moments that are tried before a run that always ends earlier is given up."""
 
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What a run that nobody interrupts does and leaves."""
+    """File operations and results of a run without interruption."""
 
     folder: Path
     operations: tuple[str, ...]
@@ -94,7 +94,7 @@ class Undisturbed:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a restarted run compares with the undisturbed one; all empty when they are equal."""
+    """Differences between a restarted run and the undisturbed one; all fields are empty if they are equal."""
 
     different: list[str]
     missing: list[str]
@@ -132,7 +132,7 @@ def main() -> int:
 
 
 def read_lines(path: Path, seed: int) -> dict[int, dict[str, Any]]:
-    """The finished kills of `seed`, by number. A line that an interruption tore is done again."""
+    """The finished kills of `seed`, by number. A kill whose line was interrupted is repeated."""
     lines: dict[int, dict[str, Any]] = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -145,7 +145,9 @@ def read_lines(path: Path, seed: int) -> dict[int, dict[str, Any]]:
 
 
 def lay_out(work: Path, setup: str) -> None:
-    """A working folder: four training images of two shapes, one held out, and the configuration of `setup`."""
+    """Prepare a working folder: four training images of two shapes, one held-out image, and the configuration of
+    `setup`.
+    """
     for folder, count in (("images", 4), ("held-out", 1)):
         (work / "datasets" / folder).mkdir(parents=True)
         for index in range(count):
@@ -186,7 +188,7 @@ def lay_out(work: Path, setup: str) -> None:
 
 
 def train(work: Path, *wrapper: str, kill_after_s: float | None = None) -> tuple[int, str]:
-    """`simpletuner train` in `work`, or `fault_process.py` with `wrapper`; the exit code and what it printed."""
+    """Run `simpletuner train` in `work`, or `fault_process.py` with `wrapper`. Returns the exit code and the output."""
     command = ["-m", "simpletuner", "train"] if not wrapper else [str(HERE / "fault_process.py"), *wrapper, "--"]
     environ = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -222,14 +224,14 @@ def run_undisturbed(scratch: Path, setup: str) -> Undisturbed:
 
 
 def group_of(operation: str) -> str:
-    """Which part of a run an operation belongs to: its folder, or its name where it lies in the run's own folder."""
+    """The part of a run to which an operation belongs: its folder, or its name if it lies in the run's own folder."""
     path = operation.partition(" ")[2].removeprefix("output/run/")
     parts = path.split("/")
     return "/".join(parts[:2]) if parts[0] == "cache" else parts[0]
 
 
 def draw_kill(undisturbed: Undisturbed, draws: random.Random) -> int | float:
-    """The number of the file operation before which a process is killed, or the seconds after which."""
+    """The number of the file operation before which a process is killed, or the seconds after which it is."""
     if draws.random() < 0.5:
         return draws.uniform(0, undisturbed.seconds)
     groups: dict[str, list[int]] = defaultdict(list)
@@ -239,7 +241,7 @@ def draw_kill(undisturbed: Undisturbed, draws: random.Random) -> int | float:
 
 
 def kill(work: Path, moment: float, record: Path) -> str | None:
-    """Train in `work` until `moment`; what was happening, or None if the run ended before."""
+    """Train in `work` until `moment`. Returns what was happening, or None if the run ended before."""
     if isinstance(moment, int):
         code, told = train(work, "kill", str(record), str(moment))
         recorded = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
@@ -255,7 +257,7 @@ def kill(work: Path, moment: float, record: Path) -> str | None:
 
 
 def last_phase(work: Path) -> str:
-    """The phase that had begun last and not ended."""
+    """The last phase that began and did not end."""
     open_phases = ["start-up"]
     for event in read_events(work / "output" / "run" / "events.jsonl"):
         if event["type"] == "run":
@@ -268,7 +270,7 @@ def last_phase(work: Path) -> str:
 
 
 def kill_once(scratch: Path, undisturbed: Undisturbed, setup: str, seed: int, number: int) -> dict[str, Any]:
-    """Kill one run, start it again until it ends by itself, and compare."""
+    """Kill one run, restart it until it ends by itself, and compare."""
     draws = random.Random(f"{seed} {number}")
     work, record = scratch / f"kill-{number}", scratch / f"kill-{number}.txt"
     began = time.monotonic()
@@ -302,7 +304,7 @@ def kill_once(scratch: Path, undisturbed: Undisturbed, setup: str, seed: int, nu
 
 
 def compare(expected: Path, found: Path) -> Outcome:
-    """Compare two working folders after a run: files, losses, and what the events tell of images and checkpoints."""
+    """Compare two working folders after a run: files, losses, and the events about images and checkpoints."""
     theirs, ours = files_below(expected), files_below(found)
     different = [
         name
@@ -316,7 +318,7 @@ def compare(expected: Path, found: Path) -> Outcome:
 
 
 def content_of(path: Path) -> bytes:
-    """The bytes of a file; of `finished.json` all but the times of the files that it lists."""
+    """The bytes of a file; those of `finished.json` without the modification times that it lists."""
     content = path.read_bytes()
     if path.name == "finished.json":
         content = re.sub(rb'"mtime_ns": \d+', b"", content)
@@ -329,7 +331,7 @@ def files_below(folder: Path) -> dict[str, Path]:
 
 
 def told_by_events(work: Path) -> dict[str, Any]:
-    """Losses, held-out losses and images by step, of the last attempt of each, and the steps that were saved."""
+    """Losses, held-out losses and images by step, each from its last attempt, and the steps that were saved."""
     losses, held_out, images, saved, ids = {}, {}, {}, set(), []
     for event in read_events(work / "output" / "run" / "events.jsonl"):
         ids.append(event["id"])
@@ -347,7 +349,7 @@ def told_by_events(work: Path) -> dict[str, Any]:
 
 
 def summarize(lines: Sequence[dict[str, Any]]) -> int:
-    """Print how many kills of each setup ended equal; 0 if all did."""
+    """Print how many kills of each setup ended equal. Returns 0 if all did."""
     killed = [line for line in lines if line["moment"] != "the run ended first"]
     equal = Counter(line["setup"] for line in killed if line["is_equal"])
     for setup, count in Counter(line["setup"] for line in killed).items():

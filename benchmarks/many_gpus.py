@@ -37,12 +37,12 @@ from typing import Any
 LIMIT = 1.05
 WARM_UP = 2
 MICRO_BATCHES, BATCH, SIDE, TEXT = 2, 1, 16, 64
-"""Micro-batches of a process and step; samples of each; tokens of a sample."""
+"""Micro-batches per process and step, samples per micro-batch, tokens per edge of an image, text tokens."""
 TIMEOUT_S = 120.0
 
 
 Loop = Callable[[], None]
-"""A step of a way to train."""
+"""Makes one training step."""
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def text(row: dict[str, Any]) -> str:
-    """A row for people."""
+    """A row as text."""
     if row["kind"] == "step":
         limit = f" (limit {row['limit']})" if row["limit"] else ""
         return (
@@ -143,7 +143,7 @@ def measure(rounds: int, steps: int) -> None:
 def compared(
     name: str, ours: Loop, against: str, other: Loop, rounds: int, steps: int, world: Any, *, limit: float | None = None
 ) -> dict[str, Any]:
-    """A row: processor seconds of a step of two loops, in turns."""
+    """A row with the processor seconds of a step of two loops that alternate."""
     for loop in (ours, other):
         timed(loop, WARM_UP, world)
     seconds: dict[str, list[float]] = {"ours": [], "other": []}
@@ -166,7 +166,7 @@ def compared(
 
 
 def timed(loop: Loop, steps: int, world: Any) -> float:
-    """Processor seconds of a step, of all ranks together."""
+    """Processor seconds of a step, summed over all ranks."""
     world.gather_json(None)
     began = time.process_time()
     for _ in range(steps):
@@ -272,7 +272,7 @@ def stepping(transformer: Any, world: Any, zero_stage: int = 0) -> Loop:
 
 
 def bare(world: Any) -> Loop:
-    """The same step over the same modules written out, in torch's DistributedDataParallel where ranks are several."""
+    """The same step over the same modules written out, in torch's DistributedDataParallel on several ranks."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
 

@@ -52,9 +52,7 @@ def main() -> None:
         steps = {
             name: step(arguments, OffloadOptions.model_validate(case), Path(folder)) for name, case in CASES.items()
         }
-        losses = {
-            name: [one(), one()] for name, one in steps.items()
-        }  # which also warms up, and teaches what comes next
+        losses = {name: [one(), one()] for name, one in steps.items()}  # also warms up and records the order of groups
         if any(loss != losses["resident"] for loss in losses.values()):
             raise SystemExit(f"the losses differ: {losses}")
         seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -27,7 +27,7 @@ RATES = {
     "came": 3e-3,
     "muon": 6e-3,
 }
-"""Sensible, not searched: adamw's is the example's."""
+"""Sensible learning rates, not tuned; adamw's is the example's."""
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def row(folder: Path, name: str, steps: int) -> str:
 
 
 def state_bytes(run: Path, steps: int) -> float:
-    """What the optimizer keeps for a parameter, counted in the checkpoint."""
+    """Bytes of state per parameter, counted in the checkpoint."""
     import torch
     from safetensors import safe_open
 

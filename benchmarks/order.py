@@ -25,7 +25,7 @@ from simpletuner.data.sample import Sample
 T = TypeVar("T")
 
 EPOCHS = 3
-"""Drawn in turn: the order keeps two of them while it draws another."""
+"""Epochs drawn in turn: the order keeps two while it draws another."""
 BUDGET_S = 1.0
 BUDGET_MIB = 50.0
 MIB = 2**20
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measured(work: Callable[[], T]) -> tuple[T, float, float]:
-    """The result of `work`, its processor seconds, and by how many MiB it raised the process's peak memory."""
+    """The result of `work`, its processor seconds, and the growth of the process's peak memory in MiB."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
     before_mib = peak_mib()
     began = time.process_time()
@@ -72,7 +72,7 @@ def manifest_of(visits: int) -> Manifest:
         for index in range(visits)
     )
     manifest = Manifest(ImageSet.model_validate({"id": "set", "instance_data_dir": "."}), samples, (), ())
-    assert len(manifest.buckets) == len(TARGETS)  # computed here, and kept by the manifest
+    assert len(manifest.buckets) == len(TARGETS)  # computed here and cached by the manifest
     return manifest
 
 

@@ -25,7 +25,7 @@ from simpletuner.runs.events import EndEvent, EventLog, PhaseEvent, RunEvent, St
 from simpletuner.runs.layout import RunDirectory
 
 CHARTS = 5
-"""With a line: the held-out loss has none in this run."""
+"""Charts with a line: the held-out loss has none in this run."""
 DRAWN = """async ([charts]) => {
     const pen = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
     pen.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--part-1");
@@ -79,7 +79,7 @@ def write_run(folder: Path, steps: int) -> None:
 
 
 def measure(browser: Browser, url: str) -> tuple[float, float]:
-    """Milliseconds from the click to the last chart, and of one step of the cursor over all charts."""
+    """Milliseconds from the click to the last chart, and of one move of the cursor over all charts."""
     page = browser.new_page(viewport={"width": 1280, "height": 1600})
     try:
         page.goto(url)

@@ -43,7 +43,7 @@ Step = Callable[[], float]
 CONFIG = RunConfig(learning_rate=1e-3, lora_rank=16)
 OBJECTIVE = Objective.of(CONFIG, CONFIG, CONFIG.seed)
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
-"""Of a step's loss: every step carries the rounding of all before it."""
+"""Relative tolerance of a step's loss, which contains the rounding of all earlier steps."""
 CASES = ((torch.float32, False), (torch.float32, True), (torch.bfloat16, True))
 """Dtype, and whether blocks are recomputed."""
 
@@ -64,9 +64,9 @@ def main() -> None:
 
 
 def compare(dtype: torch.dtype, is_recomputed: bool, arguments: argparse.Namespace) -> None:
-    """Time both, print a line, and fail if they did not compute the same."""
+    """Time both, print a line, and fail if their losses differ."""
     ours, theirs = steppers(dtype, is_recomputed, batch_of(arguments))
-    losses: dict[str, list[float]] = {"ours": [ours()], "theirs": [theirs()]}  # both set up what is set up once
+    losses: dict[str, list[float]] = {"ours": [ours()], "theirs": [theirs()]}  # both do their one-time set-up
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for pair in range(arguments.pairs):
         sides = [("ours", ours), ("theirs", theirs)]
@@ -117,7 +117,7 @@ def steppers(dtype: torch.dtype, is_recomputed: bool, batch: Batch) -> tuple[Ste
     peers = peer_model(transformer)
     adapter = attach(transformer, CONFIG, seed=0)
     generator = torch.Generator().manual_seed(1)
-    for parameter in adapter.parameters():  # a fresh `b` is zero, and then `a` has no gradient
+    for parameter in adapter.parameters():  # a new `b` is zero, so `a` would have no gradient
         parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     parameters = peer_adapter(peers, adapter)
     if is_recomputed:
@@ -146,7 +146,7 @@ def peer_model(transformer: Flux2Transformer) -> Any:
         from diffusers import Flux2Transformer2DModel
         from diffusers.utils import logging
 
-    logging.set_verbosity_error()  # it warns of any cast
+    logging.set_verbosity_error()  # it warns about any cast
     config = {key: value for key, value in transformer_to_diffusers(TINY).items() if key != "_class_name"}
     peers = Flux2Transformer2DModel(**config).to(transformer.dtype)
     peers.load_state_dict(transformer.state_dict())

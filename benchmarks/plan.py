@@ -43,7 +43,7 @@ from simpletuner.runs.events import read_events
 
 EVERY_S = 0.002
 CAPTION = " ".join(["a soft gradient from dark to light"] * 40)
-"""As long as a context: of shorter ones the plan knows the characters only, and takes the most tokens they can be."""
+"""As long as a context: shorter captions are counted in characters by the plan, which assumes the most tokens."""
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LENGTH = 160
 LIMIT = 0.10
@@ -52,7 +52,7 @@ PICTURES = 4
 
 @dataclass(frozen=True)
 class Scale:
-    """Of the model that is drawn."""
+    """Size of the random model."""
 
     heads: int = 12
     doubles: int = 5
@@ -108,7 +108,7 @@ PHASES: Mapping[str, tuple[str, ...]] = {
 
 
 def lay_out(work: Path, scale: Scale) -> None:
-    """A model's folder, pictures, and a configuration."""
+    """Write a model's folder, images and a configuration."""
     model = work / "model"
     shutil.copytree(tiny.make(work / "tiny"), model)
     noise = torch.randn(2**20).mul_(0.02).to(torch.bfloat16)
@@ -166,7 +166,7 @@ def lay_out(work: Path, scale: Scale) -> None:
 def write(
     folder: Path, stem: str, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], noise: torch.Tensor
 ) -> None:
-    """A component with drawn bf16 weights: the same noise over and over, norms of one."""
+    """Write a component with random bf16 weights (one block of noise, repeated) and norms of one."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     for old in folder.glob("*.safetensors"):
@@ -205,7 +205,7 @@ def vae_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def plan(work: Path, name: str, flags: tuple[str, ...]) -> int:
-    """What the program says that the phase takes, on a machine without an accelerator."""
+    """The memory that the plan expects for the phase, on a machine without an accelerator."""
     command = [sys.executable, "-P", "-m", "simpletuner", "plan", "--json", "--vram=0", "--ram=1000", *flags]
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=True)
     phases = json.loads(done.stdout)["plan"]["phases"]
@@ -213,7 +213,7 @@ def plan(work: Path, name: str, flags: tuple[str, ...]) -> int:
     return int(own["ram"])
 
 
-# The libraries come first and are no part of what is measured.
+# The libraries are imported first and are not part of the measurement.
 CHILD = """
 import sys
 import torch, torch._dynamo, diffusers, transformers
@@ -226,7 +226,7 @@ sys.exit(main(["train", *sys.argv[1:]]))
 
 
 def measure(work: Path, name: str, flags: tuple[str, ...]) -> int:
-    """The largest growth of a child's memory while the phase is going on."""
+    """The largest growth of a child process's memory during the phase."""
     phase = name.partition(" ")[0]
     run = work / next(flag for flag in flags if flag.startswith("--output_dir")).partition("=")[2]
     with (work / "child.log").open("w") as log:
@@ -264,7 +264,7 @@ def window(events: Path, first: str, last: str) -> tuple[float, float]:
 
 
 def resident(pid: int) -> int | None:
-    """Bytes of anonymous memory, and of mapped weight files, that are in memory."""
+    """Resident bytes of anonymous memory and of mapped weight files."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         maps = Path(f"/proc/{pid}/smaps").read_text()

@@ -75,7 +75,7 @@ class Variant:
         return sum(value.nbytes for value in held if isinstance(value, torch.Tensor))
 
     def peak(self) -> int:
-        """Bytes beyond weights, masters and state during a step."""
+        """Peak bytes of a step, without weights, masters and state."""
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         known = [*self.transformer.parameters(), *self.trained.parameters(), *states]
         with Ledger([each for each in known if isinstance(each, torch.Tensor)]) as ledger:

@@ -21,7 +21,7 @@ SIZES = [2] * DOUBLES + [1] * (BLOCKS - DOUBLES)
 FORWARD, BACKWARD = 1.0, 2.0
 RATIOS = (0.5, 1.0, 1.5, 2.0, 4.0)
 STEPS = 4
-"""Simulated; the last one counts, in which the ring is as the step before left it."""
+"""Simulated steps; the last one counts, because its ring is in the state that a step leaves."""
 
 
 def spread(of: int, count: int) -> set[int]:
@@ -44,7 +44,7 @@ CHOICES: dict[str, Callable[[int], Collection[int]]] = {
 
 @dataclass
 class Ring:
-    """Two slots, and when the copy stream is free."""
+    """Two slots, and the time at which the copy stream is free."""
 
     slot_of: dict[int, int]
     ratio: float

@@ -49,7 +49,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Server:
-    """The command while it runs."""
+    """The running server."""
 
     process: subprocess.Popen[str]
     host: str
@@ -57,7 +57,7 @@ class Server:
     start_s: float
 
     def get(self, path: str) -> tuple[float, bytes]:
-        """Seconds a request took to its last byte, and the answer's body."""
+        """Seconds from a request to the last byte of its response, and the body."""
         began = time.perf_counter()
         with self.asked(path) as connection:
             answer = b"".join(iter(lambda: connection.recv(1 << 20), b""))
@@ -67,19 +67,19 @@ class Server:
         return time.perf_counter() - began, body
 
     def asked(self, path: str) -> socket.socket:
-        """A connection on which `path` was asked for."""
+        """A connection that requested `path`."""
         connection = socket.create_connection((self.host, self.port), timeout=20)
         request = f"GET {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nConnection: close\r\n\r\n"
         connection.sendall(request.encode())
         return connection
 
     def memory_mb(self) -> float:
-        """Memory that it holds, in 10⁶ bytes."""
+        """Its resident memory in 10⁶ bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
         return int(status.partition("VmRSS:")[2].split()[0]) * 1024 / 1e6
 
     def cpu_s(self) -> float:
-        """Seconds of one core that it has taken."""
+        """Processor time in seconds."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(") ")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def measured(server: Server, live: Path, steps: int, clients: int, follow_s: float) -> Iterator[Figure]:
-    """Every figure, in the order they disturb each other least."""
+    """All figures, measured in an order in which they disturb each other least."""
     yield Figure("command to the first page", server.start_s, START_LIMIT_S, "s")
     time.sleep(2)
     yield Figure("memory, idle", server.memory_mb(), IDLE_LIMIT_MB, "MB")
@@ -168,7 +168,7 @@ def serving(work: Path) -> Iterator[Server]:
 
 
 def follow(server: Server, live: Path, clients: int, seconds: float) -> float:
-    """Per cent of one core while `clients` follow a run that goes on. Each must get every event, in order."""
+    """Percent of one core while `clients` follow a running run. Each must get every event, in order."""
     with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
         received = {}
         for _ in range(clients):
@@ -195,7 +195,7 @@ def follow(server: Server, live: Path, clients: int, seconds: float) -> float:
 
 
 def drain(selector: selectors.BaseSelector, received: dict[socket.socket, bytearray], seconds: float) -> None:
-    """Take what comes for a while."""
+    """Receive for a while."""
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         for key, _ in selector.select(left):
@@ -204,7 +204,7 @@ def drain(selector: selectors.BaseSelector, received: dict[socket.socket, bytear
 
 
 def share(server: Server, before: float, began: float) -> float:
-    """Per cent of one core since then."""
+    """Percent of one core since the given measurement."""
     return 100 * (server.cpu_s() - before) / (time.monotonic() - began)
 
 

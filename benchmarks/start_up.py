@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def processor_seconds(work: Path, *arguments: str) -> float:
-    """Processor time of Python with these arguments, from its start to its end."""
+    """Processor time of a Python process with these arguments."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-P", *arguments], cwd=work, capture_output=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -42,7 +42,7 @@ def main() -> None:
         lay_out(work)
         train(work, "cold", steps=1)
         for pair in range(arguments.pairs):
-            # Every other pair the other way round: what a machine does to the second run of two, it does to both.
+            # Every other pair in the opposite order, so that an effect on the second run of a pair affects both kinds.
             if pair % 2:
                 bare = measured_bare(work, arguments.steps)
                 ours = program(work, f"pair-{pair}", arguments.steps)

@@ -147,7 +147,7 @@ def padded_call(
 
 
 def check(plain: torch.Tensor, encoder: TextEncoder, captions: Sequence[str]) -> None:
-    """What is timed against each other must be the same thing."""
+    """Check that the compared encoders compute the same, to rounding."""
     ours = torch.cat([context.expanded() for context in encoder.encode(captions)])
     error = ((plain - ours).abs().max() / plain.abs().max()).item()
     print(f"largest difference between plain and resident: {error:.1e} of the largest number")

@@ -35,7 +35,7 @@ LEAST_SHARE, LEAST_GAIN = 0.85, 1.5
 
 Name = TypeVar("Name")
 Case = tuple[int, float]
-"""Side of the picture in pixels, share of its tokens that is kept."""
+"""Edge of the image in pixels, and share of its tokens that is kept."""
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def tokens_of(side: int) -> int:
 
 
 def timed(cases: Mapping[Name, Callable[[], float]], rounds: int) -> dict[Name, list[float]]:
-    """Seconds of each case in each round. Every other round runs the other way round."""
+    """Seconds of each case in each round. Every other round runs in the opposite order."""
     found: dict[Name, list[float]] = {name: [] for name in cases}
     for number in range(rounds):
         for name in list(cases) if number % 2 == 0 else reversed(list(cases)):
@@ -129,8 +129,8 @@ def whole_pass(model: Flux2Transformer, case: Case) -> float:
 
 
 def blocks_alone(model: Flux2Transformer, side: int, kept: float) -> float:
-    """Seconds that the depth would take if nothing but its blocks took any: the blocks of the route with the kept
-    tokens, the others with all, each kind timed on a block by itself."""
+    """Seconds of all blocks alone: those of the route with the kept tokens, the others with all. Each kind of block is
+    timed by itself."""
     tokens = tokens_of(side)
     inside = Route(START, END, kept).keeps(tokens)
     doubles = model.spec.double_blocks
@@ -145,7 +145,7 @@ def blocks_alone(model: Flux2Transformer, side: int, kept: float) -> float:
 
 
 def block_alone(model: Flux2Transformer, index: int, tokens: int) -> float:
-    """Seconds of one forward and backward of one block: the better of two, the first may warm something up."""
+    """Seconds of one forward and backward pass of one block: the better of two, because the first may warm up."""
     hidden = model.spec.hidden
     side = int(tokens**0.5) + 1
     ids = torch.cat([context_ids(TEXT), image_ids(side, side)[:tokens]])

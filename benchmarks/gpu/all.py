@@ -36,15 +36,15 @@ from results import EXPANDABLE_SEGMENTS, WORK, markdown
 
 HERE = Path(__file__).resolve().parent
 LEAST_S = 8.0
-"""Below this a measurement does not begin: starting Python and torch takes as long."""
+"""Seconds; with less time left a measurement does not begin, because starting Python and torch takes as long."""
 
 REHEARSED_SLOWER = 3.0
-"""What limits are multiplied by in a rehearsal."""
+"""Factor on the time limits in a rehearsal."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A script of this folder, run once in a process of its own."""
+    """A script of this folder, run once in a separate process."""
 
     name: str
     limit_s: float
@@ -52,10 +52,10 @@ class Measurement:
     script: str
     arguments: tuple[str, ...] = ()
     is_asked_for: bool = False
-    """Whether it runs only where `--only` names it."""
+    """Whether it runs only if `--only` names it."""
 
     def command(self, flags: Sequence[str], seconds: float) -> list[str]:
-        """The command line, told how many seconds it has."""
+        """The command line, with the number of seconds that it may take."""
         return [sys.executable, str(HERE / self.script), *self.arguments, *flags, "--seconds", f"{seconds:.0f}"]
 
 
@@ -120,7 +120,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Run the measurements one after the other within `seconds`; returns all rows.
 
-    The n-th must end by the sum of the first n limits, and all by `seconds`: what one leaves the next ones may use.
+    The n-th must end by the sum of the first n limits, and all by `seconds`: later ones may use the time that earlier
+    ones left.
     """
     out.mkdir(parents=True, exist_ok=True)
     results = out / "results.jsonl"
@@ -163,7 +164,7 @@ def measure(
 
 
 def started(command: Sequence[str], errors: Any) -> "subprocess.Popen[str]":
-    """The command in a process group of its own, our package importable whether it is installed or not."""
+    """Start the command in its own process group, with our package importable whether it is installed or not."""
     source = HERE.parents[1] / "src"
     paths = [str(source), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONUNBUFFERED": "1"}
@@ -173,7 +174,7 @@ def started(command: Sequence[str], errors: Any) -> "subprocess.Popen[str]":
 
 
 def lines(process: "subprocess.Popen[str]", deadline: float) -> Iterator[dict[str, Any]]:
-    """Results as the process prints them, until it ends or the deadline (of `time.monotonic`) has passed."""
+    """Yield results as the process prints them, until it ends or the deadline (of `time.monotonic`) has passed."""
     printed: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -205,14 +206,14 @@ def lines(process: "subprocess.Popen[str]", deadline: float) -> Iterator[dict[st
 
 
 def stop(process: "subprocess.Popen[str]") -> None:
-    """End the process and all that it started."""
+    """End the process and all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def last_line(said: str) -> str:
-    """The last line that a failed process wrote to stderr: of a traceback, the error itself."""
+    """The last line that a failed process wrote to stderr: the error itself, if it was a traceback."""
     written = [line.strip() for line in said.splitlines() if line.strip()]
     return written[-1][:300] if written else "it said nothing"
 

@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def measured(shape: tuple[int, int, int, int], kernel: SDPBackend | None, device: torch.device) -> dict[str, object]:
-    """Times and rates of one kernel; None is torch's own choice. A kernel that cannot is a note."""
+    """Times and rates of one kernel; None is torch's own choice. For a kernel that fails, a note."""
     query, key, value, gradient = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(4))
     for tensor in (query, key, value):
         tensor.requires_grad_()

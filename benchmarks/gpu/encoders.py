@@ -96,7 +96,7 @@ def text(name: FlavourName, device: torch.device, tiny: bool) -> None:
 
 
 def vae(device: torch.device, tiny: bool) -> None:
-    """Images a second of the VAE in bf16, both ways."""
+    """Images a second of the VAE in bf16, encoding and decoding."""
     from diffusers import AutoencoderKLFlux2
 
     from simpletuner.flux2.autoencoder import Autoencoder
@@ -129,7 +129,7 @@ def vae(device: torch.device, tiny: bool) -> None:
 
 
 def peak(device: torch.device) -> dict[str, int]:
-    """The allocator's, where there is one."""
+    """Peak memory of the allocator, if the device has one."""
     return {"allocated_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
 
 

@@ -23,7 +23,7 @@ from simpletuner.memory.rate import matmul_rate
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 ALSO = ("tokenizers", "triton", "bitsandbytes", "peft", "pytest", "beartype")
-"""What is used where it is installed."""
+"""Packages that are used if they are installed."""
 COPY_BYTES = {True: 2**24, False: 2**32}
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     on_device, other = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     pinned = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     pageable = torch.empty(size, dtype=torch.uint8)
-    # Bytes that a copy counts: on the device those read and those written.
+    # Bytes per copied byte: a copy on the device reads and writes.
     copies = (
         ("copy on the device, read and write", 2 * size, other, on_device),
         ("pinned host memory to the device", size, on_device, pinned),
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """Names and versions."""
+    """Names and versions of hardware and software."""
     found = {
         "date": time.strftime("%Y-%m-%d"),
         "Python": platform.python_version(),
@@ -76,7 +76,7 @@ def facts(device: torch.device) -> dict[str, str]:
 
 
 def packages() -> tuple[str, str]:
-    """Versions of the libraries that the program uses, and which of them are missing or older than it needs."""
+    """Versions of the program's libraries, and which of them are missing or older than required."""
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     needed = dict(wanted.split(">=") for wanted in project["dependencies"])
     there, lacking = [], []
@@ -93,12 +93,12 @@ def packages() -> tuple[str, str]:
 
 
 def numbers(version_text: str) -> tuple[int, ...]:
-    """Of a version, its release numbers: of 2.11.0+cu130 (2, 11, 0)."""
+    """The release numbers of a version: (2, 11, 0) for 2.11.0+cu130."""
     return tuple(map(int, re.findall(r"\d+", version_text.partition("+")[0])))
 
 
 def memory_bytes() -> int:
-    """Of the machine."""
+    """Memory of the machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -117,21 +117,21 @@ def driver() -> str:
 
 
 def default_attention(device: torch.device) -> str:
-    """The kernel that torch takes by itself at dev's shape."""
+    """The kernel that torch chooses by itself at dev's shape."""
     query = torch.empty(1, 48, 4608, 128, device=device, dtype=torch.bfloat16)
     chosen = torch._fused_sdp_choice(query, query, query)
     return torch.nn.attention.SDPBackend(chosen).name
 
 
 def segments_expand() -> bool:
-    """Whether torch's allocator can let its segments grow, as the program asks it to: tried in another process."""
+    """Whether torch's allocator supports the expandable segments that the program requests (tried in a process)."""
     tried = "import torch; torch.ones(2**20, device='cuda').sum().item()"
     environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     return subprocess.run([sys.executable, "-c", tried], env=environment, check=False).returncode == 0
 
 
 def small_rate(device: torch.device, side: int) -> float:
-    """Floating point operations a second of a small product."""
+    """Floating point operations per second of a small matrix product."""
     matrix = torch.randn(side, side, device=device).bfloat16()
     return 2 * side**3 / seconds_of(lambda: matrix @ matrix, device)
 

@@ -11,7 +11,7 @@ import torch
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that every measurement takes."""
+    """A parser with the arguments that all measurements take."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     made.add_argument("--tiny", action="store_true", help="use small models, to test the script")
@@ -21,20 +21,20 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def free() -> None:
-    """Give unreachable memory of the device back."""
+    """Free unreachable memory of the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def wait(device: torch.device) -> None:
-    """Until all launched work is done."""
+    """Wait until all launched work is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Clock:
-    """Time left of a measurement."""
+    """The time that a measurement has left."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -45,7 +45,7 @@ class Clock:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, *, rounds: int = 5, calls: int = 1) -> float:
-    """Seconds of one call: the median of a few rounds of `calls` each, after one round that does not count."""
+    """Seconds of one call: the median of a few rounds of `calls` calls each, after one warm-up round."""
     seconds = []
     for _ in range(1 + rounds):
         wait(device)

@@ -14,16 +14,16 @@ from simpletuner.memory.precision import quantizable_linears, replace_by_empty
 SPECS = {"dev": DEV, "klein-9b": KLEIN_9B, "klein-4b": KLEIN_4B}
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 FORMATS: dict[str, PrecisionName] = {"int8": "int8-quanto", "int4": "int4-quanto"}
-"""Formats of quantized weights that are read without the library that makes them."""
+"""Formats of quantized weights that can be read without their library."""
 SPREAD = {"int8": 74.0, "int4": 4.6}
-"""Standard deviation of an even draw of all numbers of a format."""
+"""Standard deviation of a uniform draw over all numbers of a format."""
 TINY_EDGE, TINY_TEXT = 64, 16
-"""Pixels and text tokens of the rehearsal."""
+"""Edge in pixels and number of text tokens in the rehearsal."""
 TEXT = 512
 
 
 def spec_of(name: str, *, tiny: bool) -> TransformerSpec:
-    """The shapes of a flavour, or those of a small model with the same parts."""
+    """The shapes of a flavour, or of a small model with the same parts."""
     spec = SPECS[name]
     if not tiny:
         return spec
@@ -34,7 +34,7 @@ def transformer(
     spec: TransformerSpec, precision: str, device: torch.device, resident: Collection[int] | None = None
 ) -> Flux2Transformer:
     """A frozen transformer of small random weights: bf16, or its blocks in int8 or int4. Blocks whose index is not in
-    `resident`, if that is given, are in host memory; each is drawn on `device` first, which is faster.
+    `resident`, if that is set, are in host memory; each is generated on `device` first, which is faster.
     """
     with torch.device("meta"):
         model = Flux2Transformer(spec).bfloat16().requires_grad_(False)
@@ -54,7 +54,7 @@ def transformer(
 
 
 def draw(name: str, tensor: Tensor, precision: str, generator: torch.Generator) -> None:
-    """Fill a weight, or a part of a quantized one, so that weights are about 0.02."""
+    """Fill a weight, or a part of a quantized one, such that weights are about 0.02."""
     if name == "weight":
         tensor.normal_(std=0.02, generator=generator)
     elif name == "data":

@@ -10,17 +10,19 @@ Column = tuple[str, Callable[[Row], str]]
 
 GIB = 2**30
 EXPANDABLE_SEGMENTS, WORK = "expandable segments", "work"
-"""Name and value of the fact by which `all.py` decides whether measurements ask for them, as the program does."""
+"""Name and value of the fact by which `all.py` decides whether measurements request expandable segments, as the program
+does.
+"""
 
 
 def report(kind: str, **fields: Any) -> None:
-    """Print one result as a JSON line, at once: what is printed survives whatever comes after it."""
+    """Print one result as a JSON line, at once: printed lines survive a later crash."""
     sys.stdout.write(json.dumps({"kind": kind, **fields}) + "\n")
     sys.stdout.flush()
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """All results as Markdown, a section for each kind of row."""
+    """All results as Markdown, with a section for each kind of row."""
     sections = [
         facts(rows),
         table("Checks", of_kind(rows, "check"), CHECKS),
@@ -46,7 +48,7 @@ def facts(rows: Sequence[Row]) -> str:
 
 
 def table(title: str, rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """A section with one row for each result; empty where there is none."""
+    """A section with one row for each result; empty if there is none."""
     if not rows:
         return ""
     lines = ["| " + " | ".join(head for head, _ in columns) + " |", "|" + "---|" * len(columns)]
@@ -57,17 +59,17 @@ def table(title: str, rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 
 def text(key: str) -> Callable[[Row], str]:
-    """The field `key` as it is; empty where it is missing or null."""
+    """A function that returns the field `key` unchanged; empty if it is missing or null."""
     return lambda row: "" if row.get(key) is None else str(row[key])
 
 
 def number(key: str, digits: str, scale: float = 1.0, unit: str = "") -> Callable[[Row], str]:
-    """The field `key` times `scale`, in the format `digits`; empty where it is missing or null."""
+    """A function that formats the field `key` times `scale` with `digits`; empty if it is missing or null."""
     return lambda row: "" if row.get(key) is None else f"{row[key] * scale:{digits}}{unit}"
 
 
 def against_plan(row: Row) -> str:
-    """Peak of the allocator against what the plan expects."""
+    """The allocator's peak relative to the plan's estimate, as a signed percentage; empty if either is unknown."""
     if not row.get("planned_bytes") or not row.get("allocated_bytes"):
         return ""
     return f"{row['allocated_bytes'] / row['planned_bytes'] - 1:+.1%}"

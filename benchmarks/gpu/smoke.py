@@ -36,26 +36,26 @@ from simpletuner.memory import offload, recompute
 
 CPU = torch.device("cpu")
 SIGMA, GUIDANCE = (0.25, 0.5), (1.0, 4.0)
-"""Exact in bf16, and a thousand times as much too: the time embedding scales them in the model's own dtype."""
+"""Exact in bf16, also when multiplied by a thousand: the time embedding does that in the model's own dtype."""
 FP32_BOUND, BF16_BOUND = 1e-4, 5e-2
 TEXT_TOKENS, GRID = 24, (6, 4)
 TINY_LAYERS, TINY_LENGTH = (10, 20, 30), 64
 
 
 class SmokeStep(NamedTuple):
-    """What a step gave, on the CPU in fp32."""
+    """Results of a step, on the CPU in fp32."""
 
     velocity: Tensor
     losses: Tensor
     gradients: Tensor
-    """Those of all adapters, in one row."""
+    """Those of all adapters, concatenated."""
 
 
 def main() -> None:
     arguments = parser(__doc__).parse_args()
     device: torch.device = arguments.device
     clock = Clock(arguments.seconds)
-    # What `mixed_precision no` promises.
+    # As with `mixed_precision no`: fp32 without TF32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for check in CHECKS:
         if clock.left < 3:
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def against_the_cpu(device: torch.device) -> None:
-    """Velocity, loss and gradients in fp32, and in bf16, against the CPU's in fp32."""
+    """Compare velocity, loss and gradients in fp32 and in bf16 with the CPU's in fp32."""
     reference = stepped(model(CPU, torch.float32), CPU)
     for dtype, bound in ((torch.float32, FP32_BOUND), (torch.bfloat16, BF16_BOUND)):
         compare(
@@ -81,7 +81,7 @@ def against_the_cpu(device: torch.device) -> None:
 
 
 def streamed(device: torch.device) -> None:
-    """A streamed step, with a ring of one and of two groups, against a resident one."""
+    """Compare a streamed step, with a ring of one and of two groups, with a resident one."""
     with sdpa_kernel(SDPBackend.MATH):
         resident = stepped(model(device, torch.bfloat16, is_recomputed=True), device)
         for ring in (1, 2):
@@ -92,7 +92,7 @@ def streamed(device: torch.device) -> None:
 
 
 def quantized(device: torch.device) -> None:
-    """A quantized step against the CPU's, and streamed against resident."""
+    """Compare a quantized step with the CPU's, and a streamed one with a resident one."""
     for precision in ("int8", "int4"):
         with sdpa_kernel(SDPBackend.MATH):
             resident = stepped(model(device, torch.bfloat16, precision, is_recomputed=True), device)
@@ -105,7 +105,7 @@ def quantized(device: torch.device) -> None:
 
 
 def compiled(device: torch.device) -> None:
-    """A compiled step against an eager one."""
+    """Compare a compiled step with an eager one."""
     eager = stepped(model(device, torch.float32, is_recomputed=True), device)
     made = model(device, torch.float32)
     installed = compilation.install(made.blocks, backend="inductor", sizes_vary=False)
@@ -115,7 +115,7 @@ def compiled(device: torch.device) -> None:
 
 
 def text_padding(device: torch.device) -> None:
-    """The context of two prompts, its padding row among it, on each kernel against the CPU's."""
+    """Compare the context of two prompts, including its padding row, on each attention kernel with the CPU's."""
     from simpletuner.flux2.load import load_text_encoder
     from simpletuner.flux2.source import locate
 
@@ -143,7 +143,7 @@ def text_padding(device: torch.device) -> None:
 def model(
     device: torch.device, dtype: torch.dtype, precision: str = "bf16", *, is_recomputed: bool = False
 ) -> Flux2Transformer:
-    """A small transformer with adapters that are not at their start, the same numbers on every device."""
+    """A small transformer with adapters that are not zero, with the same numbers on every device."""
     spec = replace(spec_of("dev", tiny=True), double_blocks=2, single_blocks=2)
     made = transformer(spec, precision, CPU)
     if precision == "bf16":
@@ -160,7 +160,7 @@ def model(
 
 
 def stepped(made: Flux2Transformer, device: torch.device, times: int = 1) -> SmokeStep:
-    """The last of some steps without an update; the first ones teach a ring what comes next."""
+    """The last of several steps without an update; the first ones let the ring record the order of groups."""
     generator = torch.Generator().manual_seed(2)
     latents, noise = (torch.randn(2, 128, *GRID, generator=generator) for _ in range(2))
     rows = torch.randn(TEXT_TOKENS, made.spec.context_dim, generator=generator)
@@ -180,7 +180,7 @@ def stepped(made: Flux2Transformer, device: torch.device, times: int = 1) -> Smo
 
 
 def compare(what: str, found: SmokeStep, expected: SmokeStep, bound: float) -> None:
-    """Report the velocity, the loss and the gradients."""
+    """Report velocity, loss and gradients."""
     close(f"{what}: velocity", found.velocity, expected.velocity, bound)
     close(f"{what}: losses", found.losses, expected.losses, bound)
     close(f"{what}: gradients", found.gradients, expected.gradients, bound)
@@ -192,7 +192,7 @@ def close(what: str, found: Tensor, expected: Tensor, bound: float) -> None:
 
 
 def equal(what: str, found: SmokeStep, expected: SmokeStep) -> None:
-    """Report whether all bits are the same."""
+    """Report whether all bits are equal."""
     ours, theirs = (torch.cat([part.flatten() for part in step]) for step in (found, expected))
     error = ((ours - theirs).norm() / theirs.norm()).item()
     report("check", what=f"{what}: same bits", passed=torch.equal(ours, theirs), error=error, bound=0.0)

@@ -19,30 +19,30 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Reports:
-    """Reports each test to `results`, past what pytest captures, and stops once there is no time left."""
+    """Reports each test to `results`, past pytest's capture, and stops when no time is left."""
 
     def __init__(self, seconds: float, results: TextIO) -> None:
         self._clock = Clock(seconds)
         self._results = results
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """The quick ones first, whole runs of the command last among them."""
+        """Sort quick tests first, and of these the whole runs of the command last."""
         items.sort(key=lambda item: ("slow" in item.keywords, item.path.name == "test_command.py"))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A test's call, or what stopped it before."""
+        """Report a test's call, and any other phase that did not pass."""
         if report.when == "call" or report.outcome != "passed":
             with contextlib.redirect_stdout(self._results):
                 report_test(report)
 
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
-        """Ends the session between two tests."""
+        """End the session between two tests if no time is left."""
         if self._clock.left <= 0:
             item.session.shouldstop = "no time was left"
 
 
 def report_test(test: pytest.TestReport) -> None:
-    """One row of the table."""
+    """Report a test as one row of the table."""
     note = "" if test.passed else test.longreprtext.strip().splitlines()[-1][:300]
     report("test", name=test.nodeid, outcome=test.outcome, seconds=test.duration, passed=not test.failed, note=note)
 

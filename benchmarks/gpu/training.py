@@ -51,7 +51,7 @@ from simpletuner.train.step import Objective, Stepper
 from simpletuner.train.throughput import data_sheet_rate
 
 WARM_UP = 2
-"""Steps before the timed ones: what is set up once, and the ring learns what comes next."""
+"""Steps before the timed ones: they set up what is set up once, and let the ring record the order of groups."""
 MOST_STEPS, FEWEST_STEPS = 10, 3
 KERNELS_SHOWN = 15
 PROFILE_BYTES = 16 * 2**20
@@ -66,16 +66,16 @@ class Case:
     model: str = "dev"
     precision: str = "bf16"
     edge: int = 1024
-    """Side of the image in pixels."""
+    """Edge of the image in pixels."""
     batch: int = 1
     cap_gib: float | None = None
-    """Memory of the GPU that the case may use; the blocks are then streamed."""
+    """GPU memory in GiB that the case may use; its blocks are then streamed. None for a resident model."""
     is_compiled: bool = False
     kept: float = 1.0
     """Share of the image tokens that TREAD keeps."""
     target: str = "every Linear"
     keeps_blocks: bool = False
-    """Whether as many blocks stay resident as `group_offload_resident_blocks` auto would keep under the cap."""
+    """Whether as many blocks stay resident as `group_offload_resident_blocks` `auto` would keep under the cap."""
     is_profiled: bool = False
 
     @property
@@ -84,12 +84,12 @@ class Case:
 
     @property
     def made_of(self) -> tuple[object, ...]:
-        """What needs a model of its own."""
+        """Key of the model that the case needs; cases with equal keys share a model."""
         return self.model, self.precision, self.is_resident, self.is_compiled, self.target, self.keeps_blocks
 
     @property
     def variant(self) -> str:
-        """What is unusual about it."""
+        """Difference from an ordinary step, for the table."""
         parts = [f"TREAD keeps {self.kept:g}"] if self.kept < 1 else []
         return ", ".join([*parts, *([f"LoRA on {self.target}"] if self.target != "every Linear" else [])])
 
@@ -135,7 +135,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where cases are measured."""
+    """The device, options and remaining time of the cases."""
 
     device: torch.device
     tiny: bool
@@ -143,7 +143,7 @@ class Bench:
     out: Path
 
     def run(self, cases: Sequence[Case]) -> None:
-        """Report each of the cases, which share a model."""
+        """Measure and report the cases, which share a model."""
         left = list(cases)
         for ring in (0,) if cases[0].is_resident else (2, 1):
             if left and self.clock.left > 0:
@@ -153,7 +153,7 @@ class Bench:
             self.report(case, "resident" if case.is_resident else "streamed", note="does not fit, or no time was left")
 
     def report(self, case: Case, residency: str, **fields: Any) -> None:
-        """One row of the table."""
+        """Report one row of the table."""
         edge = TINY_EDGE if self.tiny else case.edge
         report(
             "step",
@@ -170,19 +170,19 @@ class Bench:
 
 
 class UncheckedStepper(Stepper):
-    """Waits for losses and gradient norm as its base does, and lets any pass."""
+    """A stepper that waits for losses and gradient norm as its base class does, but accepts any values."""
 
     def read(self, values: torch.Tensor) -> list[float]:
         return [0.0] * len(super().read(values))
 
 
 class Model:
-    """A transformer made for some cases, with what trains it."""
+    """A transformer for some cases, with its adapter and optimizer."""
 
     def __init__(self, bench: Bench, case: Case, ring: int) -> None:
         self.bench = bench
         self.ring = ring
-        """Groups of streamed blocks on the device at once; 0 where all are resident."""
+        """Groups of streamed blocks on the device at once; 0 if all blocks are resident."""
         device, spec = bench.device, spec_of(case.model, tiny=bench.tiny)
         self.config = planned(configured(case, ring, bench.tiny), case, tiny=bench.tiny).resolved_config
         if device.type == "cuda":
@@ -198,12 +198,12 @@ class Model:
         free()
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
         del self.transformer, self.adapter, self.streaming, self.plain
         free()
 
     def measure(self, case: Case) -> bool:
-        """Report the case; whether it fitted."""
+        """Measure and report the case. Returns whether it fitted."""
         if self.bench.clock.left <= 0:
             return False
         device = self.bench.device
@@ -211,7 +211,7 @@ class Model:
             whole = torch.cuda.get_device_properties(device).total_memory
             share = 1.0 if case.cap_gib is None else min(1.0, case.cap_gib * GIB / whole)
             torch.cuda.set_per_process_memory_fraction(share, device)
-        # A resident model either fits or does not; where a cap is too small, block inputs can go to host memory.
+        # A resident model either fits or does not; under a cap that is too small, block inputs go to host memory.
         for goes_to_host in (False,) if case.is_resident else (False, True):
             for block, forward in zip(self.transformer.blocks, self.plain, strict=True):
                 block.forward = forward
@@ -268,7 +268,7 @@ class Model:
             fields["copied_bytes"] = (self.streaming.copied_bytes - copied) / len(times)
             if clock.left > 5 * seconds:
                 unchecked = self.step(case, UncheckedStepper)
-                # Adapters get no sense from weights of the wrong block: their own values come back afterwards.
+                # With the weights of wrong blocks the adapters train wrongly: their values are restored afterwards.
                 with self.adapter.with_weights(self.adapter.state()):
                     fields |= overlap(self.streaming, unchecked, seconds, fields["copied_bytes"], device, clock)
         self.bench.report(case, residency, **fields)
@@ -283,7 +283,7 @@ class Model:
         return replace(passing, routes=tuple(routes))
 
     def step(self, case: Case, kind: type[Stepper] = Stepper) -> Callable[[], None]:
-        """One optimizer step of the program over the same batch again and again."""
+        """A function that makes one optimizer step of the program, always over the same batch."""
         device, tiny = self.bench.device, self.bench.tiny
         denoiser = Denoiser(self.transformer)
         stepper = kind(
@@ -308,7 +308,7 @@ class Model:
 
 
 def configured(case: Case, ring: int, tiny: bool) -> RunConfig:
-    """The run that a case stands for."""
+    """The configuration of a case."""
     return RunConfig(
         base_model_precision=FORMATS.get(case.precision, "no_change"),
         lora_rank=16,
@@ -322,19 +322,19 @@ def configured(case: Case, ring: int, tiny: bool) -> RunConfig:
 
 
 def planned(config: RunConfig, case: Case, *, goes_to_host: bool = False, tiny: bool) -> Footprint:
-    """What `simpletuner plan` expects of the case, without a VAE beside it."""
+    """The memory plan of the case, without a VAE beside it."""
     spec = spec_of(case.model, tiny=tiny)
     config = config.model_copy(update={"activation_offload": goes_to_host})
     architecture = replace(Architecture.of(config), transformer=spec, text_length=TINY_TEXT if tiny else TEXT)
     edge = TINY_EDGE if tiny else case.edge
     work = Workload(bucket=(edge, edge), batch=case.batch, samples_images=False)
-    # Only where blocks stay resident does the plan depend on the room that there is.
+    # The plan depends on the available memory only if blocks stay resident.
     room = int(case.cap_gib * GIB) if case.keeps_blocks and case.cap_gib is not None else 2**50
     return Footprint(config, architecture, work, MachineMemory(accelerator=room, ram=2**50, disk=None))
 
 
 def random_batch(case: Case, model: Flux2Transformer, tiny: bool) -> Batch:
-    """Latents, context and noise of random numbers, in host memory."""
+    """Random latents, contexts and noise, in host memory."""
     generator = torch.Generator().manual_seed(0)
     side = (TINY_EDGE if tiny else case.edge) // PIXELS_PER_TOKEN
     text = TINY_TEXT if tiny else TEXT
@@ -355,13 +355,13 @@ def random_batch(case: Case, model: Flux2Transformer, tiny: bool) -> Batch:
 
 
 def route(model: Flux2Transformer, kept: float) -> Route:
-    """The blocks that see a share of the image tokens."""
+    """The blocks that process a share of the image tokens."""
     start, end = (index % model.spec.blocks for index in ROUTE)
     return Route(start, end, kept)
 
 
 def timed(step: Callable[[], None], device: torch.device, clock: Clock) -> list[float]:
-    """Seconds of each step, as many as half of the time that is left allows."""
+    """Seconds of each step: `FEWEST_STEPS` to `MOST_STEPS` steps, and about half of the remaining time."""
     seconds: list[float] = []
     while len(seconds) < MOST_STEPS:
         began = time.perf_counter()
@@ -381,7 +381,9 @@ def overlap(
     device: torch.device,
     clock: Clock,
 ) -> dict[str, float]:
-    """How much of the copies the compute hides. On a CPU nothing runs beside anything."""
+    """Seconds of a step without copies and of the copies alone, and, on a GPU, the share of the copies that compute
+    hides.
+    """
     with nothing_copied(streaming):
         without = statistics.median(timed(step, device, clock))
     before, began = streaming.copied_bytes, time.perf_counter()
@@ -395,7 +397,7 @@ def overlap(
 
 @contextlib.contextmanager
 def nothing_copied(streaming: offload.Streaming) -> Iterator[None]:
-    """Inside, slots keep the weights that they have."""
+    """A context in which nothing is copied: slots keep their present weights."""
 
     def mark(group: Any) -> None:
         group.slot.group = group
@@ -444,7 +446,7 @@ def profiled(step: Callable[[], None], device: torch.device, out: Path, case: st
 
 
 def resident_bytes() -> int:
-    """Memory of this process, pinned pages included."""
+    """Memory of this process in bytes, pinned pages included."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["VmRSS"].removesuffix("kB")) * 1024
 

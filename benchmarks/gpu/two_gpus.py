@@ -50,7 +50,7 @@ PARITY_BOUND = 1e-3
 STEPS, MICRO_BATCHES = 8, 2
 TIMEOUT_S = 60
 WAIT_S = 240.0
-"""For a run of the command to get to where it is looked at, or to end."""
+"""Seconds that a run of the command may take to reach an observed point, or to end."""
 ENGINES = ("one process", "DDP", "FSDP2")
 LISTENING = "0A"
 LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 class Workplace:
-    """A folder in which the real command trains its example."""
+    """A folder in which the real command trains the example."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.folder = folder
@@ -90,7 +90,7 @@ class Workplace:
         self.environ = {**os.environ, **hidden}
 
     def start(self, name: str, *flags: str) -> "subprocess.Popen[str]":
-        """`simpletuner train` into `output/NAME`."""
+        """Start `simpletuner train` into `output/NAME`."""
         command = [sys.executable, "-P", "-m", "simpletuner", "train", "--example", "tiny-lora", "--validation_disable"]
         command += [f"--output_dir=output/{name}", "--mixed_precision=no", "--train_batch_size=1"]
         command += [
@@ -109,7 +109,7 @@ class Workplace:
         )
 
     def parity(self, ranks: int) -> None:
-        """Train the same in three ways."""
+        """Train the same in three ways, and compare."""
         accumulated = f"--gradient_accumulation_steps={MICRO_BATCHES}"
         ways = {
             "one process": ["--num_processes=1", f"--gradient_accumulation_steps={MICRO_BATCHES * ranks}"],
@@ -134,7 +134,7 @@ class Workplace:
                 report("check", what=f"{engine} listens on loopback alone", passed=passed, note=note)
 
     def killed(self, ranks: int) -> None:
-        """Kill the last rank of a run, and go on."""
+        """Kill the last rank of a run, and resume it."""
         flags = (f"--num_processes={ranks}", "--checkpoint_step_interval=4")
         process = self.start("killed", "--max_train_steps=100000", *flags)
         events = self.folder / "output" / "killed" / "events.jsonl"
@@ -196,14 +196,14 @@ def last_step(events: Path) -> int:
 
 
 def distance(run: Path, other: Path) -> float:
-    """‖run − other‖ / ‖other‖ over their adapters."""
+    """‖run − other‖ / ‖other‖ over the adapters of two runs."""
     one, two = (load_file(each / "pytorch_lora_weights.safetensors") for each in (run, other))
     left, right = (torch.cat([each[name].double().flatten() for name in two]) for each in (one, two))
     return float((left - right).norm() / right.norm())
 
 
 def steps(engine: str, ranks: int, flags: list[str]) -> None:
-    """Let as many ranks as the engine has measure their steps; rank 0 reports."""
+    """Start the engine's ranks, which measure their steps; rank 0 reports."""
     size = 1 if engine == "one process" else ranks
     command = [sys.executable, __file__, *flags, f"--engine={engine}"]
     with tempfile.TemporaryDirectory(prefix="simpletuner-ranks-") as folder:
@@ -263,7 +263,7 @@ def timed_once(step: Callable[[], None], world: World) -> float:
 
 
 def trained(case: Case, engine: str, world: World, tiny: bool) -> Callable[[], None]:
-    """A step of the program, as one rank of the engine."""
+    """A function that makes a step of the program, as one rank of the engine."""
     config = configured(case, 0, tiny)
     made = transformer(spec_of(case.model, tiny=tiny), case.precision, world.device)
     if engine == "FSDP2":
