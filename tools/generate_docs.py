@@ -174,7 +174,7 @@ def other_keys_tables() -> str:
 
 def _other_keys_lines() -> Iterator[str]:
     yield "\n## Options that are refused\n"
-    yield "A value that asks for nothing is accepted, also for options [not built yet](options.md#not-built-yet)."
+    yield "A value that turns its feature off is accepted, also for options [not built yet](options.md#not-built-yet)."
     yield from _refused_table(OTHER_OPTIONS.keys)
     yield "\n## Options without effect\n\n| key | why |\n|---|---|"
     prefixes = {f"{prefix}…": other for prefix, other in OTHER_OPTIONS.prefixes.items()}
