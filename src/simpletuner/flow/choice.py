@@ -1,4 +1,4 @@
-"""The image tokens that a TREAD route processes. The data side draws them with a batch; the transformer reads them."""
+"""The image tokens that a TREAD route processes. `data` draws them for each batch; the transformer reads them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ class TokenChoice:
     start: int
     end: int
     kept_tokens: Int64[Tensor, "b kept"]
-    """Indices of the kept image tokens, ascending. The denoiser appends those of references, which are always kept."""
+    """Indices of the kept image tokens, ascending. Reference tokens are always kept: the denoiser appends theirs."""
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "TokenChoice":
         """The same tokens with `change` applied to the tensor `kept_tokens`."""

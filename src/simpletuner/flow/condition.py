@@ -14,8 +14,8 @@ from torch import Tensor
 class TextContext:
     """Text contexts of equal length that store each distinct row once: row i of sample b is `rows[index[b, i]]`.
 
-    So equal padding rows are stored, cached and copied to the accelerator once, and expanded there. Only the text
-    encoder's codec knows which rows are padding.
+    Equal padding rows are therefore stored, cached and copied to the accelerator once, and expanded there. Only the
+    text encoder's codec knows which rows are padding.
     """
 
     rows: Float[Tensor, "n d"]
@@ -101,13 +101,13 @@ class References:
 
     @property
     def token_mask(self) -> Bool[Tensor, "b r"]:
-        """`is_token`, as a mask of ones if no sample is padded."""
+        """`is_token`, or a mask that is True everywhere if no sample is padded."""
         if self.is_token is not None:
             return self.is_token
         return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
 
     def padded(self, length: int) -> "References":
-        """The same references padded to `length` tokens a sample; `self` if they have this length."""
+        """The same references padded to `length` tokens per sample; `self` if they have this length already."""
         added = length - self.tokens.shape[1]
         if added == 0:
             return self
@@ -133,7 +133,7 @@ class Condition:
 
     context: TextContext
     guidance: Float[Tensor, " b"]
-    """Input of the guidance embedder, as a user gives it (1.0, 4.0); models without the embedder ignore it."""
+    """Guidance of each sample, as a user gives it (1.0, 4.0). Models without a guidance embedder ignore it."""
     references: References | None = None
     """None if no sample has references."""
 

@@ -26,7 +26,7 @@ def squared(error: Float[Tensor, "b c h w"], _sigma: Float[Tensor, " b"]) -> Flo
 def huber_scale(sigma: Float[Tensor, " b"], c: float, schedule: HuberSchedule) -> Float[Tensor, " b"]:
     """The error size at which the Huber losses change from quadratic to linear, for each sigma (arXiv 2403.16728, §4).
 
-    constant: c. exponential: c^σ, 1 at the data and c at the noise. snr: (1 − c)/(1 + σ/(1−σ))² + c, where σ/(1−σ)
+    constant: c. exponential: c^σ, which is 1 for data and c for noise. snr: (1 − c)/(1 + σ/(1−σ))² + c, where σ/(1−σ)
     is the flow's ratio of noise to data; that is (1 − c)(1 − σ)² + c.
     """
     if schedule == "constant":
@@ -37,7 +37,7 @@ def huber_scale(sigma: Float[Tensor, " b"], c: float, schedule: HuberSchedule) -
 
 
 def charbonnier(error: Tensor, scale: Tensor) -> Tensor:
-    """2·(√(e² + c²) − c), in a form without cancellation for small errors."""
+    """2·(√(e² + c²) − c) for error e and scale c, in a form without cancellation for small errors."""
     return 2 * error.square() / ((error.square() + scale.square()).sqrt() + scale)
 
 
@@ -100,7 +100,7 @@ def flow_loss(
     weight: Float[Tensor, "b h w"] | None = None,
     prior: Prior | None = None,
 ) -> Float[Tensor, " b"]:
-    """Loss of each sample, fp32: the mean `penalty` of the velocity error, by `weight` if given, plus `prior`."""
+    """Loss of each sample, fp32: mean `penalty` of the velocity error, weighted by `weight`, plus `prior.loss`."""
     prediction = denoise(noised(clean, noise, sigma), sigma, condition).float()
     losses = averaged(penalty(prediction - velocity(clean, noise), sigma), weight)
     return losses if prior is None else losses + prior.loss(prediction, sigma, penalty)

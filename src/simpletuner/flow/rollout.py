@@ -36,7 +36,7 @@ class Solver:
     """Minimum number of steps: the first step of a multistep method is Euler's, so fewer would be another sampler."""
 
     def steps(self, longest: float) -> int:
-        """The steps of each rollout in a run whose longest rollout covers `longest` of the path."""
+        """Number of steps of each rollout, in a run whose longest rollout covers a share `longest` of the path."""
         # Round first, so that 60/1000 is three steps of 20/1000, not four from a quotient of 3.0…04.
         return max(self.min_steps, math.ceil(round(longest / LONGEST_STEP, 9)))
 
@@ -98,8 +98,8 @@ def rolled_out(
 ) -> Float[Tensor, "b c h w"]:
     """Integrate the model from the noised latents at `starts` to `sigma`, in `steps` equal steps per sample.
 
-    Samples that start at their sigma are plainly noised, bit for bit, and are not part of the model calls. If all
-    samples are such, the model is not called. Runs without gradients.
+    Samples that are not rolled out get the plainly noised latents of `noised`, bit for bit, and are left out of the
+    model calls. If no sample is rolled out, the model is not called. Runs without gradients.
     """
     x = noised(clean, noise, sigma)
     moving = starts.rolled
@@ -128,7 +128,7 @@ def rollout_loss(
     weight: Float[Tensor, "b h w"] | None = None,
     prior: Prior | None = None,
 ) -> Float[Tensor, " b"]:
-    """`flow_loss` at x instead of the plainly noised latents, with ReflexFlow's terms for samples where `is_rolled`.
+    """`flow_loss` at the rolled-out latents `x`, with ReflexFlow's terms for samples where `is_rolled`.
 
     Args:
         unrolled: the prediction at the plainly noised latents, without gradient. Required if alpha is not 0.
@@ -170,10 +170,10 @@ def drift(
     offset: Float[Tensor, "b c h w"],
     weight: Float[Tensor, "b h w"] | None = None,
 ) -> Float[Tensor, " b"]:
-    """Squared distance, 0 to 4, of the unit vectors of `prediction` and of `offset`, which is x − clean.
+    """Squared distance, 0 to 4, between the unit vectors of `prediction` and of `offset`, which is x − clean.
 
-    Both are first multiplied by `weight` if given, which excludes positions of weight 0. On the path both have the same
-    direction: x − clean = σ·(noise − clean).
+    If `weight` is given, both are first multiplied by it, which excludes positions of weight 0. On the path both have
+    the same direction: x − clean = σ·(noise − clean).
     """
     if weight is not None:
         prediction, offset = (rearrange(weight, "b h w -> b 1 h w") * each for each in (prediction, offset))

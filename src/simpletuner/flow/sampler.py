@@ -78,7 +78,9 @@ def unipc(
     sigmas: Float[Tensor, "points b"],
     report: StepsDone = lambda step: None,
 ) -> Float[Tensor, "b c h w"]:
-    """UniPC of order 2: predicts as `dpm`, then corrects with the data prediction there. One model call per step.
+    """UniPC: predicts as `dpm`, then corrects with the data prediction at the predicted point.
+
+    Order 2, one model call per step.
 
     Source: arXiv 2302.04867, UniPC-2 with B₂(h) = e^h − 1 and data prediction, α = 1 − σ. The model call at a predicted
     point both corrects it and starts the next step. The last point has no call, so it is not corrected.
@@ -134,7 +136,7 @@ def _trend(previous: tuple[Tensor, Tensor] | None, data: Tensor, sigma: Tensor, 
 def _correction(
     previous: tuple[Tensor, Tensor] | None, data: Tensor, next_data: Tensor, sigma: Tensor, next_sigma: Tensor
 ) -> Tensor:
-    """The same mean change given `next_data`, the data prediction at the step's end, with UniC's weights."""
+    """Like `_trend`, but with `next_data`, the data prediction at the step's end, and UniC's weights."""
     if previous is None:
         return (next_data - data) / 2
     earlier_data, earlier_sigma = previous

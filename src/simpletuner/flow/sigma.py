@@ -37,7 +37,7 @@ def uniform_density() -> Density:
 
 
 def listed_density(sigmas: Sequence[float]) -> Density:
-    """Each entry of `sigmas` with equal probability; repeated entries count repeatedly."""
+    """Each entry of `sigmas` with equal probability; a value that is listed twice is twice as likely."""
     rising = sorted(sigmas)
     return lambda u: rising[min(int(u * len(rising)), len(rising) - 1)]
 
@@ -71,7 +71,7 @@ def beta_cdf(x: float, alpha: float, beta: float) -> float:
     """The regularized incomplete beta function I_x(alpha, beta), by its continued fraction (DLMF 8.17.22)."""
     if x <= 0 or x >= 1:
         return float(x >= 1)
-    if x > (alpha + 1) / (alpha + beta + 2):  # the fraction converges fast only below the mode
+    if x > (alpha + 1) / (alpha + beta + 2):  # the fraction converges fast only below this point
         return 1 - beta_cdf(1 - x, beta, alpha)
     log_front = (
         math.lgamma(alpha + beta) - math.lgamma(alpha) - math.lgamma(beta) + alpha * math.log(x) + beta * math.log1p(-x)
