@@ -37,7 +37,7 @@ class TransformerPass:
     image_tokens: int
     """Image tokens in each sample."""
     is_autocast: bool = False
-    """Whether weights are cast for each matrix product and the copies saved for the gradient."""
+    """Whether each matrix product casts its weight, and autograd saves the cast copy."""
     is_full: bool = False
     """Whether all weights are trainable."""
     is_released: bool = False
@@ -69,7 +69,7 @@ class _Block:
     """Everything that determines a block's memory."""
 
     pass_: TransformerPass
-    """Without per-block settings; `image` counts only the tokens that this block processes."""
+    """Without per-block settings; `image_tokens` counts only the tokens that this block processes."""
     is_double: bool
     is_recomputed: bool
     is_tracked: bool
@@ -100,11 +100,11 @@ class Activations:
     """Peak memory of a training step in bytes, without weights and optimizer state."""
 
     saved: int
-    """Saved by autograd, for blocks whose backward pass has not run yet."""
+    """Tensors saved by autograd, of blocks whose backward pass has not run yet."""
     host_inputs: int
     """Peak of recomputed blocks' inputs in host memory. Pinned allocations are rounded up to powers of two."""
     workspace: int
-    """Of the block that is running."""
+    """Temporary memory of the block that is running."""
     gradients: int
     """Weight gradients that exist at the peak."""
 
@@ -124,9 +124,9 @@ def training(
     """Peak memory of a forward and backward pass.
 
     Args:
-        offloaded: the inputs of recomputed blocks are in host memory.
-        accumulated: gradients of earlier micro-batches exist already.
-        shards: number of shards of each gradient; a process keeps one as soon as the block's backward pass ends.
+        offloaded: whether the inputs of recomputed blocks are in host memory.
+        accumulated: whether gradients of earlier micro-batches exist already.
+        shards: number of shards of each gradient. When a block's backward pass ends, a process keeps only its shard.
     """
     blocks = _blocks(pass_)
     costs = [_cost(block) for block in blocks]
@@ -148,9 +148,10 @@ def training(
     gradients += 0 if accumulated else -(-tail.gradients // shards)
     for index in reversed(range(len(costs))):
         in_flight = sum(offloaded_bytes[max(0, index - IN_FLIGHT + 1) : index + 1])
-        detour = pass_.stream_bytes if blocks[index].is_routed else 0
+        # TREAD: the gradient of all tokens, including those that bypass this block.
+        bypass = pass_.stream_bytes if blocks[index].is_routed else 0
         # `backward` includes the gradients of this block's weights.
-        moments.append(Activations(saved + in_flight, 0, costs[index].backward + detour, gradients))
+        moments.append(Activations(saved + in_flight, 0, costs[index].backward + bypass, gradients))
         saved -= costs[index].saved - offloaded_bytes[index]
         gradients += 0 if accumulated else -(-costs[index].gradients // shards)
     worst = max(moments, key=lambda moment: moment.total)
@@ -219,7 +220,7 @@ def _forward(block: _Block) -> int:
 
 
 _BuiltBlock = tuple[Callable[..., Sequence[Tensor]], Callable[[], list[Tensor]], list[Tensor], list[Tensor]]
-"""A function that runs the block, one that creates its inputs, its weights, and tensors that blocks share."""
+"""A function that runs the block, a function that creates its inputs, its weights, and tensors that blocks share."""
 
 
 def _build(block: _Block) -> _BuiltBlock:

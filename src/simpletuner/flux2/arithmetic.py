@@ -1,8 +1,8 @@
 """FLOP of a transformer pass: matrix products and attention, computed from shapes only.
 
-A multiply-add counts as two floating point operations (FLOP). Model FLOP count the forward and backward pass once: MFU
-(Chowdhery et al., PaLM, 2022, appendix B) divides them by time. Hardware FLOP include recomputation: HFU (Korthikanti
-et al., 2022) divides those. Neither counts elementwise operations, norms or softmax. docs/performance.md has the
+A multiply-add counts as two floating-point operations (FLOP). Model FLOP count the forward and backward pass once; MFU
+(Chowdhery et al., PaLM, 2022, appendix B) is based on them. Hardware FLOP include recomputation; HFU (Korthikanti et
+al., 2022) is based on those. Neither counts elementwise operations, norms or softmax. docs/performance.md has the
 formula and an example.
 """
 
@@ -23,9 +23,9 @@ class PassFlop:
     """FLOP of one or more passes."""
 
     model: int
-    """Forward and backward pass, without recomputation."""
+    """Of the forward and backward pass, without recomputation."""
     hardware: int
-    """With recomputation: of checkpointed blocks, and of attention scores in the backward pass."""
+    """`model`, plus recomputation of checkpointed blocks and, in the backward pass, of attention scores."""
 
     def __add__(self, other: "PassFlop") -> "PassFlop":
         return PassFlop(self.model + other.model, self.hardware + other.hardware)
@@ -57,7 +57,7 @@ def attached_adapters(transformer: Flux2Transformer) -> dict[str, AdapterSize]:
 
 
 def planned_adapters(pass_: TransformerPass) -> dict[str, AdapterSize]:
-    """Sizes of the adapters that `pass_` configures."""
+    """Sizes of the adapters that `pass_` describes."""
     sizes = {}
     for index, adapted in enumerate(pass_.adapted):
         for name, adapted_range in adapted:
@@ -109,12 +109,12 @@ class _Count:
         """Values of `forward` at the start of the block and at autograd's last saved tensor."""
 
     def linear(self, name: str, tokens: int, columns: int, rows: int, *, tracked: bool) -> bool:
-        """A Linear and its adapter, whose output the next operation saves."""
+        """Count a Linear and its adapter. The next operation saves their output."""
         needs_gradient = self.base(tokens, columns, rows, tracked=tracked) | self.adapter(name, tokens, tracked=tracked)
         return self.save(needs_gradient)
 
     def base(self, tokens: int, columns: int, rows: int, *, tracked: bool) -> bool:
-        """A Linear. The gradients of weight and input each cost as much as the forward product."""
+        """Count a Linear. The gradients of weight and input each cost as much as the forward product."""
         product = 2 * tokens * columns * rows
         self.save(tracked or self._is_full)
         self.forward += product
@@ -122,7 +122,7 @@ class _Count:
         return tracked or self._is_full
 
     def adapter(self, name: str, tokens: int, *, tracked: bool) -> bool:
-        """The adapter of a Linear, if it has one."""
+        """Count the adapter of a Linear, if it has one."""
         adapter = self._adapters.get(name)
         if adapter is None:
             return False
@@ -134,7 +134,7 @@ class _Count:
         return True
 
     def attention(self, pairs: int, hidden: int, *, tracked: bool) -> bool:
-        """Scores of `pairs` query-key pairs, and their product with the values.
+        """Count the scores of `pairs` query-key pairs, and their product with the values.
 
         The backward pass counts in full if any input requires a gradient: fused kernels compute all of it.
         """
@@ -162,14 +162,20 @@ class _Count:
 def _walk(count: _Count, pass_: TransformerPass, *, is_compiled: bool = False) -> None:
     """Count the products of one sample in the order of `Flux2Transformer.forward`."""
     spec, hidden, text = pass_.spec, pass_.spec.hidden, pass_.text_tokens
-    vector = False
+    vector_tracked = False
     for embedder in ("timestep_embedder", "guidance_embedder") if spec.guidance_embeds else ("timestep_embedder",):
         name = f"time_guidance_embed.{embedder}"
-        widened = count.linear(f"{name}.linear_1", 1, spec.timestep_channels, hidden, tracked=False)
-        vector |= count.linear(f"{name}.linear_2", 1, hidden, hidden, tracked=widened)
-    image_gates = count.linear("double_stream_modulation_img.linear", 1, hidden, 6 * hidden, tracked=vector)
-    text_gates = count.linear("double_stream_modulation_txt.linear", 1, hidden, 6 * hidden, tracked=vector)
-    single_gates = count.linear("single_stream_modulation.linear", 1, hidden, 3 * hidden, tracked=vector)
+        first_tracked = count.linear(f"{name}.linear_1", 1, spec.timestep_channels, hidden, tracked=False)
+        vector_tracked |= count.linear(f"{name}.linear_2", 1, hidden, hidden, tracked=first_tracked)
+    image_gates_tracked = count.linear(
+        "double_stream_modulation_img.linear", 1, hidden, 6 * hidden, tracked=vector_tracked
+    )
+    text_gates_tracked = count.linear(
+        "double_stream_modulation_txt.linear", 1, hidden, 6 * hidden, tracked=vector_tracked
+    )
+    single_gates_tracked = count.linear(
+        "single_stream_modulation.linear", 1, hidden, 3 * hidden, tracked=vector_tracked
+    )
     references = pass_.reference_tokens
     image_tracked = count.linear("x_embedder", pass_.image_tokens + references, spec.in_channels, hidden, tracked=False)
     text_tracked = count.linear("context_embedder", text, spec.context_dim, hidden, tracked=False)
@@ -181,22 +187,28 @@ def _walk(count: _Count, pass_: TransformerPass, *, is_compiled: bool = False) -
         pairs = attended_pairs(text + image, references, pass_.reference_attention)
         count.begin_block()
         if index < spec.double_blocks:
-            streams = _Stream(text, text_tracked, text_gates), _Stream(image + references, image_tracked, image_gates)
+            streams = (
+                _Stream(text, text_tracked, text_gates_tracked),
+                _Stream(image + references, image_tracked, image_gates_tracked),
+            )
             text_tracked, image_tracked = _double(count, spec, name, *streams, pairs, is_clipped=is_clipped)
         else:
-            stream = _Stream(text + image + references, text_tracked or image_tracked, single_gates)
+            stream = _Stream(text + image + references, text_tracked or image_tracked, single_gates_tracked)
             text_tracked = image_tracked = _single(count, spec, name, stream, pairs, is_clipped=is_clipped)
         if pass_.recomputed and pass_.recomputed[index]:
             count.save(is_compiled)
             count.recompute_block()
-    gates = count.linear("norm_out.linear", 1, hidden, 2 * hidden, tracked=vector)
-    # Text and image are one sequence here, from which the image is sliced.
-    tracked = text_tracked or image_tracked or gates
+    gates_tracked = count.linear("norm_out.linear", 1, hidden, 2 * hidden, tracked=vector_tracked)
+    # Here text and image tokens are one tensor, of which the image tokens are a slice.
+    tracked = text_tracked or image_tracked or gates_tracked
     count.linear("proj_out", pass_.image_tokens, hidden, spec.in_channels, tracked=tracked)
 
 
 def attended_pairs(tokens: int, references: int, view: ReferenceView) -> int:
-    """Query-key pairs of a sample that has `tokens` text and image tokens and `references` reference tokens."""
+    """Query-key pairs of a sample that has `tokens` text and image tokens and `references` reference tokens.
+
+    With the view "own", reference tokens attend only to reference tokens.
+    """
     total = tokens + references
     return total**2 if view == "full" else tokens * total + references**2
 
@@ -217,7 +229,7 @@ class _Stream:
 def _double(
     count: _Count, spec: TransformerSpec, name: str, text: _Stream, image: _Stream, pairs: int, *, is_clipped: bool
 ) -> tuple[bool, bool]:
-    """Count a double block that attends `pairs` pairs. Returns whether its text and image outputs require gradients."""
+    """Count a double block with `pairs` query-key pairs. Returns whether text and image output require gradients."""
     hidden, inner = spec.hidden, spec.mlp_hidden
 
     def project(part: str, stream: _Stream, tracked: bool) -> bool:
@@ -226,30 +238,32 @@ def _double(
     text_tracked, image_tracked = text.modulated_is_tracked, image.modulated_is_tracked
     inputs = [project(part, text, text_tracked) for part in ("add_q_proj", "add_k_proj", "add_v_proj")]
     inputs += [project(part, image, image_tracked) for part in ("to_q", "to_k", "to_v")]
-    attended = count.attention(pairs, hidden, tracked=any(inputs))
-    text_tracked |= project("to_add_out", text, attended)
-    image_tracked |= project("to_out.0", image, attended)
+    attended_tracked = count.attention(pairs, hidden, tracked=any(inputs))
+    text_tracked |= project("to_add_out", text, attended_tracked)
+    image_tracked |= project("to_out.0", image, attended_tracked)
 
     # The base product of the image's last Linear runs at the end of the block, its adapter earlier.
-    fed = count.linear(f"{name}.ff.linear_in", image.tokens, hidden, 2 * inner, tracked=image_tracked)
-    image_adapted = count.adapter(f"{name}.ff.linear_out", image.tokens, tracked=fed)
-    text_fed = count.linear(f"{name}.ff_context.linear_in", text.tokens, hidden, 2 * inner, tracked=text_tracked)
-    text_tracked |= count.base(text.tokens, inner, hidden, tracked=text_fed)
-    text_tracked |= count.adapter(f"{name}.ff_context.linear_out", text.tokens, tracked=text_fed)
+    hidden_tracked = count.linear(f"{name}.ff.linear_in", image.tokens, hidden, 2 * inner, tracked=image_tracked)
+    image_adapted = count.adapter(f"{name}.ff.linear_out", image.tokens, tracked=hidden_tracked)
+    text_hidden_tracked = count.linear(
+        f"{name}.ff_context.linear_in", text.tokens, hidden, 2 * inner, tracked=text_tracked
+    )
+    text_tracked |= count.base(text.tokens, inner, hidden, tracked=text_hidden_tracked)
+    text_tracked |= count.adapter(f"{name}.ff_context.linear_out", text.tokens, tracked=text_hidden_tracked)
     count.save(text.has_tracked_gates or (is_clipped and text_tracked))
-    image_tracked |= image_adapted | count.base(image.tokens, inner, hidden, tracked=fed)
+    image_tracked |= image_adapted | count.base(image.tokens, inner, hidden, tracked=hidden_tracked)
     count.save(image.has_tracked_gates)
     return text_tracked, image_tracked
 
 
 def _single(count: _Count, spec: TransformerSpec, name: str, stream: _Stream, pairs: int, *, is_clipped: bool) -> bool:
-    """Count a single block that attends `pairs` pairs. Returns whether its output requires a gradient."""
+    """Count a single block with `pairs` query-key pairs. Returns whether its output requires a gradient."""
     hidden, inner, tokens = spec.hidden, spec.mlp_hidden, stream.tokens
-    tracked, widened = stream.modulated_is_tracked, 3 * hidden + 2 * inner
-    fused = count.linear(f"{name}.attn.to_qkv_mlp_proj", tokens, hidden, widened, tracked=tracked)
-    count.attention(pairs, hidden, tracked=fused)
-    tracked |= count.adapter(f"{name}.attn.to_out", tokens, tracked=fused)
-    tracked |= count.base(tokens, hidden + inner, hidden, tracked=fused)
+    tracked, fused_rows = stream.modulated_is_tracked, 3 * hidden + 2 * inner
+    fused_tracked = count.linear(f"{name}.attn.to_qkv_mlp_proj", tokens, hidden, fused_rows, tracked=tracked)
+    count.attention(pairs, hidden, tracked=fused_tracked)
+    tracked |= count.adapter(f"{name}.attn.to_out", tokens, tracked=fused_tracked)
+    tracked |= count.base(tokens, hidden + inner, hidden, tracked=fused_tracked)
     count.save(stream.has_tracked_gates or (is_clipped and tracked))
     return tracked
 

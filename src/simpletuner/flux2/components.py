@@ -51,8 +51,8 @@ def text_codec(
 ) -> TextCodec:
     """The storage format of this text encoder's contexts.
 
-    Its key identifies the encoder's weights and all options that change a context. The weights are hashed sampled, or
-    wholly with `all_bytes` (`Source.fingerprint`).
+    Its key identifies the encoder's weights and all options that change a context. Without `all_bytes`, only the start
+    of each weight is hashed; see `Source.fingerprint`.
     """
     side, dtype = source.flavour.text.padding_side, DTYPES[precision.text_dtype]
     key = text_encoder_id(
@@ -132,11 +132,11 @@ def open_text_encoder(
     report: Callable[[str], None],
     processes: int = 1,
 ) -> TextEncoder:
-    """Load the text encoder, resident or streamed. `report` gets the choice that mode `auto` makes, and the reason.
+    """Load the text encoder, resident or streamed. `report` is called with the choice that mode `auto` makes and why.
 
     Args:
         folder: where a streamed encoder stores hidden states that do not stay in memory.
-        sharing: how many processes load a text encoder into the same memory.
+        processes: number of processes that load a text encoder into the same memory.
 
     Raises:
         AccessError: it cannot be loaded.
@@ -144,12 +144,12 @@ def open_text_encoder(
     """
     dtype, layers = DTYPES[precision.text_dtype], source.text_layers
     length, fix_regex = source.text_length, model.tokenizer_fix_regex
-    name = precision.text_encoder_1_precision
+    precision_name = precision.text_encoder_1_precision
     mode = "streamed" if offload.group_offload_text_encoder else precision.text_encoder_mode
     if mode == "auto":
         tokens = precision.text_encoder_batch_size * length
         text = text_from_config(source.text_encoder.config or {})
-        needed = sum(resident_text_bytes(text, layers, tokens=tokens, precision=name, dtype=dtype))
+        needed = sum(resident_text_bytes(text, layers, tokens=tokens, precision=precision_name, dtype=dtype))
         free = free_memory_bytes(device) // processes
         mode = "resident" if needed <= free else "streamed"
         per_process = f" for each of {processes} processes" if processes > 1 else ""
@@ -167,7 +167,7 @@ def open_text_encoder(
         layers=layers,
         max_length=length,
         fix_regex=fix_regex,
-        precision=name,
+        precision=precision_name,
         quantize_on=quantize_on,
     )
 
@@ -181,9 +181,9 @@ def load_base(
     report: Callable[[str], None],
     sharding: Sharding | None = None,
 ) -> Flux2Transformer:
-    """Load the frozen transformer in the precision of `options`, on the devices that `offload` selects, or sharded.
+    """Load the frozen transformer in the precision of `options`, sharded or on the devices that `offload` selects.
 
-    `report` gets a sentence if a cached quantized base cannot be used.
+    `report` is called with a sentence if a cached quantized base cannot be used.
 
     Raises:
         AccessError: it cannot be loaded.

@@ -38,6 +38,7 @@ _EXPECTED: Mapping[str, Callable[[object], bool]] = {
     "a list of strings": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
     "an object": lambda value: isinstance(value, dict),
 }
+"""Check of a field's value, by the expectation that an error message names."""
 _SIZE, _LAYERS, _NUMBER, _FLAG, _TEXT, _SIZES, _TEXTS, _OBJECT = _EXPECTED
 
 _FIELDS: Mapping[Component, Mapping[str, str]] = {
@@ -68,7 +69,7 @@ _FIELDS: Mapping[Component, Mapping[str, str]] = {
         "tie_word_embeddings": _FLAG,
     },
 }
-"""Expected values of the fields that determine a component's shape. Other fields are not checked here."""
+"""Expected values of the fields that determine a component's architecture. Other fields are not checked here."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 """Required fields of a text encoder. Other components have defaults."""
 _KNOWN_TEXT_ENCODERS = ("mistral3", "mistral", "qwen3")
@@ -102,7 +103,7 @@ def read_component_config(component: Component, path: Path) -> Config:
     config = read_object(path)
     fields = config
     problems: list[Problem] = []
-    # Other kinds of text encoder have other fields; `locate` rejects them by their kind.
+    # Other text encoders have other fields; `locate` rejects them by their model_type.
     required = _REQUIRED if component == "text_encoder" and config.get("model_type") in _KNOWN_TEXT_ENCODERS else ()
     if component == "text_encoder" and "text_config" in config:
         fields = config["text_config"] if isinstance(config["text_config"], dict) else {}

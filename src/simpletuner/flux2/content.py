@@ -1,4 +1,4 @@
-"""SHA-256 of all bytes of a base model's tensors, computed once for each file and reused while the file is unchanged.
+"""SHA-256 of all bytes of each tensor of a base model, computed once and reused while the file is unchanged.
 
 A file counts as unchanged while its size, modification time and inode stay the same, and so does the hash of 64 pieces
 of 4 KiB, evenly spaced over the file. The ledger of hashes is one small JSON file in the user's cache folder.
@@ -45,12 +45,12 @@ class ContentHashes:
     """Files hashed or looked up by this process, by stamp."""
 
     def of(self, tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
-        """The SHA-256 of all bytes of each of `tensors`, by name.
+        """The SHA-256 of each of `tensors`, over all its bytes, by name.
 
         Raises:
             AccessError: a file cannot be read, or changes while it is read.
         """
-        files = {entry.file: _Sampled.of(entry.file) for entry in tensors.values()}
+        files = {entry.file: _SampledFile.of(entry.file) for entry in tensors.values()}
         ledger = {} if self.verify or not files else self._read_ledger()
         for file in files.values():
             hashed = self._hashed.get(file.stamp) or ledger.get(file.stamp)
@@ -72,7 +72,7 @@ class ContentHashes:
     def _hash(
         self,
         missing: Iterable[TensorEntry],
-        files: Mapping[Path, "_Sampled"],
+        files: Mapping[Path, "_SampledFile"],
         digests: Callable[[Path], dict[str, str]],
     ) -> None:
         """Hash the `missing` tensors, several at a time, and store the results."""
@@ -80,7 +80,7 @@ class ContentHashes:
         size = sum(entry.stop - entry.start for entry in entries)
         files_to_read = dict.fromkeys(entry.file for entry in entries)
         if size >= _REPORTED_BYTES:
-            reason = "as --verify_base asks" if self.verify else "once, until a file changes"
+            reason = "as --verify_base asks" if self.verify else "which is repeated only if a file changes"
             file_count = f"{len(files_to_read)} file{'s' if len(files_to_read) > 1 else ''}"
             self.report(f"Hashing {format_size(size)} of the base model in {file_count}, {reason}.")
         executor = ThreadPoolExecutor(min(_THREADS, len(entries)))
@@ -90,7 +90,7 @@ class ContentHashes:
         finally:
             executor.shutdown(cancel_futures=True)
         for file in files_to_read:
-            if _Sampled.of(file) != files[file]:
+            if _SampledFile.of(file) != files[file]:
                 raise AccessError.of(f"{file} changes while it is read", "a complete file", "Run the command again.")
         settled = [files[file].stamp for file in files_to_read if time.time() - files[file].modified_at > _SETTLED_S]
         self._update_ledger({stamp: self._hashed[stamp] for stamp in settled})
@@ -102,11 +102,11 @@ class ContentHashes:
         except (OSError, ValueError, RecursionError):
             return {}
         rows = stored.get("files") if isinstance(stored, dict) and stored.get("version") == _LEDGER_VERSION else None
-        read = {stamp: _HashedFile.read(row) for stamp, row in rows.items()} if isinstance(rows, dict) else {}
-        return {stamp: file for stamp, file in read.items() if file is not None}
+        hashed_files = {stamp: _HashedFile.read(row) for stamp, row in rows.items()} if isinstance(rows, dict) else {}
+        return {stamp: file for stamp, file in hashed_files.items() if file is not None}
 
     def _update_ledger(self, files: Mapping[str, "_HashedFile"]) -> None:
-        """Add `files` to the ledger. Of two writers the last one wins; the other's files are hashed again."""
+        """Add `files` to the ledger. If two processes write at once, only the last one's files are added."""
         if self.ledger is None or not files:
             return
         ledger = self._read_ledger()
@@ -125,7 +125,7 @@ class ContentHashes:
 
 @dataclass(frozen=True)
 class _HashedFile:
-    """Hashes of a file: that of its sampled pieces, and those of its tensors by byte range."""
+    """Hashes of a file: one of its sampled pieces, and one of each tensor, by byte range."""
 
     samples: str
     digests: dict[str, str]
@@ -142,8 +142,8 @@ class _HashedFile:
 
 
 @dataclass(frozen=True)
-class _Sampled:
-    """Identity of a file, without reading all of it."""
+class _SampledFile:
+    """Identity of a file, determined without reading all of it."""
 
     stamp: str
     """Size, modification time in nanoseconds, inode."""
@@ -152,7 +152,7 @@ class _Sampled:
     """SHA-256 of the sampled pieces."""
 
     @classmethod
-    def of(cls, path: Path) -> "_Sampled":
+    def of(cls, path: Path) -> "_SampledFile":
         with file_errors_reported(path, AccessError, doing="read"), path.open("rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             digest = hashlib.sha256()

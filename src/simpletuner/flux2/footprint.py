@@ -1,4 +1,4 @@
-"""Memory of a FLUX.2 in each phase of a run, in bytes, from module shapes and options. Reads no weights."""
+"""Memory that each phase of a run needs, in bytes, computed from module shapes and options. Reads no weights."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -56,7 +56,7 @@ from simpletuner.memory.world import BUCKET_BYTES
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shapes of a FLUX.2, and the formats of its transformer's file."""
+    """The shapes of a FLUX.2 model, and the formats of its transformer's file."""
 
     transformer: TransformerSpec
     text: TextSpec
@@ -73,12 +73,12 @@ class Architecture:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Architecture":
-        """Read from the configs of local files; other components are assumed to be the flavour's own.
+        """Read the architecture from local files. Components that are not local are assumed to be the flavour's own.
 
         Downloads and creates nothing.
 
         Raises:
-            AccessError: a local config is not that of a FLUX.2.
+            AccessError: a local file is not of a FLUX.2 model.
         """
         flavour = FLAVOURS[config.model_flavour]
         transformer, text, autoencoder = flavour.transformer, flavour.text.encoder, flavour.autoencoder
@@ -102,8 +102,8 @@ class Architecture:
             elif local_config := _local(config, "vae", config.pretrained_vae_model_name_or_path):
                 autoencoder = autoencoder_from_config(local_config)
         except KeyError as error:
-            lack = f"a text encoder's config.json has no {error}"
-            raise AccessError.of(lack, f"that of {flavour.title}'s text encoder") from None
+            finding = f"a text encoder's config.json has no {error}"
+            raise AccessError.of(finding, f"that of {flavour.title}'s text encoder") from None
         return cls(
             transformer,
             text,
@@ -147,11 +147,11 @@ class Workload:
     forced_share: float = 0.0
     """Largest share of an image's tokens that TREAD must keep because of a mask; 0 without a scan."""
     images: int | None = None
-    """Images of all datasets, held-out ones included, references not."""
+    """Images of all datasets: training and held-out images, without references."""
     cached_images: int | None = None
-    """Latents to cache, references included."""
+    """Number of latents to cache, references included."""
     captions: int | None = None
-    """Contexts to cache."""
+    """Number of contexts to cache."""
     caption_tokens: int | None = None
     """Tokens of the longest caption, template included; None for the length of a context."""
     tokenizer: Path | None = None
@@ -163,7 +163,7 @@ class Workload:
     train_images: int | None = None
     """Training images, held-out ones left out."""
     visits: float | None = None
-    """How often the run trains on each of them, on average."""
+    """How often the run trains on each training image, on average."""
 
     @property
     def largest_encoded(self) -> tuple[int, int]:
@@ -202,7 +202,7 @@ class TransformerBytes:
     largest_matrix: int
     """Number of elements of the largest matrix in a block."""
     shards: int
-    """Of one process's shards if all weights are sharded by rows, with the last shard padded."""
+    """Of one process's shards if all weights are sharded by rows. The last shard is padded to full size."""
 
     @property
     def total(self) -> int:
@@ -287,7 +287,7 @@ def _adapter_parameters(blocks: tuple[Adapted, ...], rank: int) -> int:
 
 @lru_cache(maxsize=64)
 def _saved_parameters(spec: TransformerSpec, blocks: tuple[Adapted, ...], rank: int) -> int:
-    """Number of parameters of the exported LoRA, which is expanded to whole matrices."""
+    """Number of parameters of the exported LoRA, whose adapters are expanded to whole Linears."""
     modules = empty_transformer(spec).blocks
     linears = (block.get_submodule(name) for block, adapted in zip(modules, blocks, strict=True) for name, _ in adapted)
     return rank * sum(each.in_features + each.out_features for each in linears if isinstance(each, nn.Linear))
@@ -302,7 +302,7 @@ def recomputed_blocks(config: RunConfig, blocks: int) -> tuple[bool, ...]:
 
 
 def text_bytes(text: TextSpec, precision: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of the embedding, and of one layer."""
+    """Bytes of a text encoder's embedding, and of one layer."""
     layer = sum(_stored(shape, precision, dtype) for shape in text.linears)
     return text.vocabulary * text.hidden * dtype.itemsize, layer + text.scales * dtype.itemsize
 
@@ -319,8 +319,8 @@ def resident_text_bytes(
 ) -> tuple[int, int]:
     """Bytes of a text encoder loaded up to the last of `layers`: weights, and peak memory in addition to them.
 
-    The latter is the larger of the activations of `tokens` tokens and, if it is quantized while it is loaded, the plain
-    weight of its largest Linear.
+    That peak is the activations of `tokens` tokens or, if larger, the plain weight of the largest Linear, which is in
+    memory while it is quantized.
     """
     embedding, layer = text_bytes(text, precision, dtype)
     plain = 0 if precision == NO_CHANGE else max(map(math.prod, text.linears)) * dtype.itemsize
@@ -335,12 +335,12 @@ def autoencoder_bytes(half: Sequence[Sequence[int]], dtype: torch.dtype) -> tupl
 
 
 def encoding_bytes(autoencoder: AutoencoderSpec, pixels: int, dtype: torch.dtype) -> int:
-    """Peak activation bytes of encoding an image: five times the first level's, while that is downsampled."""
+    """Peak activation bytes of encoding an image: five times the first level's output, while it is downsampled."""
     return 5 * autoencoder.channels[0] * pixels * dtype.itemsize
 
 
 def decoding_bytes(autoencoder: AutoencoderSpec, pixels: int, dtype: torch.dtype) -> int:
-    """Peak activation bytes of decoding an image: three times the second level's, after that is upsampled."""
+    """Peak activation bytes of decoding an image: three times the second level's output, after it is upsampled."""
     return 3 * autoencoder.channels[1] * pixels * dtype.itemsize
 
 
@@ -387,8 +387,9 @@ class _PhaseMemory:
 
     def plan(self, phase: PlannedPhase, description: str, read: int) -> PhasePlan:
         """The plan of the phase, which reads `read` bytes from the disk."""
-        shared = {"accelerator": 1, "ram": self._ranks, "disk": 1}
-        parts = (MemoryPart(name, tier, shared[tier] * size) for (name, tier), size in self.sizes.items())
+        # Each process has its own accelerator; all use the machine's RAM; files on disk are counted once.
+        processes = {"accelerator": 1, "ram": self._ranks, "disk": 1}
+        parts = (MemoryPart(name, tier, processes[tier] * size) for (name, tier), size in self.sizes.items())
         return PhasePlan(phase, description, tuple(parts), read)
 
 
@@ -440,7 +441,7 @@ class Footprint:
 
     @property
     def is_zero(self) -> bool:
-        """Whether DeepSpeed trains."""
+        """Whether DeepSpeed runs the training."""
         return self.engine in ZERO_ENGINES
 
     @property
@@ -459,7 +460,7 @@ class Footprint:
         return self.engine == "zero2" or self.shards_trainable
 
     def _share(self, size: int, *, is_sharded: bool) -> int:
-        """Bytes that one process holds of `size` bytes."""
+        """Bytes that one process holds of `size` bytes: its shard if `is_sharded`, else all."""
         return math.ceil(size / self.config.ranks) if is_sharded else size
 
     @cached_property
@@ -473,14 +474,14 @@ class Footprint:
 
         Scheduled sampling, preservation, held-out loss and validation images are not counted.
 
-        DDP all-reduces the gradients once a step. FSDP2 all-gathers sharded weights in each forward pass, and again in
-        each backward pass the blocks that it resharded; it all-reduces a LoRA's gradients once a step, and
-        reduce-scatters those of sharded weights in fp32 in each backward pass.
+        DDP all-reduces the gradients once a step. FSDP2 all-gathers sharded weights in each forward pass, and resharded
+        blocks again in each backward pass. It all-reduces a LoRA's gradients once a step, and reduce-scatters those of
+        sharded weights in fp32 in each backward pass.
 
         ZeRO-1 all-reduces the gradients once a step, ZeRO-2 in each backward pass; both then all-gather the new
         weights. (The all-reduce is `use_multi_rank_bucket_allreduce`, on by default; a reduce-scatter would send half.)
-        ZeRO-3 all-gathers all weights, trainable ones too, in each forward and backward pass, and reduce-scatters
-        gradients in the backward pass, which needs only the blocks of a frozen base.
+        ZeRO-3 all-gathers all weights, frozen and trainable, in each forward and backward pass, except that the
+        backward pass needs only the blocks of a frozen base. It reduce-scatters gradients in each backward pass.
         """
         config, weights, ranks = self.config, self._weights, self.config.ranks
         passes, regathers = config.gradient_accumulation_steps, int(config.fsdp_reshard_after_forward)
@@ -505,7 +506,7 @@ class Footprint:
 
     @property
     def _gradient_bytes(self) -> int:
-        """Bytes of all gradients as they are reduced and stored: fp32 for masters, the computed dtype under ZeRO."""
+        """Bytes of all gradients as they are reduced and stored: fp32 for masters, the computed dtype for ZeRO."""
         return self._computed_bytes if self.is_zero else self.trainable_bytes
 
     @property
@@ -574,7 +575,7 @@ class Footprint:
         layers = self.architecture.text_layers
         depth, state_count = max(layers), len(layers)
         length = self._text_tokens
-        captions = math.ceil((self.workload.captions or 0) / config.ranks_per_machine)  # assuming no shared files
+        captions = math.ceil((self.workload.captions or 0) / config.ranks_per_machine)  # as if machines shared no cache
         per_batch = min(config.text_encoder_batch_size, captions or config.text_encoder_batch_size)
         batch = per_batch * length
         precision = config.text_encoder_1_precision
@@ -594,7 +595,7 @@ class Footprint:
             memory.ram("states", min(states, MEMORY_BYTES))
             memory.disk("states", max(0, states - MEMORY_BYTES))
             read = depth * layer * math.ceil(tokens / portion)
-        # A batch is stacked and split again; files are written several at a time.
+        # A batch of contexts is stacked, then split; several files are written at a time.
         unwritten = min(config.write_batch_size + per_batch, max(captions, per_batch))
         memory.ram("contexts", unwritten * length * self._context_row + batch * self._context_row)
         memory.disk("cache", (self.workload.captions or 0) * self.context_bytes)
@@ -646,8 +647,8 @@ class Footprint:
     def resolved_config(self) -> RunConfig:
         """`config` with each `auto` of the group offload resolved: the number of resident blocks, and the copy stream.
 
-        Keeps as many blocks resident as fit into `plannable_bytes` in training and validation, with two slots if both
-        fit. Without an accelerator, no blocks and one slot.
+        Keeps as many blocks resident as fit into `plannable_bytes` in training and validation. Uses two slots if both
+        fit. Without an accelerator, `auto` means no resident blocks and one slot.
         """
         config, capacity = self.config, self.machine.accelerator
         count, stream = config.resident_blocks, config.group_offload_use_stream
@@ -675,7 +676,7 @@ class Footprint:
             *(bare._validation(size, 1) for size in self.config.sizes if self.workload.samples_images),
         ]
         peak = max(phase.total("accelerator") for phase in phases) - bare.streamed_blocks(0, ahead=False).on_device
-        # A streamed preview model has its own slots, and those of the base stay allocated.
+        # A streamed preview model has its own slots, while those of the base stay allocated.
         return peak + (
             self.streamed_blocks(0, ahead=True).slots if self.has_preview and self.workload.samples_images else 0
         )
@@ -731,7 +732,7 @@ class Footprint:
 
     @property
     def has_masters(self) -> bool:
-        """Whether the optimizer updates fp32 copies. DeepSpeed makes them even for a LoRA and for fp32 weights."""
+        """Whether the optimizer updates fp32 masters. DeepSpeed makes them even for a LoRA and for fp32 weights."""
         return self.config.has_masters or self.is_zero
 
     @property
@@ -822,8 +823,8 @@ class Footprint:
         )
         if scatters and not self.is_zero:  # traced in the compute dtype, stored in the optimizer's dtype
             worst = replace(worst, gradients=worst.gradients * self.trainable_bytes // self._computed_bytes)
-        # An optimizer step needs all gradients, and no activations. Masters accumulate gradients of their own, which
-        # stay in memory through a step's passes. Released gradients do not exist at the step: a parameter is updated in
+        # An optimizer step needs all gradients, and no activations. Masters accumulate their own gradients, which stay
+        # in memory during all passes of a step. Released gradients do not exist at the step: a parameter is updated in
         # the backward pass of its block, with the block's activations and the gradient in memory.
         is_released = config.optimizer_release_gradients
         gradients = 0 if is_released else self._share(self._gradient_bytes, is_sharded=scatters)
@@ -840,7 +841,9 @@ class Footprint:
         memory.device("reduction bucket", self._reduction_bytes)
         memory.ram("offloaded activations", worst.host_inputs)
         if self.workload.samples_images and not config.offload_during_startup:
-            self._add_autoencoder(memory, decoder_shapes(self.architecture.autoencoder))  # since the first image
+            self._add_autoencoder(
+                memory, decoder_shapes(self.architecture.autoencoder)
+            )  # it stays loaded after the first validation image
         self._add_batch(memory, pass_, is_trained=True)
         memory.disk("checkpoints", (config.checkpoints_total_limit + 1) * self.checkpoint_bytes)
         if self.is_full:  # in BFL's layout; the diffusers folder links to the last checkpoint
@@ -852,9 +855,9 @@ class Footprint:
     def batches_guidance(self, size: tuple[int, int]) -> bool:
         """Whether the two predictions of classifier-free guidance are one batch of two.
 
-        They are on an accelerator if that needs no more memory than training or than one prediction. The last bits
-        differ, so this depends on the options and the training images only, not on free memory or the number of
-        processes. Never on a CPU, as in `sample`.
+        On an accelerator they are, if that needs no more memory than training or than one prediction; on a CPU never,
+        as in `sample`. Batching changes the last bits of a result, so the choice depends only on the options and the
+        training images, not on free memory or the number of processes.
         """
         if self.machine.accelerator is None or self.has_preview or not self._has_two_predictions:
             return False
@@ -892,20 +895,20 @@ class Footprint:
     def offloads_base(self) -> bool:
         """Whether base, optimizer state and EMA move to host memory while the preview model generates images.
 
-        They do if the accelerator cannot hold both. Never without an accelerator.
+        True if the accelerator cannot also hold the preview model. Never without an accelerator.
         """
         accelerator = self.machine.accelerator
         if accelerator is None or not self.has_preview:
             return False
-        totals = (self._preview(size, base_leaves=False).total("accelerator") for size in self.config.sizes)
+        totals = (self._preview(size, is_base_offloaded=False).total("accelerator") for size in self.config.sizes)
         return max(totals) > plannable_bytes(accelerator)
 
     def preview(self, size: tuple[int, int]) -> PhasePlan:
         """A validation image of `size` during training, generated by `validation_preview_model`."""
-        return self._preview(size, base_leaves=self.offloads_base)
+        return self._preview(size, is_base_offloaded=self.offloads_base)
 
-    def _preview(self, size: tuple[int, int], *, base_leaves: bool) -> PhasePlan:
-        """Like `preview`, with the base in host memory if `offloads_base`."""
+    def _preview(self, size: tuple[int, int], *, is_base_offloaded: bool) -> PhasePlan:
+        """Like `preview`, with the base in host memory if `is_base_offloaded`."""
         memory, training_memory = (
             _PhaseMemory(self.machine, self.config.ranks_per_machine),
             _PhaseMemory(self.machine, self.config.ranks_per_machine),
@@ -913,13 +916,13 @@ class Footprint:
         self._add_state(training_memory)
         resident = ("adapters", "slots for blocks")
         for (name, tier), bytes_ in training_memory.sizes.items():
-            if base_leaves and tier == "accelerator" and name not in resident:
+            if is_base_offloaded and tier == "accelerator" and name not in resident:
                 memory.ram("offloaded base", bytes_)
             else:
                 memory.add(name, tier, bytes_)
         read = self._add_transformer(memory, "preview ") + self._add_validation(memory, size)
         width, height = size
-        location = ", base in RAM" if base_leaves else ""
+        location = ", base in RAM" if is_base_offloaded else ""
         return memory.plan("preview", f"{width}x{height}, {self._passes()}{location}", read)
 
     def _passes(self, batch: int = 1) -> str:
@@ -928,7 +931,7 @@ class Footprint:
         return f"{passes} passes{' of two' * (batch == 2)}"
 
     def _add_validation(self, memory: _PhaseMemory, size: tuple[int, int], batch: int = 1) -> int:
-        """Add what a validation image needs besides transformers, with `batch` predictions in a pass.
+        """Add the memory that a validation image needs besides transformers, with `batch` predictions in a pass.
 
         Returns the bytes that are read from disk.
         """
@@ -999,7 +1002,7 @@ class Footprint:
         add_state = self._trainable_adder(memory)
         if not self.is_full:
             memory.device("adapters", self._share(self.trainable_bytes, is_sharded=self.shards_trainable))
-        # ZeRO-1 and ZeRO-2 also copy fp32 weights; ZeRO-3 does so only for host memory.
+        # ZeRO-1 and ZeRO-2 copy trainable weights even if they are fp32; ZeRO-3 copies fp32 only to host memory.
         is_alias = self.engine == "zero3" and self._computed_bytes == self.trainable_bytes
         if self.has_masters and (not is_alias or config.offloads("offload_optimizer")):
             add_state("masters", self._share(self.trainable_bytes, is_sharded=self._shards_state))
@@ -1037,7 +1040,7 @@ class Footprint:
             if config.group_offload_to_disk_path is None:
                 memory.ram(f"{prefix}streamed blocks", blocks.streamed)
             else:
-                # Blocks that are not views of the mapped file are all in memory once, before they are written.
+                # All blocks are in memory before they are written to disk, unless they are views of the mapped file.
                 memory.ram(f"{prefix}streamed blocks", 0 if self._is_mapped else blocks.streamed)
                 memory.ram(f"{prefix}read buffers", blocks.read_buffers)
                 memory.disk(f"{prefix}streamed blocks", blocks.streamed)
@@ -1065,10 +1068,10 @@ class Footprint:
 
     def _add_batch(self, memory: _PhaseMemory, pass_: TransformerPass, *, is_trained: bool = False) -> None:
         """Add a batch: latents, noise, noisy latents, velocity and prediction in fp32, references, contexts and rotary
-        tables, with references one table for each sample.
+        tables (with references, one table for each sample).
 
-        In training also the base model's prediction and the contexts of a second prompt, if the options require them.
-        Host memory holds this batch and the next.
+        In training, also add the base model's prediction and the contexts of a second prompt, if the options require
+        them. Host memory holds this batch and the next.
         """
         spec, batch = pass_.spec, pass_.batch
         latents, references = (
@@ -1085,7 +1088,7 @@ class Footprint:
 
 
 def _resolved(config: RunConfig, resident: int, *, ahead: bool) -> RunConfig:
-    """`config` with these choices for the group offload."""
+    """`config` with `resident` blocks, and prefetch on the copy stream if `ahead`."""
     choices = {"group_offload_resident_blocks": str(resident), "group_offload_use_stream": str(ahead).lower()}
     return config.model_copy(update=choices)
 

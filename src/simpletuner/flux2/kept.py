@@ -15,13 +15,15 @@ from simpletuner.memory.precision import library_version
 from simpletuner.memory.tensors import save_tensors
 
 _FORMAT = "1"
-"""Version of the tensors' names and meaning. A change invalidates every cached base."""
+"""Version of the tensors' names and contents. A new version invalidates every cached base."""
 
 
 @dataclass(frozen=True)
 class QuantizedBaseCache:
-    """Two files of the same name in `folder`: the tensors, and a manifest with their origin, size and SHA-256.
-    The manifest is written last: tensors without a manifest do not count."""
+    """A file of tensors in `folder`, and a manifest of the same stem with their origin, size and SHA-256.
+
+    The manifest is written last; tensors without a manifest are ignored.
+    """
 
     folder: Path
     origin: Mapping[str, str]
@@ -81,7 +83,7 @@ class QuantizedBaseCache:
         if not self.weights.is_file():
             return f"{self.weights.name} is missing"
         if self.weights.stat().st_size != size or sha256_file(self.weights) != digest:
-            return f"{self.weights.name} has other bytes than were written"
+            return f"{self.weights.name} has changed since it was written"
         return None
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:

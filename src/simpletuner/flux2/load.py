@@ -62,7 +62,7 @@ class QuantizationPlan:
 
     @property
     def quantizes_plain(self) -> bool:
-        """Whether plain weights are quantized."""
+        """Whether weights that are plain in the files are quantized."""
         return self.precision != NO_CHANGE
 
     def precisions(
@@ -205,7 +205,7 @@ def load_autoencoder(
         AccessError: tensors are missing, unknown or have a wrong shape; the error names them.
     """
     with quiet_import():
-        from diffusers import AutoencoderKLFlux2  # takes seconds to import: only when latents are encoded or decoded
+        from diffusers import AutoencoderKLFlux2  # imported here: it takes seconds
 
     with torch.device("meta"), _config_errors_reported("VAE", source.vae):
         vae = AutoencoderKLFlux2.from_config(source.vae.config)
@@ -257,7 +257,7 @@ def load_text_encoder(
     depth = config.num_hidden_layers
     with _config_errors_reported("text encoder", source.text_encoder):
         model = _language_model(config, source.flavour.text)
-    # No file contains its frequencies, and the meta device does not compute them.
+    # Weight files lack the rotary frequencies, and the meta device does not compute them.
     with torch.device(device), _config_errors_reported("text encoder", source.text_encoder):
         model.rotary_emb = type(model.rotary_emb)(config=config)
 
@@ -285,10 +285,10 @@ def stream_text_encoder(
     precision: str = NO_CHANGE,
     quantize_on: torch.device | str | None = None,
 ) -> StreamedTextEncoder:
-    """A text encoder that holds one layer at a time as `dtype` on `device`, with results bit-identical to the resident
-    one. Reads only headers.
+    """Open a text encoder that holds one layer at a time, as `dtype` on `device`. Reads only headers.
 
-    Hidden states that do not stay in memory are stored in a file in `folder`.
+    Its results are bit-identical to those of the resident one. Hidden states that do not stay in memory are stored in a
+    file in `folder`.
 
     Raises:
         AccessError: tensors are missing or have a wrong shape; the error names them.
@@ -354,7 +354,7 @@ def _text_config(source: Source, layers: tuple[int, ...]) -> Any:
     Raises:
         ConfigError: it has fewer layers.
     """
-    # Takes seconds to import: only when text is encoded.
+    # Imported here: it takes seconds, and only encoding text needs it.
     from transformers import Mistral3Config, MistralConfig, Qwen3Config
 
     written = dict(source.text_encoder.config or {})
@@ -382,13 +382,13 @@ def _cut(config: Any, layers: int) -> Any:
 def _language_model(config: Any, text: TextContextSpec) -> Any:
     """transformers' language model on the meta device, without its final norm.
 
-    Rows that attend to nothing are 0; only padding on the left causes such rows.
+    Attention outputs of rows that attend to nothing are 0. Only padding on the left causes such rows.
     """
     from transformers import AutoModel
 
     # transformers checks for optional libraries only when it builds a model, so silence their warnings here.
     with torch.device("meta"), quiet_import():
-        # Part of the cache key: other implementations differ in the last digits.
+        # sdpa is part of the cache key: the results of other implementations differ in the last digits.
         model = AutoModel.from_config(config, attn_implementation="sdpa")
     model.norm = nn.Identity()
     if text.padding_side == "left":
@@ -397,7 +397,7 @@ def _language_model(config: Any, text: TextContextSpec) -> Any:
 
 
 def _tokenizer(source: Source, fix_regex: bool) -> Any:
-    """Load the tokenizer from its files, ignoring the class that they name: that class needs torchvision."""
+    """Load the tokenizer from its files. The class that they name is ignored, since it needs torchvision."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
@@ -419,7 +419,7 @@ def autoencoder_id(source: Source, dtype: torch.dtype, *, tiling: bool, slicing:
 def earlier_autoencoder_id(source: Source, dtype: torch.dtype, *, tiling: bool, slicing: bool, all_bytes: bool) -> str:
     """The id of a cached latent in earlier releases, which included the decoder and the files' bytes.
 
-    `all_bytes` is that of `Source.fingerprint`.
+    For `all_bytes` see `Source.fingerprint`.
     """
     return sha256_json(["latents 1", source.fingerprint("vae", all_bytes=all_bytes), str(dtype), tiling, slicing])
 
@@ -436,7 +436,7 @@ def text_encoder_id(
 ) -> str:
     """Id of everything that determines a cached context. Does not load the text encoder.
 
-    `all_bytes` is that of `Source.fingerprint`.
+    For `all_bytes` see `Source.fingerprint`.
     """
     weights = [source.fingerprint("text_encoder", all_bytes=all_bytes), source.fingerprint("tokenizer")]
     quantized_in = [] if precision == NO_CHANGE else [precision]
@@ -534,7 +534,7 @@ def _fill_shards(
     shards, one tensor at a time is in memory: its rows, or all of it if the precision cannot quantize rows separately.
 
     Args:
-        quantized_file: tensors that are quantized already; `stored` weights are not read then.
+        quantized_file: file of tensors that are already quantized. If given, weights in `stored` are not read.
     """
     renaming = transformer_renaming(stored)
     renamed = {name: renaming(name) for name in stored}
@@ -677,5 +677,5 @@ def _check(
 
 
 def _some(names: list[str]) -> str:
-    """The first four of `names`, and the number of others."""
+    """The first four of `names`, and the number of others, for messages."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

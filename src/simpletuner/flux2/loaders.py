@@ -30,7 +30,7 @@ _COMFYUI_SUFFIXES = (
     ".lokr_w1_b",
     ".hada_w1_b",
 )
-"""Key suffixes by which ComfyUI recognizes an adapter: one tensor of each kind and spelling."""
+"""Key suffixes by which ComfyUI recognizes an adapter: one tensor for each kind of adapter and spelling."""
 
 _OUTER_MODULATIONS = (
     "double_stream_modulation_img.linear",
@@ -52,7 +52,7 @@ class LoaderVerdict:
     dropped: tuple[str, ...] = ()
     """Linears, by diffusers' names, that it skips, silently or with a line in its log."""
     wrong: tuple[str, ...] = ()
-    """Linears to which it applies another delta than was trained."""
+    """Linears to which it applies a delta other than the trained one."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,11 @@ def loader_verdicts(
     unread: Mapping[str, str] = MappingProxyType({}),
     header_scaled: Collection[str] = (),
 ) -> dict[AdapterLoader, LoaderVerdict]:
-    """The verdict of each loader on a file with `keys`, all of one adapter, that adapts `modules` (diffusers' names).
+    """The verdict of each loader on a file.
 
     Args:
+        keys: the file's keys, all of one adapter.
+        modules: the Linears that the adapter changes, in diffusers' names.
         unread: the file's other keys and their kinds, as in `AdapterFile.unread`.
         header_scaled: those of `modules` whose scale is only in the header, as in `AdapterFile.header_scaled`.
     """
@@ -111,7 +113,7 @@ def _sides(key: str) -> str:
 
 
 def _comfyui(keys: Iterable[str], modules: list[str], header_scaled: Collection[str]) -> LoaderVerdict:
-    """ComfyUI looks up each key in a list of names and ignores the header."""
+    """The verdict of ComfyUI. It looks for keys with known names, and ignores the header."""
     keys = set(keys)
     dropped = tuple(
         name
@@ -119,13 +121,13 @@ def _comfyui(keys: Iterable[str], modules: list[str], header_scaled: Collection[
         if keys.isdisjoint(module + suffix for module in _comfyui_names(name) for suffix in _COMFYUI_SUFFIXES)
     )
     if len(dropped) == len(modules):
-        return LoaderVerdict("it knows none of its names")
+        return LoaderVerdict("it recognizes none of the file's names")
     wrong = tuple(name for name in modules if name in header_scaled and name not in dropped)
     return LoaderVerdict(dropped=dropped, wrong=wrong)
 
 
 def _comfyui_names(module: str) -> Iterator[str]:
-    """Names of a Linear in ComfyUI's list (`module` in diffusers' names)."""
+    """All names under which ComfyUI looks for the Linear `module`, which is one of diffusers' names."""
     bfl = to_bfl(module)
     if bfl is not None:
         yield f"diffusion_model.{bfl.name}"
@@ -136,7 +138,7 @@ def _comfyui_names(module: str) -> Iterator[str]:
 
 
 def _diffusers(keys: list[str], modules: list[str], unread: Mapping[str, str]) -> LoaderVerdict:
-    """diffusers converts whole files; the prefixes of some keys select the conversion."""
+    """The verdict of diffusers. It converts a whole file at once; the prefixes of some keys select the conversion."""
     style = _style(keys)
     if style is None:
         return LoaderVerdict(
@@ -190,7 +192,9 @@ def _diffusers_alone(style: _KeyStyle, modules: list[str]) -> LoaderVerdict:
     if style.prefix == "transformer." and style.sides == "linear_layer":
         return refused
     if style.prefix == "transformer." and style.sides == "other":
-        return LoaderVerdict(unknown="of keys with these suffixes, it reads only those of its own old files")
+        return LoaderVerdict(
+            unknown="it reads keys with these suffixes only from files that its own old releases wrote"
+        )
     if style.sides == "lokr":
         if style.prefix == "":
             return LoaderVerdict()

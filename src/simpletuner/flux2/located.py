@@ -1,4 +1,4 @@
-"""Locate a base model once on each machine: one process queries the Hub, downloads the files or creates them."""
+"""Locate a base model once on each machine: one process queries the Hub, and downloads or creates the files."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ def locate_on_each_machine(world: World, find: Callable[[], Source]) -> Source:
     """The result of `find`, which only the first rank of each machine calls, on all ranks of that machine.
 
     All ranks use the same files, even if a branch on the Hub moves meanwhile. The other ranks wait for as long as a
-    download takes. Their `hashes` start empty and last only as long as their process: first ranks hash.
+    download takes. Their `hashes` are empty and have no ledger, since only the first ranks hash files.
 
     Raises:
         AccessError: another machine located another model.
@@ -36,7 +36,7 @@ def check_same_model(world: World, fingerprints: Mapping[str, str]) -> None:
         machine, (ours, theirs) = difference
         parts = [name for name in ours if ours[name] != theirs.get(name)]
         raise AccessError.of(
-            f"machine {machine} has another base model than machine 0, by its {join_names(parts, 'and')}",
+            f"machine {machine} has another base model than machine 0 (different {join_names(parts, 'and')})",
             "the same files and options on every machine",
             "Copy machine 0's files there, or name a folder that all machines share.",
         )

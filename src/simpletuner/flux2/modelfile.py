@@ -1,4 +1,4 @@
-"""Save and read transformers as diffusers loads them, and the complete pipeline around them.
+"""Save and read transformers in the layout that diffusers loads, and save complete pipelines around them.
 
 Tensors keep diffusers' names throughout.
 """
@@ -32,7 +32,7 @@ WEIGHTS_NAME = f"{WEIGHTS_STEM}.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 """Maps tensors to files if the weights are in several files."""
 PIPELINE_INDEX = "model_index.json"
-_BATCHES = "bn.num_batches_tracked"
+_BATCH_COUNT = "bn.num_batches_tracked"
 """BFL's VAE files may lack this tensor. Nothing reads it."""
 COPIED_BYTES = 2**20
 """Files up to this size are copied into a model folder; larger files are linked."""
@@ -79,9 +79,8 @@ def save_transformer_shares(
         OSError, DiskError: as `write_shares`.
     """
     if world.rank < world.writing_ranks:
-        with contextlib.suppress(
-            OSError
-        ):  # writing a file fails too, but only after this rank has taken part in the gathers
+        # If this fails, writing the file fails too, but only after this rank has taken part in the gathers.
+        with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
     hashes, files = write_shares(folder, WEIGHTS_STEM, tensors, header_of(metadata), world, dtype)
     if world.is_main:
@@ -105,10 +104,11 @@ def read_transformer(folder: Path) -> dict[str, Tensor]:
 
 
 def save_pipeline(folder: Path, transformer: Path, source: Source) -> str | None:
-    """Write a diffusers pipeline around a saved transformer. The complete `folder` replaces an existing one.
+    """Write a diffusers pipeline around a saved transformer.
 
-    It holds the files of `transformer` and, from `source`, all other files of a diffusers pipeline: small files as
-    copies, large files as hard links, or as symbolic links if they are on another disk.
+    An existing `folder` is replaced once the new one is complete. It holds the files of `transformer` and, from
+    `source`, all other files of a diffusers pipeline: small files as copies, large files as hard links, or as symbolic
+    links if they are on another disk.
 
     Returns:
         Why `folder` holds only the transformer; None if it is a complete pipeline.
@@ -157,7 +157,7 @@ def _incomplete(source: Source) -> str | None:
     if not (encoder / "config.json").is_file() or not all(file.name.startswith("model") for file in encoder_files):
         return f"its text encoder is the single file {encoder_files[0].name}, not a diffusers folder"
     if not config.is_file() or architectures != (source.text_encoder.config or {}).get("architectures"):
-        return f"its text encoder has another architecture than that of {base}"
+        return f"its text encoder has a different architecture from that of {base}"
     return None
 
 
@@ -191,7 +191,7 @@ def _add_vae(part: Path, source: Source) -> None:
             for file in files:
                 _add(file, part / (WEIGHTS_NAME if len(files) == 1 else file.name))
         else:  # other tensor names, or other components in the file
-            bn = {_BATCHES: torch.zeros((), dtype=torch.int64)}
+            bn = {_BATCH_COUNT: torch.zeros((), dtype=torch.int64)}
             save_tensors(part / WEIGHTS_NAME, bn | {name: read() for name, read in tensors.items()}, {"format": "pt"})
     if not config.exists() or read_object(config) != source.vae.config:
         write_json(config, source.vae.config)

@@ -33,12 +33,12 @@ class ModelFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.name = root.resolve().name
-        """Name in the run's record, without paths of this machine."""
+        """Name in the run's record: only the folder's name, which reveals no path of this machine."""
         self.label = str(root)
         """Name in messages to the user."""
 
     def contains(self, name: str) -> bool:
-        """Whether the file `name` exists; a relative path with forward slashes."""
+        """Whether the file `name`, a relative path with forward slashes, exists."""
         return (self.root / name).is_file()
 
     def path(self, name: str) -> Path:
@@ -114,7 +114,7 @@ class Hub:
         return file if file.is_file() else self._download(name)
 
     def check_access(self) -> str:
-        """Check that the files can be downloaded, and return the commit. A gated repository is listed for everyone."""
+        """Check that the files can be downloaded, and return the commit. Anyone can list a gated repository."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         commit, files = self._listing
@@ -206,9 +206,9 @@ class Hub:
     def _download_large(self, name: str, commit: str, file: HubFile) -> None:
         """Download the content of `name` into the cache, resuming an interrupted download.
 
-        huggingface_hub's own download would start over, leave partial files of killed processes, and check only sizes.
-        It still downloads files that the Hub offers over Xet, which is faster than one HTTP connection and verifies
-        content itself.
+        huggingface_hub's own download would start over, leave behind partial files of killed processes, and check only
+        sizes. It still downloads files that the Hub offers over Xet, which is faster than one HTTP connection and
+        verifies content itself.
         """
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.file_download import http_get
@@ -252,7 +252,7 @@ class Hub:
 
     @contextlib.contextmanager
     def _translated_errors(self) -> Iterator[None]:
-        """Translate huggingface_hub's errors in this block into ours. Neither theirs nor ours contain a token."""
+        """Translate huggingface_hub's errors in this block into ours. Neither theirs nor ours contains a token."""
         from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         # The base exception of the HTTP library that this version of huggingface_hub uses.
@@ -265,14 +265,14 @@ class Hub:
             raise self._no_hub() from error
         except (OSError, http_error) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # an error of the disk, not of the Hub
+                raise  # a disk error, not a Hub error
             # For a small file that it cannot download, huggingface_hub only reports that the cache lacks it.
             reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
             raise self._access_error(reason or error) from error
 
     def _no_hub(self) -> "_UnreachableError":
         return _UnreachableError.of(
-            f"{self._endpoint or 'https://huggingface.co'} does not answer as the Hub does for {self.name}",
+            f"{self._endpoint or 'https://huggingface.co'} does not answer like the Hub for {self.name}",
             remedy="Check HF_ENDPOINT, and whether a proxy or a login page intercepts requests. " + _OR_A_FOLDER,
         )
 
@@ -336,7 +336,7 @@ class Hub:
 
 
 class _UnreachableError(AccessError):
-    """The Hub could not be reached, or its answer says nothing about the repository."""
+    """The Hub could not be reached, or its answer does not show whether the repository is accessible."""
 
 
 ModelLocation = ModelFolder | Hub

@@ -1,4 +1,4 @@
-"""Rotary position embedding: angles for each position, and the rotation of queries and keys."""
+"""Rotary position embedding: tables of each position's angles, and the rotation of queries and keys."""
 
 import torch
 from einops import rearrange
@@ -10,7 +10,7 @@ Rotary = tuple[Float[Tensor, "*tables positions half"], Float[Tensor, "*tables p
 
 
 def rotary(position_ids: Int[Tensor, "*b n axes"], axes: tuple[int, ...], theta: float) -> Rotary:
-    """Rotary angles of each position: for each axis in order, `axes[i] / 2` frequencies theta^(-2k/axes[i]).
+    """Rotary tables of each position: for each axis in order, `axes[i] / 2` frequencies theta^(-2k/axes[i]).
 
     Angles are computed in fp64: at position 511 fp32 would be off by 2e-5.
     """

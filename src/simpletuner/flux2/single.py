@@ -1,4 +1,8 @@
-"""Single weight files: find out which components a file holds, and infer the configs that such files lack."""
+"""Single weight files: find out which components a file holds, and infer the configs that such files lack.
+
+"Our names" of tensors are those that `renaming_of` maps to: diffusers' for the transformer and the VAE, transformers'
+for the text encoder.
+"""
 
 import contextlib
 import functools
@@ -46,7 +50,7 @@ _MARKERS: Mapping[Component, tuple[str, ...]] = {
 
 
 def renaming_of(component: Component, names: Sequence[str]) -> TensorRenaming:
-    """The renaming for a file that holds `component`, given its tensor `names` without container prefixes."""
+    """The renaming for a file that holds `component`, given its tensor `names` without the component's prefix."""
     if component == "text_encoder":
         return text_encoder_renaming()
     return (transformer_renaming if component == "transformer" else vae_renaming)(names)
@@ -119,7 +123,7 @@ def check_whole(file: Path, component: Component, flavour: Flavour, text_layers:
         spec = autoencoder_spec_in(file, flavour.autoencoder)
         statistics = (4 * spec.latent_channels,)
         expected = Counter([*encoder_shapes(spec), *decoder_shapes(spec), statistics, statistics])
-        lacking = [f"one of {list(shape)}" for shape in expected - Counter(actual.values())]
+        lacking = [f"a tensor of shape {list(shape)}" for shape in expected - Counter(actual.values())]
     else:
         if component == "transformer":
             tensors = empty_transformer(transformer_from_tensors(actual)).state_dict()
@@ -163,7 +167,7 @@ def autoencoder_spec_in(file: Path, default: AutoencoderSpec) -> AutoencoderSpec
 def config_in(file: Path, component: Component, flavour: Flavour) -> Config | None:
     """Infer the config of `component` from the shapes in a single file.
 
-    Values that shapes do not determine are those of `flavour`. None for a transformer, whose shapes determine all.
+    Values that shapes do not determine are those of `flavour`. None for a transformer, which needs no config.
 
     Raises:
         AccessError: its tensors are not those of a supported text encoder or VAE.
@@ -187,7 +191,7 @@ def _unsupported(file: Path, component: Component, error: Exception) -> AccessEr
 
 @contextlib.contextmanager
 def open_component(files: Sequence[Path], component: Component) -> Iterator[Mapping[str, Callable[[], Tensor]]]:
-    """Open a component and yield a reader for each tensor, by our names. Not for weights that loading splits."""
+    """Open a component and yield a reader for each tensor, by our names. Cannot read fused weights."""
     stored = stored_weights(files, component)
     renaming = renaming_of(component, list(stored))
     with open_stored(stored) as reader:

@@ -53,7 +53,7 @@ _STEMS: Mapping[Component, str] = {
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
-# Kinds of component in configs: diffusers' `_class_name`, for text encoders transformers' `model_type`.
+# Names of the component types in configs: diffusers' `_class_name`; for text encoders, transformers' `model_type`.
 _CLASSES: Mapping[Component, str] = {
     "transformer": "Flux2Transformer2DModel",
     "vae": "AutoencoderKLFlux2",
@@ -132,7 +132,7 @@ class Source:
 
     @property
     def distillation_warning(self) -> str | None:
-        """A warning if the weights are distilled and the flavour's are not, or the other way round; else None."""
+        """A warning if the weights are distilled and the flavour's are not, or vice versa; else None."""
         flavour, name = self.flavour, self.name
         sibling_flavour = sibling(flavour)
         if sibling_flavour is None or self.is_distilled == flavour.is_distilled:
@@ -140,7 +140,7 @@ class Source:
         published = flavour.repo or flavour.title
         actual, expected = ("distilled", "base") if self.is_distilled else ("base", "distilled")
         expectation = f"model_flavour = {flavour.name} means {expected} weights"
-        finding = f"{name} holds {actual} weights, by model_index.json or its name; {expectation}."
+        finding = f"{name} holds {actual} weights, according to its model_index.json or name; {expectation}."
         if self.is_distilled:
             return (
                 f"{finding} Training distilled weights gives gray, smooth blobs: name the base weights ({published}) "
@@ -165,7 +165,7 @@ class Source:
             fingerprint = self._fingerprints[component, all_bytes] = self._fingerprint(component, all_bytes)
         return fingerprint
 
-    def _fingerprint(self, component: Component | Literal["tokenizer"], whole: bool) -> str:
+    def _fingerprint(self, component: Component | Literal["tokenizer"], all_bytes: bool) -> str:
         if component == "tokenizer":
             present = (self.tokenizer / name for name in (*_TOKENIZER, *_TOKENIZER_EXTRA))
             with file_errors_reported(self.tokenizer, AccessError, doing="read"):
@@ -173,7 +173,7 @@ class Source:
         weights = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}[component]
         used: dict[str, TensorEntry] = {}
         for name, weight in stored_weights(weights.files, component).items():
-            # For a transformer, the name in the file, as in earlier releases.
+            # The name in the file, as in earlier releases, except for a text encoder.
             hashed_name: str | None = weight.name
             if component == "text_encoder":
                 hashed_name = text_encoder_name(name, max(self.text_layers))
@@ -181,7 +181,7 @@ class Source:
                 used[hashed_name] = weight.data
             elif hashed_name is not None:
                 used |= {f"{hashed_name} {weight.format} {part}": entry for part, entry in weight.parts.items()}
-        digests = self.hashes.of(used) if whole else {name: _head_digest(entry) for name, entry in used.items()}
+        digests = self.hashes.of(used) if all_bytes else {name: _head_digest(entry) for name, entry in used.items()}
         tensors = {name: [entry.dtype, list(entry.shape), digests[name]] for name, entry in used.items()}
         config = {key: value for key, value in (weights.config or {}).items() if key not in _WRITER_FIELDS}
         return sha256_json([config, tensors])
@@ -236,8 +236,8 @@ def transformer_spec(transformer: Weights, name: str) -> TransformerSpec:
 def locate(options: ModelOptions, *, report: ReportLine, environ: Mapping[str, str] = os.environ) -> Source:
     """Locate all files of the model that `options` name. Downloads missing files, and creates the embedded model.
 
-    `report` gets sentences on what is created or downloaded, its size, and the free disk space. Local paths and the
-    embedded model need no network.
+    `report` is called with sentences about each download or creation, its size, and the free disk space. Local paths
+    and the embedded model need no network.
 
     Raises:
         AccessError: files are missing, forbidden, unreachable or not FLUX.2; the error lists all missing files.
@@ -335,7 +335,7 @@ class _Search:
         tokenizer = self._tokenizer(parts["text_encoder"].location, base)
         if parts["text_encoder"].is_single and tokenizer.location is base:
             parts["text_encoder"] = self._with_base_config(parts["text_encoder"], base)
-        # Without other files from a Hub repository, do not query it: there may be no network.
+        # If no other file comes from a Hub repository, do not query it: there may be no network.
         locations = [part.location for part in (*parts.values(), tokenizer)]
         if parts["vae"].is_single and (isinstance(base, ModelFolder) or base in locations):
             parts["vae"] = self._vae_with_base_config(parts["vae"], base)
@@ -373,7 +373,7 @@ class _Search:
         return source
 
     def _single_parts(self, names: Mapping[Component, str | None]) -> dict[Component, _ComponentFiles]:
-        """Components from single files, whose headers are checked against the flavour."""
+        """Components from single files. Their headers are checked against the flavour."""
         parts: dict[Component, _ComponentFiles] = {}
         for component, path in names.items():
             if path is not None and is_weight_file(path):
@@ -418,7 +418,7 @@ class _Search:
     def _with_base_config(self, encoder: _ComponentFiles, base: ModelLocation) -> _ComponentFiles:
         """Give a text encoder's single file the config of the base model's text encoder if both have the same shapes.
 
-        That config is the published one, and part of the ids of cached contexts.
+        That config is the published one, and the ids of cached contexts include it.
         """
         if not base.contains("text_encoder/config.json"):
             return encoder
@@ -431,8 +431,8 @@ class _Search:
     def _vae_with_base_config(self, vae: _ComponentFiles, base: ModelLocation) -> _ComponentFiles:
         """Give a VAE's single file the config of the base model's VAE if its names are diffusers' and its shapes fit.
 
-        Earlier releases read only such files, always with that config, which is part of their ids for latents and for a
-        checkpoint's VAE (`earlier_autoencoder_id`).
+        Earlier releases read only such files, always with that config. Their ids for latents and for a checkpoint's VAE
+        include it (`earlier_autoencoder_id`).
         """
         file = vae.location.path(vae.names[0])
         if not shapes_in(file, "vae").keys() <= read_header(file).keys() or not base.contains("vae/config.json"):
@@ -466,12 +466,12 @@ class _Search:
         spec = transformer_spec(Weights(local, part.config), name)
         expected = vars(base.spec)
         differing = [
-            f"{key} {value} for {expected[key]}" for key, value in vars(spec).items() if value != expected[key]
+            f"{key} {value} instead of {expected[key]}" for key, value in vars(spec).items() if value != expected[key]
         ]
         if differing:
             raise AccessError.of(
                 f"the transformer of {name} differs from that of {base.name}: {', '.join(differing)}",
-                "the same shapes, which the LoRA fits",
+                "the same shapes, so that the LoRA fits",
                 "Name the distilled model of the same size, or remove validation_preview_model.",
             )
         fetch([(part.location, name) for name in part.names], self.report)
@@ -481,7 +481,7 @@ class _Search:
         return replace(base, name=name, commit=commit, transformer=weights)
 
     def _ledger(self) -> Path | None:
-        """File for hashes, next to the embedded model; None for a user without a home folder."""
+        """File that stores hashes, next to the embedded model; None for a user without a home folder."""
         cache_dir = self.options.cache_dir
         try:
             folder = tiny.default_folder(None if cache_dir is None else Path(cache_dir).expanduser(), self.environ)
@@ -521,7 +521,7 @@ class _Search:
     def _config(
         self, component: Component, location: ModelLocation, folders: tuple[str, ...]
     ) -> tuple[str, Config | None]:
-        """The first of `folders` with a config of `component`, and the config; None after recording a problem."""
+        """The first of `folders` that has a config of `component`, and the config; None if a problem was recorded."""
         folder = next((folder for folder in folders if location.contains(f"{folder}config.json")), None)
         if folder is None:
             self._add_missing(location, f"{folders[0]}config.json")
@@ -563,7 +563,7 @@ class _Search:
         return _ComponentFiles(location, names, config)
 
     def _is_of_another_flavour(self, component: Component, label: str, spec: TransformerSpec | TextSpec) -> bool:
-        """Whether `spec` is exactly that of another flavour, which is published or has another kind of text encoder.
+        """Whether `spec` equals that of another flavour that is published or has another kind of text encoder.
 
         Shapes of no flavour, and those of the embedded models, fit any flavour. Records the component if true.
         """
@@ -578,7 +578,7 @@ class _Search:
         return True
 
     def _compare_shapes(self, transformer: _ComponentFiles) -> None:
-        """Record a transformer of another flavour. Its weights may not be downloaded yet."""
+        """Record a problem if the transformer is of another flavour. Its weights may not be downloaded yet."""
         if transformer.config == {} or not transformer.names:
             return
         try:

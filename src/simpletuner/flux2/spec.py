@@ -1,4 +1,4 @@
-"""Architecture specs of a FLUX.2: read from configs or tensor shapes, and written as configs for diffusers."""
+"""Architecture specs of a FLUX.2 model: read from configs or tensor shapes, and written as configs."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -81,7 +81,7 @@ def transformer_from_tensors(shapes: Mapping[str, TensorShape]) -> TransformerSp
 
 
 def _count(names: Mapping[str, object], group: str) -> int:
-    """Number of numbered blocks in `group`."""
+    """Number of blocks in the module list `group`."""
     return len({name.split(".")[1] for name in names if name.startswith(group + ".")})
 
 
@@ -104,7 +104,7 @@ def text_from_config(config: Mapping[str, Any]) -> TextSpec:
 def text_from_tensors(shapes: Mapping[str, TensorShape], default: TextSpec) -> TextSpec:
     """Infer the spec of a text encoder's language model from its shapes, in the names of `text_encoder_name`.
 
-    Shapes determine the head width only if heads have norms. Otherwise it is that of the flavour whose text encoder has
+    Shapes determine the head width only if heads have norms. Otherwise it is that of a flavour whose text encoder has
     these shapes, or else that of `default`.
 
     Raises:
@@ -179,8 +179,8 @@ def autoencoder_from_config(config: Mapping[str, Any]) -> AutoencoderSpec:
 def autoencoder_from_tensors(shapes: Mapping[str, TensorShape], default: AutoencoderSpec) -> AutoencoderSpec:
     """Infer the spec of a VAE from its shapes, in diffusers' names.
 
-    Shapes do not determine tile and norm groups: those are of the flavour whose encoder has these shapes, or else of
-    `default`.
+    Shapes do not determine tile and norm groups. They come from `default` if it has these encoder channels, else
+    from a flavour that has them, else from `default`.
 
     Raises:
         KeyError: a tensor of every VAE is missing.
@@ -230,8 +230,10 @@ def autoencoder_to_config(spec: AutoencoderSpec) -> dict[str, Any]:
 
 
 def decoder_channels(shapes: Mapping[str, TensorShape]) -> tuple[int, ...]:
-    """Infer the channels of a VAE's decoder from its shapes, in diffusers' names; in the order of its config. Empty if
-    no tensor has such a name."""
+    """Infer a VAE's decoder channels, in the config's order, from its shapes, in diffusers' names.
+
+    Empty if `shapes` has no decoder.
+    """
     channels: list[int] = []
     while (first := shapes.get(f"decoder.up_blocks.{len(channels)}.resnets.0.conv1.weight")) is not None:
         channels.append(first[0])
@@ -266,16 +268,16 @@ def _levels(last: int, levels: tuple[int, ...], blocks: int) -> list[TensorShape
 
 
 def _norm(width: int) -> list[TensorShape]:
-    """Weight and bias of a norm."""
+    """Shapes of weight and bias of a norm."""
     return [(width,), (width,)]
 
 
 def _linear(*shape: int) -> list[TensorShape]:
-    """Weight and bias of a Linear or convolution."""
+    """Shapes of weight and bias of a Linear or convolution."""
     return [shape, shape[:1]]
 
 
 def _residual(inputs: int, width: int) -> list[TensorShape]:
-    """A residual block, with a shortcut convolution if the width changes."""
+    """Shapes of a residual block, with a shortcut convolution if the width changes."""
     shapes = [*_norm(inputs), *_linear(width, inputs, 3, 3), *_norm(width), *_linear(width, width, 3, 3)]
     return shapes if inputs == width else [*shapes, *_linear(width, inputs, 1, 1)]

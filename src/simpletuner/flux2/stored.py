@@ -1,4 +1,4 @@
-"""Weights in files, plain or quantized: identified by headers, and read by rows, decoded or in their file format."""
+"""Weights in files, plain or quantized: find their formats in headers, and read rows, decoded or as stored."""
 
 import contextlib
 import itertools
@@ -63,7 +63,7 @@ class StoredWeight:
 
     @property
     def is_floating(self) -> bool:
-        """Whether its values are floating-point numbers; those of quantized weights always are."""
+        """Whether its values are floating-point numbers. Those of quantized weights always are, once decoded."""
         return not self.is_plain or self.data.dtype in FLOATING_DTYPES
 
     @property
@@ -148,6 +148,7 @@ _SIDE_SUFFIXES = (
 """Last name parts of a quantized layer's tensors besides `weight`. The last two are the older spelling. Input scales
 are for quantized activations and are not read."""
 _MARKER = "scaled_fp8"
+"""Tensor that marks a file of scaled fp8 weights. It is not read."""
 QUANTIZATION_METADATA = "_quantization_metadata"
 """Header field that may describe the formats of quantized layers."""
 _MARKER_LIMIT = 4096
@@ -253,16 +254,16 @@ def _with_format(
         _FormatError: the format is not supported.
     """
     data = weight.data
-    kind = None if marker is None else marker.get("format")
-    if kind is not None and not isinstance(kind, str):
+    format_name = None if marker is None else marker.get("format")
+    if format_name is not None and not isinstance(format_name, str):
         raise _FormatError("a marker of quantized weights whose format is not a string")
     if "pre_quant_scale" in side_tensors:
         raise _FormatError("quantized weights whose inputs are scaled (pre_quant_scale)")
-    if kind == "nvfp4":
+    if format_name == "nvfp4":
         return _with_blocks(weight, side_tensors, "nvfp4")
-    if kind == "mxfp8":
+    if format_name == "mxfp8":
         return _with_blocks(weight, side_tensors, "mxfp8")
-    if kind == "int8_tensorwise":
+    if format_name == "int8_tensorwise":
         assert marker is not None
         group = _rotated_group(marker)
         if data.dtype != "I8" or (group and data.shape[-1] % group):
@@ -272,46 +273,48 @@ def _with_format(
             return scaled
         rotated = partial(_unrotate, "scale" in scaled.parts and math.prod(scaled.parts["scale"].shape) > 1, group)
         return replace(scaled, format="int8-convrot", decode=rotated)
-    if kind is not None and (kind not in _FP8 or _FP8[kind] != data.dtype):
-        raise _FormatError(f"weights in the format {kind}" + (f" as {data.dtype}" if kind in _FP8 else ""))
-    if marker is not None and kind is None:
+    if format_name is not None and (format_name not in _FP8 or _FP8[format_name] != data.dtype):
+        raise _FormatError(
+            f"weights in the format {format_name}" + (f" as {data.dtype}" if format_name in _FP8 else "")
+        )
+    if marker is not None and format_name is None:
         raise _FormatError("a marker of quantized weights without a format")
     if data.dtype in _FP8.values() and "weight_scale_2" not in side_tensors:
         precision = "fp8wo-torchao" if data.dtype == "F8_E4M3" else None
         return _scaled(weight, "fp8", side_tensors, precision)
     if side_tensors.keys() - {"input_scale", "scale_input"}:
-        kind_of_data = _UNSCALED.get(data.dtype, f"weights as {data.dtype}")
-        raise _FormatError(f"{kind_of_data} with scales but no ComfyUI marker")
+        title = _UNSCALED.get(data.dtype, f"weights as {data.dtype}")
+        raise _FormatError(f"{title} with scales but no ComfyUI marker")
     return weight
 
 
 def _scaled(
-    weight: StoredWeight, kind: str, side_tensors: Mapping[str, TensorEntry], precision: str | None
+    weight: StoredWeight, format_name: str, side_tensors: Mapping[str, TensorEntry], precision: str | None
 ) -> StoredWeight:
     """8-bit weights with one scale, one scale for each row, or no scale."""
     scale = side_tensors.get("weight_scale", side_tensors.get("scale_weight"))
     rows = weight.shape[0] if weight.shape else 1
-    if scale is None and kind == "int8":
+    if scale is None and format_name == "int8":
         raise _FormatError("int8 weights without scales")
     if scale is not None and (
         scale.dtype not in FLOATING_DTYPES or (scale.shape not in ((rows,), (rows, 1)) and math.prod(scale.shape) != 1)
     ):
-        raise _FormatError(f"{kind} weights with scales as {scale.dtype} {list(scale.shape)}")
+        raise _FormatError(f"{format_name} weights with scales as {scale.dtype} {list(scale.shape)}")
     parts = weight.parts if scale is None else {**weight.parts, "scale": scale}
     is_by_row = scale is not None and math.prod(scale.shape) > 1
     return replace(
         weight,
-        format=kind,
+        format=format_name,
         parts=parts,
         decode=partial(_rescale, scale is not None, is_by_row),
         precision=precision if len(weight.shape) == 2 else None,
     )
 
 
-def _with_blocks(weight: StoredWeight, side_tensors: Mapping[str, TensorEntry], kind: str) -> StoredWeight:
+def _with_blocks(weight: StoredWeight, side_tensors: Mapping[str, TensorEntry], format_name: str) -> StoredWeight:
     """nvfp4 or mxfp8 weights: each block of a row has a scale; scales are tiled in the kernels' layout."""
     data, scale, second = weight.data, side_tensors.get("weight_scale"), side_tensors.get("weight_scale_2")
-    is_nvfp4 = kind == "nvfp4"
+    is_nvfp4 = format_name == "nvfp4"
     block = _NVFP4_BLOCK if is_nvfp4 else _MXFP8_BLOCK
     expected = ("U8", "F8_E4M3") if is_nvfp4 else ("F8_E4M3", "U8")
     if (
@@ -320,17 +323,17 @@ def _with_blocks(weight: StoredWeight, side_tensors: Mapping[str, TensorEntry], 
         or (data.dtype, scale.dtype.replace("F8_E8M0", "U8")) != expected
         or (is_nvfp4 and (second is None or second.dtype != "F32" or math.prod(second.shape) != 1))
     ):
-        raise _FormatError(f"{kind} weights as {data.dtype} {list(data.shape)} with scales that do not match")
+        raise _FormatError(f"{format_name} weights as {data.dtype} {list(data.shape)} with scales that do not match")
     rows, columns = data.shape[0], data.shape[1] * (2 if is_nvfp4 else 1)
     blocks = -(-columns // block)
     tiled = (-(-rows // _ROW_TILE) * _ROW_TILE, -(-blocks // 4) * 4)
     if columns % block or math.prod(scale.shape) != math.prod(tiled):
-        raise _FormatError(f"{kind} weights of {rows} × {columns} with scales {list(scale.shape)}")
+        raise _FormatError(f"{format_name} weights of {rows} × {columns} with scales {list(scale.shape)}")
     parts = {**weight.parts, "scale": replace(scale, shape=tiled, dtype="F8_E4M3" if is_nvfp4 else "U8")}
     if is_nvfp4 and second is not None:
         parts["scale_2"] = second
     decode = partial(_decode_nvfp4 if is_nvfp4 else _decode_mxfp8, blocks)
-    return replace(weight, format=kind, shape=(rows, columns), parts=parts, decode=decode)
+    return replace(weight, format=format_name, shape=(rows, columns), parts=parts, decode=decode)
 
 
 def _rescale(has_scale: bool, is_by_row: bool, read: ReadPart, rows: slice) -> Tensor:
@@ -351,7 +354,7 @@ def _rotated_group(marker: Mapping[str, object]) -> int:
 
 
 def _unrotate(is_by_row: bool, group: int, read: ReadPart, rows: slice) -> Tensor:
-    """Rows (q·H)·s, where H is the n-fold ⊗ power of a 4×4 Hadamard matrix / 2: symmetric and its own inverse.
+    """Rows (q·H)·s. H is a Kronecker power of half a 4×4 Hadamard matrix: symmetric and its own inverse.
 
     The sums of q are exact in fp32, so each value is rounded once.
     """
@@ -440,7 +443,7 @@ class StoredReader:
         step = max(1, SLICE * weight.shape[0] // max(1, math.prod(weight.shape)) // _ROW_TILE) * _ROW_TILE
         row = start
         while row < stop:
-            # Slices end at multiples of the tile, even if the first one starts within a tile.
+            # Slices end at multiples of `step`, and thus of a tile, even if the first one starts within a tile.
             end = min(stop, (row // step + 1) * step)
             part = weight.decode(lambda part, rows: self._read(weight.parts[part], rows, False), slice(row, end))
             check_range(part, result.dtype, name)

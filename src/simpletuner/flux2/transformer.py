@@ -1,4 +1,4 @@
-"""The FLUX.2 transformer: double-stream blocks, then single-stream blocks, one global modulation.
+"""The FLUX.2 transformer: double-stream blocks, then single-stream blocks. Blocks of a kind share their modulation.
 
 Parameter names and outputs match diffusers' `Flux2Transformer2DModel` (checked to 1e-5 in fp32), so weights and LoRAs
 move between the two unchanged. Why this project has its own: docs/decisions/0001-own-transformer.md.
@@ -76,9 +76,11 @@ def attend(
     if not references.is_isolated:
         return rearrange(attention(query, key, value, key_mask), "b heads n d -> b n (heads d)")
     # In a sample without references, padding attends to itself: a softmax over no keys is NaN.
-    own_mask = None if is_token is None else rearrange(is_token | ~is_token.any(1, keepdim=True), "b n -> b 1 1 n")
+    reference_mask = (
+        None if is_token is None else rearrange(is_token | ~is_token.any(1, keepdim=True), "b n -> b 1 1 n")
+    )
     attended = attention(query[:, :, :start], key, value, key_mask)
-    attended_references = attention(query[:, :, start:], key[:, :, start:], value[:, :, start:], own_mask)
+    attended_references = attention(query[:, :, start:], key[:, :, start:], value[:, :, start:], reference_mask)
     return rearrange(torch.cat([attended, attended_references], dim=2), "b heads n d -> b n (heads d)")
 
 
@@ -88,7 +90,7 @@ def plain_attention(
     value: Float[Tensor, "b heads m d"],
     mask: Bool[Tensor, "b 1 1 m"] | None = None,
 ) -> Float[Tensor, "b heads n d"]:
-    """Softmax attention as two matrix products, with all n x m scores in memory. `mask` is False for hidden keys.
+    """Softmax attention as two matrix products, with all n × m scores in memory. `mask` is False for masked keys.
 
     Scores are fp32: bf16 scores would cause nine times the error of torch's kernels.
     """
@@ -359,7 +361,7 @@ class Flux2Transformer(nn.Module):
         super().__init__()
         self.spec = spec
         self.computes_in: torch.dtype | None = None
-        """The dtype to which gathered shards are cast; None if the weights compute in their own dtype."""
+        """The dtype to which gathered shards are cast for compute; None if they keep the dtype of the weights."""
         self.time_guidance_embed = TimeGuidanceEmbedding(spec)
         self.double_stream_modulation_img = Modulation(spec.hidden, sets=2)
         self.double_stream_modulation_txt = Modulation(spec.hidden, sets=2)
@@ -396,13 +398,13 @@ class Flux2Transformer(nn.Module):
         angles: Rotary | None = None,
         references: ReferenceAttention | None = None,
     ) -> Float[Tensor, "b m channels"]:
-        """Velocity of the image tokens, references left out, in the dtype of `tokens`. All image tokens share sigma.
+        """Velocity of the image tokens, without the reference tokens, in the dtype of `tokens`.
 
         Args:
             tokens: image tokens, then reference tokens, for which no velocity is returned.
-            sigma: 0 is data, 1 is noise.
-            guidance: the scale in users' units (1.0, 4.0); None for models without a guidance embedder.
-            position_ids: (t, h, w, l) of each image token, one table for the batch or one for each sample.
+            sigma: noise level of each sample's image tokens: 0 is data, 1 is noise.
+            guidance: the scale as users give it (1.0, 4.0); None for models without a guidance embedder.
+            position_ids: (t, h, w, l) of each of `tokens`, one table for the batch or one for each sample.
             context_ids: the same for each text token.
             choices: the image tokens that each TREAD route processes; the others skip the route's blocks.
             angles: precomputed rotary tables of text and image tokens; None to compute them from the ids.
@@ -417,17 +419,17 @@ class Flux2Transformer(nn.Module):
             angles = rotary(torch.cat([context_ids, position_ids], dim=-2), self.spec.axes, self.spec.theta)
 
         length, end = context.shape[1], context.shape[1] + tokens.shape[1] - (references.length if references else 0)
-        reference_mask = None if references is None or references.is_full else references
+        masked_references = None if references is None or references.is_full else references
         routing = Routing(choices, angles, length)
         image, text = self.x_embedder(tokens), self.context_embedder(context)
         for index, block in enumerate(self.transformer_blocks):
             image = routing.enter(index, image)
-            text, image = block(text, image, text_modulation, image_modulation, routing.angles, reference_mask)
+            text, image = block(text, image, text_modulation, image_modulation, routing.angles, masked_references)
             image = routing.leave(index, image)
         joint = torch.cat([text, image], dim=1)
         for index, block in enumerate(self.single_transformer_blocks, start=len(self.transformer_blocks)):
             joint = routing.enter(index, joint, length)
-            joint = block(joint, single_modulation, routing.angles, reference_mask)
+            joint = block(joint, single_modulation, routing.angles, masked_references)
             joint = routing.leave(index, joint, length)
         out: Tensor = self.proj_out(self.norm_out(joint[:, length:end], vector))
         return out

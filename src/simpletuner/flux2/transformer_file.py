@@ -1,4 +1,4 @@
-"""Open a transformer's files, a single file or a folder with BFL's or diffusers' names, without reading weights."""
+"""Open a transformer in a single file or a folder, with BFL's or diffusers' names, without reading weights."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -88,7 +88,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
     Raises:
         AccessError: it holds only the files of a variant, such as fp16.
-        CheckpointError: some of several files are missing.
+        CheckpointError: some of its shards are missing.
     """
     try:
         return tuple(share_files(folder, WEIGHTS_STEM))
@@ -102,7 +102,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def transformer_folder(path: Path) -> Path | None:
-    """The transformer's folder: `path`, or its transformer/ where `path` is a pipeline; None if neither holds one."""
+    """The transformer's folder: `path`, or transformer/ in a pipeline `path`; None if neither holds a transformer."""
     for folder in (path, path / TRANSFORMER_FOLDER):
         if (folder / "config.json").is_file() and any(folder.glob(f"{WEIGHTS_STEM}*.safetensors")):
             return folder

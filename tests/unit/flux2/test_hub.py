@@ -205,7 +205,7 @@ def test_a_hub_that_says_nothing_is_given_up(hub, start, monkeypatch):
 
 def test_a_login_page_is_told_from_the_hub(hub, start):
     hub.is_login_page = True
-    with pytest.raises(AccessError, match=rf"{hub.url} does not answer as the Hub does .* a proxy or a login page"):
+    with pytest.raises(AccessError, match=rf"{hub.url} does not answer like the Hub .* a proxy or a login page"):
         start(VAE)
 
 

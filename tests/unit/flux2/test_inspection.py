@@ -192,7 +192,9 @@ def test_diffusers_loads_no_file_with_certain_other_keys(tmp_path: Path, row: st
     verdicts = adapter_in(path).loaders
     assert (key in verdicts["diffusers"].refusal) == BESIDE[row, key]
     assert (verdicts["diffusers"] == LoaderVerdict()) != BESIDE[row, key]
-    assert verdicts["ComfyUI"].refusal == ("" if row != "3 PEFT on BFL's model" else "it knows none of its names")
+    assert verdicts["ComfyUI"].refusal == (
+        "" if row != "3 PEFT on BFL's model" else "it recognizes none of the file's names"
+    )
 
 
 @pytest.mark.slow

@@ -305,7 +305,7 @@ def wrong(tiny_folder: Path, tiny_klein_folder: Path, tmp_path_factory: pytest.T
         ("transformer", "lora", "holds none of the components of FLUX.2: expected its transformer"),
         ("transformer", "flux1", "holds none of the components of FLUX.2: expected its transformer"),
         ("transformer", "transformer-hole", "another shape (1): single_transformer_blocks.3.attn.to_out.weight"),
-        ("vae", "vae-hole", "tensors are missing or have another shape (1): one of [64, 64, 3, 3]"),
+        ("vae", "vae-hole", "tensors are missing or have another shape (1): a tensor of shape [64, 64, 3, 3]"),
         ("vae", "level-hole", "has 4 encoder levels and 1 decoder levels: expected a VAE of FLUX.2"),
         ("text_encoder", "encoder-hole", "another shape (1): layers.7.mlp.up_proj.weight"),
         ("transformer", "klein", "its transformer has the shapes of tiny-klein"),
