@@ -121,7 +121,7 @@ def test_hardware_flop_of_a_full_run_is_what_torch_counts(recomputed: tuple[bool
 
 def test_what_fp16_clips_is_made_again() -> None:
     # More than 256 tokens: with fewer, attention on a CPU is plain products.
-    at = passing(recomputed=(True,) * SPEC.blocks, dtype=torch.float16, text=230)
+    at = passing(recomputed=(True,) * SPEC.blocks, dtype=torch.float16, text_tokens=230)
     transformer = transformer_of(EVERYTHING, at)
     adapters = attached_adapters(transformer)
     assert training_flop(at, adapters).hardware == counted(transformer, at)
@@ -164,7 +164,7 @@ def test_a_pass_without_gradients_is_counted_once(routes: tuple[Route, ...]) -> 
 
 @pytest.mark.parametrize("view", ["full", "own"])
 def test_references_are_counted(view: str) -> None:
-    at = passing(references=13, reference_attention=view, recomputed=EVERY_OTHER, routes=(Route(1, 3, 0.5),))
+    at = passing(reference_tokens=13, reference_attention=view, recomputed=EVERY_OTHER, routes=(Route(1, 3, 0.5),))
     transformer = transformer_of(EVERYTHING, at)
     adapters = attached_adapters(transformer)
     assert training_flop(at, adapters).hardware == counted(transformer, at)

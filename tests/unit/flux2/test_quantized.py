@@ -235,7 +235,7 @@ def test_one_of_weights_that_changed_after_their_heads_is_made_again(tiny_source
     (notice,) = told
     assert "the transformer's weights are not those that int4-quanto-" in notice
     (manifest,) = (tmp_path / "kept").glob("*.json")
-    assert json.loads(manifest.read_text())["content"] == changed.fingerprint("transformer", whole=True)
+    assert json.loads(manifest.read_text())["content"] == changed.fingerprint("transformer", all_bytes=True)
 
 
 @pytest.mark.parametrize("damage", ["bytes", "short", "missing", "manifest", "foreign"])

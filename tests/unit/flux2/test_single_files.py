@@ -180,7 +180,7 @@ def test_comfyuis_text_encoder_gives_the_same_contexts_under_the_same_id(
     assert source.text_encoder.files == (file,)
     assert source.tokenizer == folder / "tokenizer"
     for is_whole in (False, True):
-        assert context_id(source, whole=is_whole) == context_id(whole, whole=is_whole)
+        assert context_id(source, all_bytes=is_whole) == context_id(whole, all_bytes=is_whole)
     expected = contexts(whole)
     assert torch.equal(contexts(source), expected)
     assert torch.equal(contexts(source, stream_text_encoder, folder=tmp_path), expected)

@@ -202,9 +202,9 @@ def test_whole_fingerprints_see_a_weight_wherever_it_changes(tiny_source, reposi
     save_file(tensors, file)
     changed = locate(options(pretrained_model_name_or_path=str(repository)), report=print)
     assert changed.fingerprint("transformer") == tiny_source.fingerprint("transformer"), "only heads are read"
-    assert changed.fingerprint("transformer", all_bytes=True) != tiny_source.fingerprint("transformer", whole=True)
+    assert changed.fingerprint("transformer", all_bytes=True) != tiny_source.fingerprint("transformer", all_bytes=True)
     for component in ("vae", "text_encoder", "tokenizer"):
-        assert changed.fingerprint(component, all_bytes=True) == tiny_source.fingerprint(component, whole=True)
+        assert changed.fingerprint(component, all_bytes=True) == tiny_source.fingerprint(component, all_bytes=True)
 
 
 def test_unused_shards_change_no_fingerprint(tiny_source, repository):
@@ -213,7 +213,7 @@ def test_unused_shards_change_no_fingerprint(tiny_source, repository):
     assert [file.name for file in split.text_encoder.files] == ["model-00001-of-00002.safetensors"]
     for whole in (False, True):
         found = split.fingerprint("text_encoder", all_bytes=whole)
-        assert found == tiny_source.fingerprint("text_encoder", whole=whole)
+        assert found == tiny_source.fingerprint("text_encoder", all_bytes=whole)
 
 
 # --- the Hub
