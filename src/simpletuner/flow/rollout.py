@@ -33,7 +33,7 @@ class Solver:
     ]
     calls_per_step: int
     min_steps: int
-    """Minimum number of steps: the first step of a multistep method is Euler's, so fewer would be another sampler."""
+    """Minimum number of steps. A multistep method starts with an Euler step, so one step would be Euler's method."""
 
     def steps(self, longest: float) -> int:
         """Number of steps of each rollout, in a run whose longest rollout covers a share `longest` of the path."""
@@ -157,7 +157,7 @@ def compensation(
 ) -> Float[Tensor, "b c h w"]:
     """The weight of each element's error: 1 + α·|e|/mean|e|, where e = unrolled − rolled is the exposure bias.
 
-    The mean is over a sample, weighted by `weight`. docs/decisions/0006-reflexflow-weight.md explains the mean and |e|.
+    The mean is over a sample, weighted by `weight`. docs/decisions/0006-reflexflow-weight.md explains why.
     """
     bias = (unrolled - rolled).abs()
     typical = rearrange(averaged(bias, weight), "b -> b 1 1 1")
