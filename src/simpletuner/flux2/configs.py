@@ -88,9 +88,9 @@ def read_object(path: Path) -> Config:
         except (ValueError, RecursionError) as error:  # JSON's and Unicode's errors are ValueErrors
             reason = f", line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
             finding = f"{path} is not JSON{reason}" if path.stat().st_size else f"{path} is empty"
-            raise AccessError.of(finding, "a JSON object", _AGAIN) from None
+            raise AccessError.of(finding, "a JSON object", _GET_AGAIN) from None
     if not isinstance(value, dict):
-        raise AccessError.of(f"{path} holds {_shown(value)}", "a JSON object", _AGAIN)
+        raise AccessError.of(f"{path} holds {_excerpt(value)}", "a JSON object", _GET_AGAIN)
     return value
 
 
@@ -108,7 +108,7 @@ def read_component_config(component: Component, path: Path) -> Config:
     if component == "text_encoder" and "text_config" in config:
         fields = config["text_config"] if isinstance(config["text_config"], dict) else {}
         if not isinstance(config["text_config"], dict):
-            problems.append(_wrong(path, "text_config", config["text_config"], _OBJECT))
+            problems.append(_value_problem(path, "text_config", config["text_config"], _OBJECT))
     if "quantization_config" in config:
         problems.append(
             Problem(
@@ -122,9 +122,9 @@ def read_component_config(component: Component, path: Path) -> Config:
         if name in fields:
             is_null = fields[name] is None and component != "transformer" and name in _MAY_BE_NULL
             if not is_null and not _EXPECTED[expected](fields[name]):
-                problems.append(_wrong(path, name, fields[name], expected))
+                problems.append(_value_problem(path, name, fields[name], expected))
         elif name in required:
-            problems.append(Problem(f"{path} has no {name}", expected, _AGAIN))
+            problems.append(Problem(f"{path} has no {name}", expected, _GET_AGAIN))
     AccessError.raise_if(problems)
     return config
 
@@ -138,13 +138,13 @@ def read_index(path: Path) -> dict[str, str]:
     shards = read_object(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise AccessError.of(
-            f"{path} has weight_map = {_shown(shards)}", "an object that maps tensors to files", _AGAIN
+            f"{path} has weight_map = {_excerpt(shards)}", "an object that maps tensors to files", _GET_AGAIN
         )
     for tensor, shard in shards.items():
         is_file_name = isinstance(shard, str) and PurePosixPath(shard).name == shard and "\\" not in shard
         if not is_file_name or "\0" in shard or not shard.endswith(".safetensors"):
             raise AccessError.of(
-                f"{path} maps {tensor} to {_shown(shard)}", "a .safetensors file in the same folder", _AGAIN
+                f"{path} maps {tensor} to {_excerpt(shard)}", "a .safetensors file in the same folder", _GET_AGAIN
             )
     return shards
 
@@ -157,23 +157,23 @@ def check_tokenizer(folder: Path, names: tuple[str, ...]) -> None:
             model = read_object(path).get("model")
             vocabulary = model.get("vocab") if isinstance(model, dict) else None
             if name == "tokenizer.json" and not (isinstance(vocabulary, dict | list) and vocabulary):
-                raise AccessError.of(f"{path} has no vocabulary (model.vocab)", "a fast tokenizer", _AGAIN)
+                raise AccessError.of(f"{path} has no vocabulary (model.vocab)", "a fast tokenizer", _GET_AGAIN)
         else:
             with file_errors_reported(path, AccessError, doing="read"):
                 try:
                     path.read_text(encoding="utf-8")
                 except UnicodeDecodeError:
-                    raise AccessError.of(f"{path} is not UTF-8 text", "a chat template", _AGAIN) from None
+                    raise AccessError.of(f"{path} is not UTF-8 text", "a chat template", _GET_AGAIN) from None
 
 
-_AGAIN = "It may be damaged or written by another program: get the file again."
+_GET_AGAIN = "It may be damaged or written by another program: get the file again."
 
 
-def _wrong(path: Path, name: str, value: object, expected: str) -> Problem:
-    return Problem(f"{path} has {name} = {_shown(value)}", expected, _AGAIN)
+def _value_problem(path: Path, name: str, value: object, expected: str) -> Problem:
+    return Problem(f"{path} has {name} = {_excerpt(value)}", expected, _GET_AGAIN)
 
 
-def _shown(value: object) -> str:
-    """`value` as JSON, truncated to 60 characters."""
+def _excerpt(value: object) -> str:
+    """`value` as JSON, at most 60 characters, for messages."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:59] + "…"

@@ -1,7 +1,7 @@
 """SHA-256 of all bytes of each tensor of a base model, computed once and reused while the file is unchanged.
 
-A file counts as unchanged while its size, modification time and inode stay the same, and so does the hash of 64 pieces
-of 4 KiB, evenly spaced over the file. The ledger of hashes is one small JSON file in the user's cache folder.
+A file counts as unchanged while its size, modification time, inode, and the hash over 64 pieces of 4 KiB, evenly
+spaced over the file, stay the same. The ledger of hashes is one small JSON file in the user's cache folder.
 """
 
 import hashlib
@@ -125,7 +125,7 @@ class ContentHashes:
 
 @dataclass(frozen=True)
 class _HashedFile:
-    """Hashes of a file: one of its sampled pieces, and one of each tensor, by byte range."""
+    """Hashes of a file: that over its sampled pieces, and that of each tensor, by byte range."""
 
     samples: str
     digests: dict[str, str]

@@ -69,7 +69,7 @@ class Architecture:
     native_precisions: tuple[tuple[str, str], ...] = ()
     """Linears of blocks that the transformer's file holds in one of `PRECISIONS`, and that precision."""
     is_decoded: bool = False
-    """Whether that file is quantized, so that no weight is a view of the memory-mapped file."""
+    """Whether that file is quantized: its weights are decoded, so none is a view of the memory-mapped file."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "Architecture":
@@ -713,7 +713,7 @@ class Footprint:
         return self.streamed_blocks(config.resident_blocks or 0, ahead=ahead)
 
     @property
-    def _residency(self) -> str:
+    def _residency_text(self) -> str:
         """The number of resident blocks for the phase's description; empty if no block is streamed."""
         count, blocks = self.resolved_config.resident_blocks or 0, self.architecture.transformer.blocks
         if not self.streams_blocks or (self.machine.accelerator is None and not count):
@@ -841,16 +841,15 @@ class Footprint:
         memory.device("reduction bucket", self._reduction_bytes)
         memory.ram("offloaded activations", worst.host_inputs)
         if self.workload.samples_images and not config.offload_during_startup:
-            self._add_autoencoder(
-                memory, decoder_shapes(self.architecture.autoencoder)
-            )  # it stays loaded after the first validation image
+            # The decoder stays loaded after the first validation image.
+            self._add_autoencoder(memory, decoder_shapes(self.architecture.autoencoder))
         self._add_batch(memory, pass_, is_trained=True)
         memory.disk("checkpoints", (config.checkpoints_total_limit + 1) * self.checkpoint_bytes)
         if self.is_full:  # in BFL's layout; the diffusers folder links to the last checkpoint
             memory.disk("single file", self._exported_model_bytes * (2 if config.use_ema else 1))
         width, height = self.workload.bucket
         references = f" + {self.workload.references} reference tokens" if self.workload.references else ""
-        return memory.plan("train", f"{width}x{height}{references} × {self.workload.batch}{self._residency}", read)
+        return memory.plan("train", f"{width}x{height}{references} × {self.workload.batch}{self._residency_text}", read)
 
     def batches_guidance(self, size: tuple[int, int]) -> bool:
         """Whether the two predictions of classifier-free guidance are one batch of two.
@@ -884,7 +883,7 @@ class Footprint:
         memory = _PhaseMemory(self.machine, self.config.ranks_per_machine)
         self._add_state(memory)
         read = self._add_validation(memory, size, batch)
-        return memory.plan("validation", f"{width}x{height}, {self._passes(batch)}", read)
+        return memory.plan("validation", f"{width}x{height}, {self._passes_text(batch)}", read)
 
     @property
     def has_preview(self) -> bool:
@@ -923,9 +922,9 @@ class Footprint:
         read = self._add_transformer(memory, "preview ") + self._add_validation(memory, size)
         width, height = size
         location = ", base in RAM" if is_base_offloaded else ""
-        return memory.plan("preview", f"{width}x{height}, {self._passes()}{location}", read)
+        return memory.plan("preview", f"{width}x{height}, {self._passes_text()}{location}", read)
 
-    def _passes(self, batch: int = 1) -> str:
+    def _passes_text(self, batch: int = 1) -> str:
         """The number of transformer passes of a validation image, for the phase's description."""
         passes = self.config.validation_num_inference_steps * (1 + self._has_two_predictions) // batch
         return f"{passes} passes{' of two' * (batch == 2)}"

@@ -73,7 +73,7 @@ def save_transformer_shares(
 ) -> dict[str, str]:
     """Like `save_transformer`, but each rank writes one file. Rank 0 also writes the index that diffusers reads.
 
-    Returns the SHA-256 of this rank's file, by its name.
+    Returns the SHA-256 of this rank's file, by the file's name.
 
     Raises:
         OSError, DiskError: as `write_shares`.

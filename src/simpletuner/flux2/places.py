@@ -114,7 +114,10 @@ class Hub:
         return file if file.is_file() else self._download(name)
 
     def check_access(self) -> str:
-        """Check that the files can be downloaded, and return the commit. Anyone can list a gated repository."""
+        """Check that the files can be downloaded, and return the commit.
+
+        Listing them proves nothing: anyone can list a gated repository.
+        """
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         commit, files = self._listing
