@@ -12,9 +12,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextContext:
-    """Text contexts of equal length that store each distinct row once: row i of sample b is `rows[index[b, i]]`.
+    """Text contexts of equal length whose equal rows can share storage: row i of sample b is `rows[index[b, i]]`.
 
-    Equal padding rows are therefore stored, cached and copied to the accelerator once, and expanded there. Only the
+    Padding rows that are equal are stored, cached and copied to the accelerator once, and expanded there. Only the
     text encoder's codec knows which rows are padding.
     """
 
