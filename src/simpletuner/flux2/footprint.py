@@ -781,7 +781,7 @@ class Footprint:
         return checkpoint_bytes(config, exported, self.trainable_bytes, self.optimizer_bytes)
 
     def transformer_pass(self, size: tuple[int, int], batch: int, references: int = 0) -> TransformerPass:
-        """A training pass of `batch` images of `size`, each with `references` reference tokens."""
+        """A pass of `batch` images of `size`, each with `references` reference tokens, configured as for training."""
         config, spec = self.config, self.architecture.transformer
         forced = self.workload.forced_share
         routes = [
@@ -843,7 +843,7 @@ class Footprint:
         if self.workload.samples_images and not config.offload_during_startup:
             # The decoder stays loaded after the first validation image.
             self._add_autoencoder(memory, decoder_shapes(self.architecture.autoencoder))
-        self._add_batch(memory, pass_, is_trained=True)
+        self._add_batch(memory, pass_, is_training=True)
         memory.disk("checkpoints", (config.checkpoints_total_limit + 1) * self.checkpoint_bytes)
         if self.is_full:  # in BFL's layout; the diffusers folder links to the last checkpoint
             memory.disk("single file", self._exported_model_bytes * (2 if config.use_ema else 1))
@@ -1065,7 +1065,7 @@ class Footprint:
             gathered = weights.outside_blocks + sum(blocks)
         memory.device(f"{prefix}gathered weights", gathered)
 
-    def _add_batch(self, memory: _PhaseMemory, pass_: TransformerPass, *, is_trained: bool = False) -> None:
+    def _add_batch(self, memory: _PhaseMemory, pass_: TransformerPass, *, is_training: bool = False) -> None:
         """Add a batch: latents, noise, noisy latents, velocity and prediction in fp32, references, contexts and rotary
         tables (with references, one table for each sample).
 
@@ -1078,9 +1078,9 @@ class Footprint:
         )
         contexts = batch * pass_.text_tokens * self._context_row
         tables = (batch if references else 1) * pass_.total_tokens * spec.head_dim * 4
-        if is_trained and self.config.preserves:
+        if is_training and self.config.preserves:
             contexts *= 2
-        has_base = is_trained and (self.config.preserves or self.config.masked_loss_prior > 0)
+        has_base = is_training and (self.config.preserves or self.config.masked_loss_prior > 0)
         memory.device("batch", (6 if has_base else 5) * latents + references + contexts + tables)
         if self.machine.accelerator is not None:
             memory.ram("batch", 2 * (latents + references + contexts))

@@ -178,7 +178,7 @@ def _add_components(part: Path, source: Source) -> None:
 
 
 def _add_vae(part: Path, source: Source) -> None:
-    """Add the VAE, which may come from a single file, or from a repository's root with other weights."""
+    """Add the VAE, which may come from a single file, or from the root of another repository."""
     part.mkdir()
     files, config = source.vae.files, part / "config.json"
     folder = files[0].parent

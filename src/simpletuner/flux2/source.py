@@ -187,7 +187,7 @@ class Source:
         return sha256_json([config, tensors])
 
     def encoder_fingerprint(self, dtype: torch.dtype) -> str:
-        """Hash of everything that encodes images in `dtype`.
+        """Hash of everything that determines the latents that the VAE computes in `dtype`.
 
         Covers the VAE's encoder, quant_conv and batch-norm statistics, and the config fields that determine latents.
         Tensors are cast to `dtype` first: the published files hold the same encoder in bf16 and in fp32. The first call
