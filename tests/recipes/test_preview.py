@@ -68,4 +68,4 @@ def test_a_preview_model_that_is_missing_or_has_other_shapes_ends_the_start_befo
         assert "Captions:" not in said
         assert "validation_preview_model" in said
     assert previewing.train("--model_flavour=tiny") == ConfigError.exit_code
-    assert "take it out" in capsys.readouterr().err.lower()
+    assert "remove it" in capsys.readouterr().err.lower()

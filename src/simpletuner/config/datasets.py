@@ -1,4 +1,4 @@
-"""The entries of `multidatabackend.json`: datasets of images, and stores for text caches."""
+"""The entries of `multidatabackend.json`: datasets of images, and text stores (for cached text contexts)."""
 
 from typing import Annotated, Literal
 
@@ -19,8 +19,8 @@ from simpletuner.config.options.kinds import (
 )
 
 
-def _reads(**synonyms: str) -> BeforeValidator:
-    """Accept other spellings of a value."""
+def _with_synonyms(**synonyms: str) -> BeforeValidator:
+    """Accept the keys of `synonyms` as other spellings of their values."""
     return BeforeValidator(lambda value: synonyms.get(value, value) if isinstance(value, str) else value)
 
 
@@ -29,10 +29,11 @@ def _one_as_tuple(value: object) -> object:
 
 
 Windows = dict[str, tuple[int, int | None]]
-"""The first and last "step" and "epoch" in which a dataset is trained, counted from 1; None means no last one."""
+"""The first and last "step" and "epoch" in which a dataset is trained, counted from 1; a last of None means the end of
+the run."""
 
 WHOLE_RUN: Windows = {"step": (1, None), "epoch": (1, None)}
-"""Windows of a dataset that is trained in the whole run."""
+"""Windows of a dataset that is trained during the whole run."""
 
 MAX_REFERENCES = 10
 """Maximum number of reference images of a sample."""
@@ -48,10 +49,10 @@ class FolderDataset(Slice):
     """Where the images are stored: `local` is a folder on this machine."""
 
     instance_data_dir: PathText
-    """The folder of images. Its subfolders are searched too; links are followed once."""
+    """The folder of images. Its subfolders are searched too. Links are followed, each target once."""
 
     disabled: bool = False
-    """Leave the dataset out."""
+    """Do not use the dataset."""
 
     cache_dir_vae: PathText = "cache/vae/{id}"
     """Folder for the dataset's cached latents."""
@@ -64,7 +65,8 @@ class FolderDataset(Slice):
     in pixels of a square with the same area."""
 
     crop: bool = False
-    """Crop images to the shape of `crop_aspect`. Without it images keep their shape and lose only a few pixels."""
+    """Crop images to the shape that `crop_aspect` selects. Otherwise images keep their shape and lose only a few pixels
+    at the edges."""
 
     crop_aspect: Literal["square", "preserve", "closest", "random"] = "square"
     """Shape of the crop: `square`; the image's own shape (`preserve`); the closest of `crop_aspect_buckets`
@@ -81,7 +83,7 @@ class FolderDataset(Slice):
     ) = None
     """Crop shapes for `closest` and `random`, as width / height."""
 
-    crop_style: Annotated[Literal["center", "corner", "random"], _reads(centre="center")] = "random"
+    crop_style: Annotated[Literal["center", "corner", "random"], _with_synonyms(centre="center")] = "random"
     """Position of the crop: `center` (also `centre`), `corner` (upper left) or `random`."""
 
     maximum_image_size: Positive | None = None
@@ -133,27 +135,27 @@ class CaptionShuffle(Slice):
     seed: Whole | None = None
     """Seed of the variants. By default the run's `seed`."""
 
-    split_on: Annotated[Text, _reads(comma=",", space=" ", period=".")] = ","
-    """Separator of the parts: a text, or `comma`, `space` or `period`."""
+    split_on: Annotated[Text, _with_synonyms(comma=",", space=" ", period=".")] = ","
+    """Separator of the parts: any text, or one of the words `comma`, `space` and `period`."""
 
     position_start: Whole = 0
-    """Number of parts at the beginning that are not shuffled."""
+    """Number of parts at the beginning of the caption that keep their place."""
 
     include_original: bool = False
     """Also use the caption as it was written."""
 
 
 class ImageSet(FolderDataset):
-    """A dataset of images to train on, or to measure the held-out loss on."""
+    """A dataset of images for training, or for measuring the held-out loss."""
 
     dataset_type: Literal["image", "eval"] = "image"
-    """Kind of the entry: `image` datasets are trained; `eval` datasets are held out, only their loss is measured."""
+    """Kind of the entry: `image` datasets are trained; `eval` datasets are held out: only their loss is measured."""
 
     repeats: Whole = 0
     """EXTRA passes: an epoch uses each image repeats+1 times."""
 
     probability: UnitInterval = 1.0
-    """Share of the dataset's samples that an epoch uses, chosen again for each epoch."""
+    """Share of the dataset's samples that an epoch uses, drawn again for each epoch."""
 
     max_num_samples: Count | None = None
     """Maximum number of images to use."""
@@ -183,14 +185,14 @@ class ImageSet(FolderDataset):
 
     conditioning_required: bool = False
     """Leave out images that lack a partner file in one of the conditioning sets. Otherwise they are trained without
-    it."""
+    that file."""
 
     mask_source: Literal["set", "alpha"] = "set"
     """Where masks come from: a conditioning set (`set`), or each image's own alpha channel (`alpha`)."""
 
     is_regularisation_data: bool = False
-    """Train toward the base model's prediction on these images, to preserve it. LoRA only. See
-    [preservation.md](preservation.md)."""
+    """Train toward the base model's prediction on these images, to preserve what the base model generates. LoRA only.
+    See [preservation.md](preservation.md)."""
 
     class_prompt: Text | None = None
     """The word that replaces the trigger in this dataset's captions with `preservation` class. By default
@@ -210,13 +212,14 @@ class ImageSet(FolderDataset):
     `{"enable": true, "count": 3, "seed": 42, "split_on": ",", "position_start": 1}`."""
 
     caption_strategy: Annotated[
-        Literal["textfile", "filename", "instanceprompt"], _reads(instance_prompt="instanceprompt")
+        Literal["textfile", "filename", "instanceprompt"], _with_synonyms(instance_prompt="instanceprompt")
     ] = "filename"
     """Where captions come from: `textfile`, a `.txt` file beside each image (else a `.caption`); `filename`, the image
     file's name; `instanceprompt` (also written `instance_prompt`), the dataset's `instance_prompt`."""
 
     instance_prompt: Text | None = None
-    """The caption of every image with `instanceprompt`, and the text that `prepend_instance_prompt` puts first."""
+    """The caption of every image with `caption_strategy` `instanceprompt`; also the text that `prepend_instance_prompt`
+    puts first."""
 
     prepend_instance_prompt: bool = False
     """Put `instance_prompt` before each caption."""
@@ -225,7 +228,7 @@ class ImageSet(FolderDataset):
     """Use only `instance_prompt` as the caption, whatever `caption_strategy` says."""
 
     disable_multiline_split: bool = False
-    """Take a whole `.txt` file as one caption. Otherwise each line is a caption, and one is drawn each time the image
+    """Read a whole `.txt` file as one caption. Otherwise each line is a caption, and one is drawn each time the image
     is used."""
 
     metadata_backend: Literal["discovery"] = "discovery"

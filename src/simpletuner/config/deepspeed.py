@@ -1,5 +1,5 @@
-"""Check `deepspeed_config`. DeepSpeed gets its `zero_optimization`; options of this program determine all other keys,
-which may only repeat these values or be "auto".
+"""Check `deepspeed_config`. Only its `zero_optimization` is passed on to DeepSpeed. This program's options determine
+all other keys; `deepspeed_config` may only repeat those values or say "auto".
 """
 
 import re
@@ -27,12 +27,12 @@ MIN_VERSION = (0, 19, 8)
 
 _WholeFloat = BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)
 """Converts floats such as 5e8 to integers."""
-Numbers = Annotated[int, Ge(0), _WholeFloat]
+ElementCount = Annotated[int, Ge(0), _WholeFloat]
 """A buffer's size in elements (not bytes)."""
 
 
 class ZeroOffload(Slice):
-    """Device of a shard: `cpu` is host memory."""
+    """Where a shard is kept: `device` `cpu` is host memory."""
 
     device: Literal["none", "cpu"] = "none"
     pin_memory: bool = True
@@ -53,19 +53,19 @@ class ZeroSettings(Slice, extra="ignore"):
     reduce_bucket_size: Annotated[int, Ge(1), _WholeFloat] = 500_000_000
     use_multi_rank_bucket_allreduce: bool = True
     allgather_partitions: bool = True
-    allgather_bucket_size: Annotated[Numbers, MultipleOf(2), Expects("an even whole number")] = 500_000_000
-    stage3_prefetch_bucket_size: Numbers = 50_000_000
-    stage3_param_persistence_threshold: Numbers = 100_000
-    stage3_model_persistence_threshold: Numbers | None = None
-    stage3_max_live_parameters: Numbers = 1_000_000_000
-    stage3_max_reuse_distance: Numbers = 1_000_000_000
-    stage3_module_granularity_threshold: Numbers = 0
+    allgather_bucket_size: Annotated[ElementCount, MultipleOf(2), Expects("an even whole number")] = 500_000_000
+    stage3_prefetch_bucket_size: ElementCount = 50_000_000
+    stage3_param_persistence_threshold: ElementCount = 100_000
+    stage3_model_persistence_threshold: ElementCount | None = None
+    stage3_max_live_parameters: ElementCount = 1_000_000_000
+    stage3_max_reuse_distance: ElementCount = 1_000_000_000
+    stage3_module_granularity_threshold: ElementCount = 0
     stage3_use_all_reduce_for_fetch_params: bool = False
     stage3_allgather_sequential: bool = False
 
 
 _BATCH = "train_batch_size × gradient_accumulation_steps × num_processes"
-_DECIDED = {
+_OPTION_OF_KEY = {
     "train_batch_size": _BATCH,
     "train_micro_batch_size_per_gpu": "train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
@@ -80,23 +80,29 @@ _DECIDED = {
     "scheduler.type": "lr_scheduler",
 }
 """The option of this program that determines each key of DeepSpeed's config."""
-_NAMES = {"adam": "adamw", "warmuplr": "constant_with_warmup", "warmupdecaylr": "linear", "warmupcosinelr": "cosine"}
-"""Names here of DeepSpeed's optimizers and schedules, where they differ. Its Adam also decouples the weight decay."""
+_OUR_NAMES = {
+    "adam": "adamw",
+    "warmuplr": "constant_with_warmup",
+    "warmupdecaylr": "linear",
+    "warmupcosinelr": "cosine",
+}
+"""This program's names for DeepSpeed's optimizers and schedules, where they differ. DeepSpeed's Adam decouples the
+weight decay too."""
 
-_APART = (
-    ("fsdp_enable", True, False, "which is another engine"),
-    ("mixed_precision", "fp16", "bf16", "which scales no loss here"),
-    ("base_model_default_dtype", "fp16", "bf16", "which scales no loss here"),
+_INCOMPATIBLE = (
+    ("fsdp_enable", True, False, "which shards in another way"),
+    ("mixed_precision", "fp16", "bf16", "which does not scale the loss here"),
+    ("base_model_default_dtype", "fp16", "bf16", "which does not scale the loss here"),
     ("dynamo_backend", "inductor", "no", "which gathers weights inside the blocks at stage 3"),
 )
 """Options with a value that is incompatible with DeepSpeed, the value to give instead, and the reason."""
 
-_FIELDS: Any = {key.partition(".")[0]: (Any, None) for key in ("zero_optimization", "fp16", *_DECIDED)}
+_FIELDS: Any = {key.partition(".")[0]: (Any, None) for key in ("zero_optimization", "fp16", *_OPTION_OF_KEY)}
 _DOCUMENT = create_model("_DOCUMENT", __base__=Slice, **_FIELDS)
 
 
 def _checks(config: "RunConfig") -> Iterator[CheckedKeys]:
-    """Check the keys of the document, and those of its `zero_optimization`."""
+    """Yield the checked keys of the document, then those of its `zero_optimization`."""
     document = config.deepspeed_config or {}
     zero = document.get("zero_optimization")
     levels = (document, _DOCUMENT, OPTION), (zero, ZeroSettings, f"{OPTION}: zero_optimization")
@@ -104,12 +110,12 @@ def _checks(config: "RunConfig") -> Iterator[CheckedKeys]:
         givens = (
             {key: GivenValue(value, "file", key) for key, value in values.items()} if isinstance(values, dict) else {}
         )
-        known = KnownKeys(model, DEEPSPEED_KEYS, "setting of DeepSpeed here")
+        known = KnownKeys(model, DEEPSPEED_KEYS, "DeepSpeed setting here")
         yield check_givens(givens, known, CheckedKeys(), prefix=f"{prefix}: ")
 
 
 def deepspeed_notices(config: "RunConfig") -> Iterator[str]:
-    """Notices of settings in `deepspeed_config` that have no effect."""
+    """Notices about settings in `deepspeed_config` that have no effect."""
     for checked in _checks(config):
         yield from checked.notices
     if config.deepspeed_config is not None and not config.zero_optimization:
@@ -122,20 +128,20 @@ def deepspeed_findings(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], P
         yield from (((OPTION,), problem) for problem in checked.problems.values())
     yield from _contradictions(config)
     stage = config.zero_stage
-    lack = deepspeed_problem() if stage else None
-    if lack is not None:
-        yield (OPTION,), replace(lack, found=f"{OPTION}: {lack.found}")
-    for name, value, instead, why in _APART:
+    unusable = deepspeed_problem() if stage else None
+    if unusable is not None:
+        yield (OPTION,), replace(unusable, found=f"{OPTION}: {unusable.found}")
+    for name, value, instead, reason in _INCOMPATIBLE:
         if vars(config)[name] == value and stage >= (3 if name == "dynamo_backend" else 1):
-            message = f"{name} = {value_text(value)} with {OPTION}, {why}"
-            yield (name, OPTION), Problem(message, remedy=f"Give {flag(name, instead)}, or take {OPTION} out.")
+            message = f"{name} = {value_text(value)} with {OPTION}, {reason}"
+            yield (name, OPTION), Problem(message, remedy=f"Give {flag(name, instead)}, or remove {OPTION}.")
     fetches = "stage3_use_all_reduce_for_fetch_params"
     if stage == 3 and config.model_type != "full" and config.zero_optimization.get(fetches):
         message = f"{OPTION}: {fetches} with a LoRA, whose dtype differs from the base's"
-        yield (OPTION,), Problem(message, remedy="Take it out.")
+        yield (OPTION,), Problem(message, remedy="Remove it.")
     if config.offloads("offload_param") and 0 < stage < 3:
         message = f"{OPTION}: offload_param at stage {stage}, which does not shard the weights"
-        yield (OPTION,), Problem(message, "stage 3", f"Take offload_param out of {OPTION}, or change its stage.")
+        yield (OPTION,), Problem(message, "stage 3", f"Remove offload_param from {OPTION}, or change its stage.")
 
 
 def _contradictions(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], Problem]]:
@@ -146,9 +152,9 @@ def _contradictions(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], Prob
     ):
         option_values[name] = beta if option_values[name] is None else option_values[name]
     for key, value in _leaves(config.deepspeed_config):
-        option, requested = _DECIDED.get(key, ""), value
+        option, requested = _OPTION_OF_KEY.get(key, ""), value
         if isinstance(value, str):
-            requested = _NAMES.get(value.lower(), value.lower())
+            requested = _OUR_NAMES.get(value.lower(), value.lower())
         elif option == "mixed_precision":
             requested = "bf16" if value else "no"
         is_off = key.startswith("fp16.") and value is not True
@@ -158,14 +164,15 @@ def _contradictions(config: "RunConfig") -> Iterator[tuple[tuple[str, ...], Prob
             f", and {option} is {value_text(option_values[option])}" if option else ": this is not supported"
         )
         options = (OPTION, option) if option in vars(config) else (OPTION,)
-        remedy = "Take it out"
+        remedy = "Remove it"
         if option in vars(config) and option not in refused(type(config), {option: requested}):
             remedy += f", or give {command_text(flag(option, requested))}"
         yield options, Problem(f"{OPTION}: {key} = {value_text(value)}{contradiction}", remedy=f"{remedy}.")
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Each number or text in `value` that an option of this program determines, with its keys joined by dots."""
+    """Yield (keys joined by dots, value) for each number or text in `value` that an option of this program
+    determines."""
     if isinstance(value, dict | list):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(inner, f"{key}.{name}".lstrip("."))

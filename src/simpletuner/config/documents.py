@@ -1,4 +1,4 @@
-"""Readers for hand-written JSON and TOML. Each error says where in the file it is.
+"""Readers for hand-written JSON and TOML. Each error message names the position in the file.
 
 In JSON, a key that begins with `//` is a comment.
 """
@@ -20,7 +20,7 @@ def read_document(path: Path, label: str) -> Any:
 
     Raises:
         ConfigError: the file is missing or unreadable, is not UTF-8, has a syntax error (the message has line and
-            column), or has a key twice.
+            column), or repeats a key.
     """
     text = document_text(path, label)
     if path.suffix in (".yaml", ".yml"):
@@ -32,7 +32,7 @@ def document_text(path: Path, label: str) -> str:
     """The text of the file at `path`, which messages call `label`.
 
     Raises:
-        ConfigError: the file is missing, is no regular file, is unreadable, or is not UTF-8.
+        ConfigError: the file is missing, not a regular file, unreadable, or not UTF-8.
     """
     try:
         mode = path.stat().st_mode
@@ -50,7 +50,7 @@ def document_text(path: Path, label: str) -> str:
     except OSError as error:
         raise ConfigError.of(
             f"{label}: cannot be read ({error.strerror})",
-            remedy="Give the user that runs this command the right to read it, or name another file.",
+            remedy="Give the user that runs this command permission to read it, or name another file.",
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError.of(f"{label}: byte {error.start} is not UTF-8", remedy="Save it as UTF-8.") from error
@@ -103,7 +103,7 @@ def _hint(text: str, error: json.JSONDecodeError) -> str:
     if after.startswith(("//", "#", "/*")):
         return 'JSON has no comments: remove this one, or write it as a key, "//": "…".'
     if after.startswith(("True", "False", "None")):
-        return "JSON writes true, false and null in small letters."
+        return "JSON writes true, false and null in lowercase."
     if "',' delimiter" in error.msg:
         return "A comma is missing before this."
     return f"{error.msg}."

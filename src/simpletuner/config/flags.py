@@ -21,7 +21,7 @@ SELECTORS = {
     "example": "train an example that comes with the program, such as tiny-lora",
     LIKE: "use the options that this LoRA or model was trained with; give datasets and paths when asked, or as flags",
 }
-"""Flags that select where options are read from; they are no options themselves."""
+"""Flags that select where options are read from; they are not options themselves."""
 
 
 @dataclass

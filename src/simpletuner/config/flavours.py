@@ -90,7 +90,7 @@ class AutoencoderSpec:
     tile: int = 1024
     """Side of a tile in pixels, when tiling is on."""
     norm_groups: int = 32
-    """Groups of every group norm; they do not show in tensor shapes."""
+    """Number of groups of every group norm. No tensor shape depends on it."""
 
 
 DEV = TransformerSpec(
@@ -152,7 +152,7 @@ TINY_KLEIN = TransformerSpec(
     axes=(8, 8, 8, 8),
 )
 
-# As in klein-4b, all heads together are wider than a hidden state.
+# As in klein-4b, heads · head_dim is larger than hidden.
 TINY_KLEIN_TEXT = TextSpec(vocabulary=704, hidden=64, inner=96, heads=6, key_heads=2, head_dim=16, has_head_norms=True)
 
 TINY_AUTOENCODER = AutoencoderSpec(channels=(16, 32, 64, 64), blocks_per_level=1, tile=256, norm_groups=2)
@@ -186,7 +186,7 @@ class TextContextSpec:
     layers: tuple[int, ...]
     """Text encoder layers whose hidden states are concatenated; 0 would be the embeddings."""
     length: int
-    """Tokens of a context, including padding. The model was trained with only these positions."""
+    """Tokens of a context, including padding. The model was trained only with these positions."""
     padding_side: Literal["left", "right"]
 
 
@@ -429,7 +429,8 @@ def sibling(flavour: Flavour) -> Flavour | None:
 
 
 def flavour_of_base(base_model: str) -> Flavour | None:
-    """The flavour whose Hub id or embedded model's folder a record names as its base model; None if there is none."""
+    """The flavour that a record names as its base model, by Hub id or by an embedded model's folder; None if there is
+    none."""
     for flavour in FLAVOURS.values():
         is_embedded = flavour.repo is None and re.fullmatch(rf"{re.escape(flavour.name)}-\d+", base_model)
         if base_model == flavour.repo or is_embedded:

@@ -107,7 +107,7 @@ class Field(BaseModel):
     """The option's help, without its links."""
     expects: str
     kind: FieldKind
-    """`json` takes a JSON value; text that is no JSON is kept as text. `model` takes a Hub id or a path."""
+    """`json` takes a JSON value; text that is not JSON is kept as text. `model` takes a Hub id or a path."""
     choices: list[str]
     """All values of a `choice`, in their order; for `text`, names to suggest."""
     default: Any

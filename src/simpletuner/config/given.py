@@ -24,7 +24,7 @@ from simpletuner.config.values import (
 
 Origin = Literal["default", "file", "environment", "flag"]
 ORIGINS: tuple[Origin, ...] = ("default", "file", "environment", "flag")
-"""From the lowest precedence to the highest."""
+"""All origins, from the lowest precedence to the highest."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class GivenValue:
 
 @dataclass(frozen=True)
 class KnownKeys:
-    """The keys that a mapping may hold: the fields of `model`, and other keys that are known but are no fields."""
+    """The keys that a mapping may contain: the fields of `model`, and other keys that are known but not fields of
+    it."""
 
     model: type[Slice]
     other_keys: OtherKeys = NO_OTHER_KEYS
@@ -99,14 +100,14 @@ def check_givens(
         if key not in all_kinds:
             other_key = known_keys.other_keys.of(key)
             if other_key is None:
-                faulty[key] = _unknown(label, key, given_value, known_keys)
-            elif other_key.is_ignored and not other_key.passes(_plain(given_value.value)):
+                faulty[key] = _unknown_key(label, key, given_value, known_keys)
+            elif other_key.is_ignored and not other_key.passes(_without_type(given_value.value)):
                 ignored.setdefault(other_key.meaning, []).append(given_value.spelled)
-            elif not other_key.passes(_plain(given_value.value)):
-                faulty[key] = _not_here(label, given_value, other_key)
+            elif not other_key.passes(_without_type(given_value.value)):
+                faulty[key] = _rejected_key(label, given_value, other_key)
         elif given_value.value is not None:
             kind = all_kinds[key]
-            value = _read(given_value, kind)
+            value = _parsed(given_value, kind)
             stray = stray_text(label, value, is_path=kind.is_path or kind.is_model)
             other_key = known_keys.other_keys.of_value(key, value)
             if stray is not None:
@@ -125,7 +126,7 @@ def check_givens(
         if key in faulty:
             continue
         if key in givens:
-            faulty[key] = _not_expected(prefix, givens[key], all_kinds[key])
+            faulty[key] = _rejected_value(prefix, givens[key], all_kinds[key])
         else:
             faulty[key] = Problem(f"{prefix}{key} is missing", all_kinds[key].expects)
         values.pop(key, None)
@@ -135,8 +136,8 @@ def check_givens(
     return checked
 
 
-def _plain(value: object) -> object:
-    """A value without a declared type: convert text from a flag to a boolean or a number if it is one."""
+def _without_type(value: object) -> object:
+    """The value of a key that has no declared type: text that looks like a boolean or a number is converted to one."""
     if not isinstance(value, str):
         return value
     if value in ("true", "false"):
@@ -150,7 +151,7 @@ def _plain(value: object) -> object:
 
 
 def refused(model: type[Slice], values: dict[str, Any]) -> list[str]:
-    """The keys of `values` that `model` does not accept, and the required ones that are missing."""
+    """The keys in `values` that `model` rejects, and the required keys that are missing."""
     try:
         model.model_validate(values)
     except ValidationError as error:
@@ -158,13 +159,13 @@ def refused(model: type[Slice], values: dict[str, Any]) -> list[str]:
     return []
 
 
-def _not_here(label: str, given_value: GivenValue, other_key: OtherKey) -> Problem:
+def _rejected_key(label: str, given_value: GivenValue, other_key: OtherKey) -> Problem:
     # Show the value only if another value would be accepted; otherwise it may be a secret.
-    value = f" = {value_text(_plain(given_value.value))}" if other_key.off else ""
+    value = f" = {value_text(_without_type(given_value.value))}" if other_key.off else ""
     return Problem(f"{label}{value}: {other_key.meaning}", remedy=other_key.remedy)
 
 
-def _unknown(label: str, key: str, given_value: GivenValue, known_keys: KnownKeys) -> Problem:
+def _unknown_key(label: str, key: str, given_value: GivenValue, known_keys: KnownKeys) -> Problem:
     if key in known_keys.foreign_keys and key not in known_keys.other_keys.nicknames:
         return Problem(f"{label}: no such {known_keys.noun}", remedy=f"It belongs in {known_keys.other_place}.")
     near = known_keys.other_keys.nicknames.get(key) or nearest(key, known_keys.names)
@@ -181,21 +182,21 @@ def _spelled_like(given_value: GivenValue, name: str) -> str:
     return f"--{name}" if given_value.spelled.startswith("--") else name
 
 
-def _read(given_value: GivenValue, kind: OptionType) -> object:
+def _parsed(given_value: GivenValue, kind: OptionType) -> object:
     if isinstance(given_value.value, str) and given_value.origin in ("environment", "flag"):
         return from_text(given_value.value, kind)
     return from_file(given_value.value, kind)
 
 
-def _not_expected(prefix: str, given_value: GivenValue, kind: OptionType) -> Problem:
+def _rejected_value(prefix: str, given_value: GivenValue, kind: OptionType) -> Problem:
     if given_value.value is True and given_value.origin == "flag":
         return Problem(f"{given_value.spelled} has no value", kind.expects)
-    value = _read(given_value, kind)
+    value = _parsed(given_value, kind)
     remedy = ""
     if is_quoted_number(value, kind):
         remedy = "Write it without quotes."
     elif isinstance(value, str) and is_quoted_number(value.replace(",", "."), kind):
-        remedy = "Write a point, not a comma."
+        remedy = "Write a decimal point, not a comma."
     if isinstance(value, str) and len(kind.near) > 4:  # `expects` already lists a few names
         meant, alike = nearest(value, kind.near), similar(value, kind.near)
         remedy = f"Did you mean {meant}?" if meant else f"The nearest is {alike}." if alike else remedy

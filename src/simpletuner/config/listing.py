@@ -1,4 +1,4 @@
-"""Read `multidatabackend.json` to `Datasets`, or report every problem of every entry."""
+"""Read `multidatabackend.json` into `Datasets`, or report every problem of every entry."""
 
 import re
 from collections import Counter
@@ -49,7 +49,7 @@ DATASET_TYPES = ("image", "eval", "conditioning", "text_embeds")
 
 _SIZE_KEYS = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
 _SHAPE_KEYS = FolderDataset.model_fields.keys() - {"id", "type", "instance_data_dir", "disabled", "cache_dir_vae"}
-_LEAST_EDGE, _MOST_AREAS = 16, 64
+_MIN_EDGE_PX, _MAX_AREAS = 16, 64
 _REPLACEMENT = re.compile(r"s/.*/.*/")
 _PATTERN_SIGNS = re.compile(r"[\\^$*+|\[\]{}]")
 _TRAINING_KEYS = (
@@ -65,7 +65,7 @@ _TRAINING_KEYS = (
     "class_prompt",
     "loss_weight",
 )
-"""Keys that have no effect on a held-out dataset."""
+"""Keys that have no effect in a held-out dataset."""
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,12 @@ def _entry(entry: dict[str, Any], prefix: str, listing: DatasetListing, path_con
         return None
     parsed = known_keys.model(**checked.valid)
     name = checked.valid["id"]
-    faults = [] if is_file_name(name) else [Problem(f"id = {value_text(name)}", f"{FILE_NAME}: it becomes a folder's")]
+    faults = (
+        [] if is_file_name(name) else [Problem(f"id = {value_text(name)}", f"{FILE_NAME}: it becomes a folder's name")]
+    )
     if isinstance(parsed, FolderDataset):
-        faults += _picture_faults(parsed)
-        listing.notices += [prefix + notice for notice in _picture_notices(parsed, entry.keys())]
+        faults += _size_and_crop_faults(parsed)
+        listing.notices += [prefix + notice for notice in _size_and_crop_notices(parsed, entry.keys())]
     if isinstance(parsed, ImageSet):
         faults += _image_faults(parsed)
         listing.notices += [prefix + notice for notice in _image_notices(parsed, entry.keys())]
@@ -192,7 +194,7 @@ def _entry(entry: dict[str, Any], prefix: str, listing: DatasetListing, path_con
             )
     faults = [replace(fault, found=prefix + fault.found) for fault in faults]
     if isinstance(parsed, FolderDataset) and not parsed.disabled and not Path(parsed.instance_data_dir).is_dir():
-        faults.append(_no_folder(prefix, entry["instance_data_dir"], parsed.instance_data_dir))
+        faults.append(_missing_folder(prefix, entry["instance_data_dir"], parsed.instance_data_dir))
     listing.problems += faults
     return None if faults else parsed
 
@@ -258,7 +260,7 @@ def _with_paths(checked: CheckedKeys, model: type[Slice], prefix: str, path_cont
     return values
 
 
-def _no_folder(prefix: str, typed: str, path: str) -> Problem:
+def _missing_folder(prefix: str, typed: str, path: str) -> Problem:
     setting = f"{prefix}instance_data_dir = {value_text(typed)}"
     if Path(path).exists():
         return Problem(f"{setting}: this is a file", "a folder of images")
@@ -271,24 +273,28 @@ def _no_folder(prefix: str, typed: str, path: str) -> Problem:
     return Problem(f"{setting}: no such folder", remedy=remedy)
 
 
-def _picture_faults(picture_set: FolderDataset) -> Iterator[Problem]:
+def _size_and_crop_faults(folder_dataset: FolderDataset) -> Iterator[Problem]:
     """Contradictions between the keys for size and crop."""
     for key in _SIZE_KEYS:
-        size: float | None = getattr(picture_set, key)
+        size: float | None = getattr(folder_dataset, key)
         if size is not None:
-            yield from _size_faults(key, size, picture_set.resolution_type)
-    low, high = picture_set.minimum_image_size, picture_set.maximum_image_size
+            yield from _size_faults(key, size, folder_dataset.resolution_type)
+    low, high = folder_dataset.minimum_image_size, folder_dataset.maximum_image_size
     if low is not None and high is not None and low > high:
         yield Problem(f"minimum_image_size = {low:g}", f"at most maximum_image_size, {high:g}")
-    target = picture_set.target_downsample_size
+    target = folder_dataset.target_downsample_size
     if target is not None and high is not None and target > high:
         yield Problem(f"target_downsample_size = {target:g}", f"at most maximum_image_size, {high:g}")
-    low, high = picture_set.minimum_aspect_ratio, picture_set.maximum_aspect_ratio
+    low, high = folder_dataset.minimum_aspect_ratio, folder_dataset.maximum_aspect_ratio
     if low is not None and high is not None and low > high:
         yield Problem(f"minimum_aspect_ratio = {low:g}", f"at most maximum_aspect_ratio, {high:g}")
-    if picture_set.crop and picture_set.crop_aspect in ("closest", "random") and not picture_set.crop_aspect_buckets:
+    if (
+        folder_dataset.crop
+        and folder_dataset.crop_aspect in ("closest", "random")
+        and not folder_dataset.crop_aspect_buckets
+    ):
         yield Problem(
-            f"crop_aspect = {value_text(picture_set.crop_aspect)} without crop_aspect_buckets",
+            f"crop_aspect = {value_text(folder_dataset.crop_aspect)} without crop_aspect_buckets",
             "a list of ratios (width / height) such as [0.75, 1.0, 1.33]",
         )
 
@@ -318,34 +324,36 @@ def _image_faults(image_set: ImageSet) -> Iterator[Problem]:
 
 
 def _size_faults(key: str, size: float, unit: str) -> Iterator[Problem]:
-    if unit == "area" and size > _MOST_AREAS:
+    if unit == "area" and size > _MAX_AREAS:
         yield Problem(
             f"{key} = {size:g} with resolution_type = 'area'",
-            f"at most {_MOST_AREAS}, since it counts areas of 1024x1024 pixels",
+            f"at most {_MAX_AREAS}, since it counts areas of 1024x1024 pixels",
             "For an edge in pixels set resolution_type to pixel_area.",
         )
-    elif unit != "area" and (size < _LEAST_EDGE or not size.is_integer()):
+    elif unit != "area" and (size < _MIN_EDGE_PX or not size.is_integer()):
         yield Problem(
             f"{key} = {size:g} with resolution_type = {value_text(unit)}",
-            f"a whole number of pixels, at least {_LEAST_EDGE}",
-            "For areas of 1024x1024 pixels set resolution_type to area." if size <= _MOST_AREAS else "",
+            f"a whole number of pixels, at least {_MIN_EDGE_PX}",
+            "For areas of 1024x1024 pixels set resolution_type to area." if size <= _MAX_AREAS else "",
         )
 
 
-def _picture_notices(picture_set: FolderDataset, typed: Any) -> Iterator[str]:
-    """Notices of given keys for size and crop that have no effect, each with the reason."""
-    if isinstance(picture_set, ConditioningSet) and picture_set.conditioning_type != "reference_loose":
+def _size_and_crop_notices(folder_dataset: FolderDataset, typed: Any) -> Iterator[str]:
+    """Notices about given keys for size and crop that have no effect, each with the reason."""
+    if isinstance(folder_dataset, ConditioningSet) and folder_dataset.conditioning_type != "reference_loose":
         named = [key for key in typed if key in _SHAPE_KEYS]
         if named:
-            yield no_effect(named, f"with {picture_set.conditioning_type} a file is resized and cropped like its image")
+            yield no_effect(
+                named, f"with {folder_dataset.conditioning_type} a file is resized and cropped like its image"
+            )
         return
-    is_cropped = picture_set.crop
-    uses_buckets = is_cropped and picture_set.crop_aspect in ("closest", "random")
-    keeps_shape = isinstance(picture_set, ConditioningSet) and not is_cropped
+    is_cropped = folder_dataset.crop
+    uses_buckets = is_cropped and folder_dataset.crop_aspect in ("closest", "random")
+    keeps_shape = isinstance(folder_dataset, ConditioningSet) and not is_cropped
     ignored = [
         (("crop_aspect", "crop_style"), not is_cropped, "crop is false"),
         (("crop_aspect_buckets",), not uses_buckets, "crop_aspect is neither closest nor random"),
-        (("target_downsample_size",), picture_set.maximum_image_size is None, "maximum_image_size is not set"),
+        (("target_downsample_size",), folder_dataset.maximum_image_size is None, "maximum_image_size is not set"),
         (
             ("maximum_image_size", "max_upscale_threshold"),
             keeps_shape,
@@ -353,13 +361,13 @@ def _picture_notices(picture_set: FolderDataset, typed: Any) -> Iterator[str]:
         ),
     ]
     yield from _ignored(ignored, typed)
-    edge = picture_set.resolution
-    if picture_set.resolution_type != "area" and edge % 16 and not keeps_shape:
-        yield f"resolution = {edge:g} does not divide by 16: sides are rounded to {round(edge / 16) * 16}."
+    edge = folder_dataset.resolution
+    if folder_dataset.resolution_type != "area" and edge % 16 and not keeps_shape:
+        yield f"resolution = {edge:g} is not divisible by 16: sides are rounded to {round(edge / 16) * 16}."
 
 
 def _image_notices(image_set: ImageSet, typed: Any) -> Iterator[str]:
-    """Notices of an image set's other given keys that have no effect, each with the reason."""
+    """Notices about the other given keys of an image set that have no effect, each with the reason."""
     has_one_caption = image_set.only_instance_prompt or image_set.caption_strategy == "instanceprompt"
     reads_textfiles = image_set.caption_strategy == "textfile" and not image_set.only_instance_prompt
     ignored = [
@@ -391,7 +399,7 @@ def _assemble(
     listing: DatasetListing,
     path_context: PathContext,
 ) -> None:
-    """Check across entries, and set `listing.datasets` if there are no problems."""
+    """Check the entries against each other, and set `listing.datasets` if there are no problems."""
     enabled = [image_set for image_set in sets if not image_set.disabled]
     train_sets = tuple(image_set for image_set in enabled if image_set.dataset_type == "image")
     if not train_sets:

@@ -1,6 +1,6 @@
-"""Load a configuration: merge defaults, file, environment and flags, and validate the result or report every problem.
+"""Load a configuration: merge defaults, file, environment and flags, then validate the result or report every problem.
 
-Precedence rises in that order.
+Defaults have the lowest precedence, flags the highest.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ from simpletuner.config.previews import with_preview_defaults
 from simpletuner.config.prompts import Prompt, load_prompts
 from simpletuner.config.rules import findings, notices, validation_image_notices
 from simpletuner.config.run import OPTION_NAMES, RunConfig
-from simpletuner.config.started import with_started
+from simpletuner.config.started import with_launched_processes
 from simpletuner.config.values import join_names, kinds, nearest, value_text
 
 RUN = KnownKeys(
@@ -42,14 +42,15 @@ RUN = KnownKeys(
 
 ENVIRONMENT_PREFIX = "SIMPLETUNER_"
 PAGE_ROOTS_VARIABLE = f"{ENVIRONMENT_PREFIX}PAGE_ROOTS"
-"""Environment variable for commands that the page starts: folders that their configuration may refer to. No option."""
+"""Environment variable for commands that the page starts: folders that their configuration may refer to. It is not an
+option."""
 CONFIG_NAMES = ("config.json", "config.toml")
 TEXT_NAMES = tuple(f"config{suffix}" for suffix in TEXT_FORMATS)
 """Configs of other formats, which are recognized but not read, if there is no other config."""
 DATASETS_NAME = "multidatabackend.json"
 PROMPTS_NAME = "user_prompt_library.json"
 NO_CONFIGURATION = "no configuration here"
-"""Message if no config is named and none is in the usual places."""
+"""Message if no config is named and the usual places have none."""
 EXAMPLES_FOLDER = Path(__file__).parents[1] / "examples"
 
 _MODEL_PATHS = (
@@ -138,9 +139,9 @@ def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) 
 def examine(
     arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str], rule: PathRule | None = None
 ) -> ExaminedConfig:
-    """Like `load`, but return the problems instead of raising them.
+    """The same as `load`, but with the problems in the result instead of raised.
 
-    `rule` checks every path before it is read. With a rule, `{env:NAME}` is rejected.
+    `rule` checks every path before it is read. With a rule, the placeholder `{env:NAME}` is rejected.
     """
     flags = parse(arguments)
     problems = list(flags.problems)
@@ -166,7 +167,7 @@ def examine(
 
     flavour = FLAVOURS[checked.valid.get("model_flavour", DEFAULT_FLAVOUR)]
     config = RunConfig(**flavour.option_defaults | checked.valid)
-    config = with_started(config, givens, checked, environ)
+    config = with_launched_processes(config, givens, checked, environ)
     variables = environ if rule is None else None
     config, names = _with_paths(config, givens, checked, PathContext(folder, {}, variables, rule))
     datasets_file = _datasets_file(config, config_file)
@@ -265,7 +266,7 @@ def _exists(path: Path) -> bool:
     """Whether `path` exists; True too for a broken link.
 
     Raises:
-        OSError: a folder of the path may not be entered.
+        OSError: this user may not enter a folder of the path.
     """
     try:
         path.lstat()

@@ -13,13 +13,13 @@ LIBRARIES: dict[str, str] = {
     "prodigyopt": "prodigyopt",
     "pytorch_optimizer": "pytorch_optimizer",
 }
-"""The libraries of `library:name`, each with the module that has its optimizers."""
+"""The libraries that `library:name` accepts, each with the module of its optimizers."""
 
 OURS = "simpletuner"
 """The library of the optimizers in this package."""
 
 ADAM = ("optimizer_beta1", "optimizer_beta2", "adam_weight_decay", "adam_epsilon")
-"""Options that only some optimizers read."""
+"""Adam's options, some of which other optimizers read too."""
 
 DIVERGES_FROM = {"schedulefree": 3e-2, "lion": 3e-3, "adam": 1e-2, "came": 1e-2, "muon": 3e-2}
 """Learning rates from which training a LoRA usually diverges; the first key that the optimizer's name contains applies
@@ -43,11 +43,12 @@ class KnownOptimizer:
     state_bytes: float = 8
     """Approximate bytes of optimizer state per trainable parameter."""
     rounds_stochastically: bool = False
-    """Whether it steps bf16 weights with stochastic rounding, which keeps steps smaller than their spacing."""
+    """Whether it steps bf16 weights with stochastic rounding, so that steps smaller than the spacing of bf16 values are
+    not lost."""
     releases_gradients: bool = False
     """Whether it can step each parameter inside the backward pass (`optimizer_release_gradients`)."""
     is_factored: bool = False
-    """Whether its state is an fp32 row and column per matrix."""
+    """Whether it stores a factored state: one fp32 row and one fp32 column for each matrix."""
     is_elementwise: bool = False
     """Whether it steps each element by only that element's gradient and state, so that stepping a shard gives the same
     result as stepping the whole tensor. False for `library:name` optimizers, for which it is unknown."""

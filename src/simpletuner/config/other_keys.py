@@ -1,4 +1,4 @@
-"""Known keys and values that are no options of this program, each with the message for a config that has them.
+"""Known keys and values that are not options of this program, each with the message for a config that has them.
 
 There is one table for the run's options and one for each kind of dataset entry. Most names are those of SimpleTuner
 (4.x), grouped by feature, so that its configs carry over: a value that turns a feature off is accepted, a key that
@@ -15,7 +15,7 @@ from simpletuner.config.values import join_names
 
 @dataclass(frozen=True)
 class OtherKey:
-    """A known key that is no option, or a known value that an option does not take."""
+    """A known key that is not an option, or a known value that an option does not accept."""
 
     meaning: str
     """Why it is rejected; for an ignored key, why it has no effect."""
@@ -23,7 +23,7 @@ class OtherKey:
     remedy: str = ""
 
     off: tuple[object, ...] = ()
-    """Values that request nothing; they are accepted without a notice. null and empty text always are."""
+    """Values that request nothing; they are accepted without a notice. null and the empty string always are."""
 
     is_ignored: bool = False
     """Whether all other values are accepted too, with a notice."""
@@ -35,14 +35,14 @@ class OtherKey:
 
 @dataclass(frozen=True)
 class OtherKeys:
-    """All known keys that are no options, for a config or for a kind of dataset entry."""
+    """All known keys that are not options, for a config or for a kind of dataset entry."""
 
     keys: Mapping[str, OtherKey] = field(default_factory=dict)
     prefixes: Mapping[str, OtherKey] = field(default_factory=dict)
     """Entries for all keys of a feature, by their common prefix."""
 
     values: Mapping[str, Mapping[str, OtherKey]] = field(default_factory=dict)
-    """Known values that an option does not take, by option."""
+    """Known values that an option does not accept, by option."""
 
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other names of options with the same meaning; accepted with a notice."""
@@ -71,7 +71,7 @@ def _later(work: str, *off: object) -> OtherKey:
 
 
 def _refused(reason: str, *off: object, remedy: str = "") -> OtherKey:
-    return OtherKey(reason, f"Take it out{remedy}.", off)
+    return OtherKey(reason, f"Remove it{remedy}.", off)
 
 
 def _ignored(reason: str, *off: object) -> OtherKey:
@@ -79,7 +79,7 @@ def _ignored(reason: str, *off: object) -> OtherKey:
 
 
 def _value(reason: str, *instead: str) -> OtherKey:
-    return OtherKey(reason, f"Take {join_names(instead)}.")
+    return OtherKey(reason, f"Use {join_names(instead)}.")
 
 
 def _named(*rows: tuple[OtherKey, str]) -> dict[str, OtherKey]:
@@ -123,14 +123,14 @@ LATER_OPTIONS: Mapping[str, OtherKey] = _named(
 )
 """Options whose feature is not implemented yet."""
 
-_NOISE_MODELS = "this is for models that predict noise, and FLUX.2 is trained by flow matching"
+_NOISE_MODELS = "this is for models that predict noise, and FLUX.2 is trained with flow matching"
 _NO_LOSS = "this auxiliary loss is not supported"
-_NO_RAM_TORCH = "this way to keep weights in RAM is not supported"
+_NO_RAM_TORCH = "this way of keeping weights in RAM is not supported"
 _STREAM = ", or offload the blocks with enable_group_offload"
 _NO_DELETING = "a run never deletes files of a dataset"
 _UNUSABLE = ": unusable images are left out, counted and listed"
-_NO_JUDGING = "a run does not check what images show"
-_NO_SCRIPTS = "a run starts no scripts"
+_NO_JUDGING = "a run does not check the content of images"
+_NO_SCRIPTS = "a run does not start scripts"
 _FOLLOW = ": your own script can follow events.jsonl in the run directory"
 _PER_SET = "each dataset has its own value"
 _TO_SETS = " of the config, and set it in each image set in multidatabackend.json"
@@ -168,7 +168,7 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
         "flow_timesteps_mode flow_cubic_schedule_weights",
     ),
     # The optimizer
-    (_refused("the moving average is updated from the first step on", 0), "ema_warmup_steps"),
+    (_refused("the moving average is updated from the first step", 0), "ema_warmup_steps"),
     (_refused("prodigy estimates its learning rate during the whole run", 0), "prodigy_steps"),
     (_refused("the optimizer state stays on the accelerator", "none"), "optimizer_cpu_offload_method"),
     (_refused("gradients stay on the accelerator", False), "optimizer_offload_gradients"),
@@ -212,7 +212,7 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
         "validation_noise_scheduler",
     ),
     (_refused("previews of unfinished validation images are not supported", False), "validation_preview"),
-    (_refused("validation images keep their seed, so that they compare", False), "validation_randomize"),
+    (_refused("validation images keep their seed, so that they can be compared", False), "validation_randomize"),
     (_refused("validation images are generated uncompiled", False), "validation_torch_compile"),
     (
         _refused("validation images are generated from prompts", False, remedy=", and give --validation_prompt"),
@@ -223,7 +223,7 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
         "validation_input",
     ),
     (
-        _refused("validation starts with the first interval", 0),
+        _refused("validation begins after the first interval", 0),
         "validate_after_step validate_after_epoch",
     ),
     (_refused(_NO_EVALUATION, "none", remedy=_TO_EVAL), "evaluation_type"),
@@ -237,12 +237,16 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     ),
     # Data
     (
-        _refused("each sample uses the references of all its conditioning sets", "combined", remedy=" to train so"),
+        _refused(
+            "each sample uses the references of all its conditioning sets", "combined", remedy=" to train with all"
+        ),
         "conditioning_multidataset_sampling",
     ),
     (
         _refused(
-            "an epoch has each image of each dataset", "auto-weighting", remedy=", and weight datasets by their repeats"
+            "an epoch uses each image of each dataset",
+            "auto-weighting",
+            remedy=", and weight datasets by their repeats",
         ),
         "data_backend_sampling",
     ),
@@ -279,7 +283,7 @@ _REFUSED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_refused("code from a model's repository is never run", False), "trust_remote_code"),
     (
         _refused(
-            "the transformer's folder is an option by itself",
+            "the transformer's folder is a separate option",
             "transformer",
             remedy=", and give the folder as pretrained_transformer_model_name_or_path",
         ),
@@ -322,10 +326,10 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
         "disable_segmented_timestep_sampling",
     ),
     (_ignored("max_train_steps, else num_train_epochs, ends a run"), "strict_epoch_limit"),
-    (_ignored("the order of each solver is fixed", 2), "scheduled_sampling_order"),
+    (_ignored("each solver has a fixed order", 2), "scheduled_sampling_order"),
     (_ignored("all random draws of a run follow from seed"), "seed_for_each_device"),
-    (_ignored("FLUX.2's timesteps follow flow_schedule_shift"), "training_scheduler_timestep_spacing"),
-    (_ignored("FLUX.2's timesteps follow flow_schedule_shift"), "inference_scheduler_timestep_spacing"),
+    (_ignored("flow_schedule_shift determines FLUX.2's timesteps"), "training_scheduler_timestep_spacing"),
+    (_ignored("flow_schedule_shift determines FLUX.2's timesteps"), "inference_scheduler_timestep_spacing"),
     (_ignored("offset_noise is false"), "noise_offset noise_offset_probability"),
     (_ignored("use_soft_min_snr is false"), "soft_min_snr_sigma_data snr_weight"),
     (_ignored("diff2flow_enabled is false"), "diff2flow_loss"),
@@ -343,7 +347,7 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_ignored("gradients have the parameters' precision, fp32 for adapters", "unmodified"), "gradient_precision"),
     (_ignored("ema_device sets where the average is kept"), "ema_cpu_only ema_foreach_disable"),
     (_ignored("no check can be skipped"), "i_know_what_i_am_doing"),
-    # Memory and speed, at the same result
+    # Memory and speed, without effect on the result
     (_ignored("fp32 is never TF32", True), "disable_tf32"),
     (
         _ignored("it would not change the result", False),
@@ -372,10 +376,10 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
         _ignored("checkpoints have this program's own format, from which any number of processes can resume"),
         "fsdp_state_dict_type",
     ),
-    (_ignored("fsdp_enable is FSDP2", 2), "fsdp_version"),
+    (_ignored("fsdp_enable always means FSDP2", 2), "fsdp_version"),
     (_ignored("nothing depends on it", True), "same_network"),
     (_ignored("each process gets its own rank"), "local_rank"),
-    (_ignored("gradients are reduced once per step, also if some are missing", False), "find_unused_parameters"),
+    (_ignored("gradients are reduced once per step, even if some are missing", False), "find_unused_parameters"),
     (_ignored("context_parallel_size is 1"), "context_parallel_comm_strategy"),
     (_ignored("deepspeed_config is not set"), "offload_param_path"),
     # Validation
@@ -402,7 +406,7 @@ _IGNORED_OPTIONS: Mapping[str, OtherKey] = _named(
     (_ignored("webhook_config is not set"), "webhook_reporting_interval"),
     (_ignored("checkpointing_rolling_steps is not set"), "checkpoints_rolling_total_limit"),
     (_ignored("a checkpoint is always written to a temporary folder, then renamed"), "checkpointing_use_tempdir"),
-    (_ignored("a checkpoint that does not verify is skipped", False), "delete_invalid_checkpoints"),
+    (_ignored("a checkpoint that fails verification is skipped", False), "delete_invalid_checkpoints"),
     (_ignored("downloads stay in the Hub's cache", False), "delete_model_after_load"),
     (_ignored("logs are in the run directory"), "logging_dir"),
     (
@@ -434,7 +438,7 @@ _PREFIXES: Mapping[str, OtherKey] = {
     "refiner_training_": _ignored("refiner_training is false"),
     "timestep_bias_": _ignored("timestep_bias_strategy is none"),
     "validation_guidance_skip_": _ignored("guidance skips no layers"),
-    "sdnq_": _ignored("they are settings of SDNQ's precisions, which are not supported"),
+    "sdnq_": _ignored("SDNQ's precisions are not supported"),
     # Other models
     "audio_": _ignored(_NO_VIDEO),
     **dict.fromkeys(
@@ -568,7 +572,7 @@ OTHER_OPTIONS = OtherKeys(
     aliases=OPTION_ALIASES,
     nicknames=OPTION_NICKNAMES,
 )
-"""Known keys of a config that are no options."""
+"""Known keys of a config that are not options."""
 
 # Datasets
 
@@ -607,9 +611,9 @@ OTHER_SET_KEYS = OtherKeys(
             (_refused(_NO_DELETING, False, remedy=_UNUSABLE), "delete_unwanted_images delete_problematic_images"),
             (_refused(_NO_JUDGING, False), "delete_nsfw_images"),
             (_refused("this program trains no slider LoRAs", 0, 0.0), "slider_strength"),
-            (_refused("repeats counts EXTRA passes", remedy=", and give one less as repeats"), "num_repeats"),
+            (_refused("repeats counts EXTRA passes", remedy=", and set repeats to one less"), "num_repeats"),
             (
-                _refused("captions are .txt files, else .caption", remedy=", and give caption_strategy textfile"),
+                _refused("captions are .txt files, else .caption files", remedy=", and give caption_strategy textfile"),
                 "caption_ext caption_extension",
             ),
             (

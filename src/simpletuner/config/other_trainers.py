@@ -1,4 +1,4 @@
-"""Recognize config files of other trainers, and translate settings that carry over."""
+"""Recognize config files of other trainers, and translate the settings that have the same meaning here."""
 
 import json
 import re
@@ -37,7 +37,7 @@ OTHER_FORMATS = (
     OtherFormat("a kohya dataset config", frozenset({"datasets", "subsets"})),
     OtherFormat("a kohya config", frozenset({"network_module"})),
     OtherFormat("a kohya config", frozenset({"train_data_dir"})),
-    OtherFormat("a config of accelerate", frozenset({"compute_environment", "distributed_type"})),
+    OtherFormat("an accelerate config", frozenset({"compute_environment", "distributed_type"})),
 )
 """Formats in the order in which they are tried."""
 
@@ -60,14 +60,14 @@ _CARRIED = (
     "num_machines",
     "seed",
 )
-"""Options whose number means the same in other trainers."""
+"""Options whose values mean the same in other trainers."""
 _CARRIED_OF_SETS = ("instance_data_dir", "resolution")
 _TO_SETS = {**OTHER_SET_KEYS.nicknames, "train_data_dir": "instance_data_dir"}
 
 _LINE = re.compile(
     r"^[ \t]*(?:-[ \t]+)?(?:export[ \t]+)?[\"']?([A-Za-z_]\w*)[\"']?[ \t]*[:=][ \t]*([^\n#]*)", re.MULTILINE
 )
-"""A key of YAML or of a shell script, and its value on the same line."""
+"""A key in YAML or in a shell script, and its value on the same line."""
 
 
 def other_format(document: Any) -> str | None:
@@ -116,7 +116,7 @@ def _problem(label: str, name: str, settings: list[tuple[str, Any]], expected: s
                 for key, value in options.items()
             )
         )
-        sentences.append(f"Its numbers as flags here: {flags}")
+        sentences.append(f"Its values as flags of this program: {flags}")
     if of_set:
         pairs = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in of_set.items())
         sentences.append(f"For an image set in multidatabackend.json: {pairs}")

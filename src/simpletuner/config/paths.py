@@ -18,7 +18,8 @@ _SHELL_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 
 
 def fill_placeholders(text: str, names: Mapping[str, str], environ: Mapping[str, str] | None) -> str:
-    """`text` with `{name}` replaced from `names` and `{env:VAR}` from `environ`; None for `environ` rejects the latter.
+    """`text` with `{name}` replaced from `names` and `{env:VAR}` from `environ`; if `environ` is None, `{env:VAR}` is
+    rejected.
 
     Raises:
         ValueError: a placeholder is unknown, or a variable is not set or may not be read.
@@ -58,7 +59,7 @@ def is_local_model(folder: Path, text: str) -> bool:
 
 def stray_text(label: str, value: object, *, is_path: bool) -> Problem | None:
     """A problem with the characters of an option's value: control characters, such as the carriage returns of a script
-    with Windows line ends, and in a path also shell variables. None if there is none.
+    with Windows line endings, and in a path also shell variables. None if there is none.
     """
     if not isinstance(value, str):
         return None
@@ -67,7 +68,7 @@ def stray_text(label: str, value: object, *, is_path: bool) -> Problem | None:
     if is_path:
         stray += [char for char in value if char in "\t\n"]
     if stray:
-        remedy = "Save the script or file it comes from with Unix line ends." if "\r" in stray else "Remove them."
+        remedy = "Save the script or file it comes from with Unix line endings." if "\r" in stray else "Remove them."
         return Problem(setting, "text without control characters", remedy)
     if is_path and value and not is_visible(value):
         return Problem(setting, "a path")

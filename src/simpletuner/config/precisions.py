@@ -79,4 +79,5 @@ PRECISIONS_ELSEWHERE: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("fp8", "fp8-sdnq", "fp8uz-quanto", "float8", "qfloat8"), _FP8),
     **dict.fromkeys(("bf16", "fp16-sdnq", "int16-sdnq", "uint16-sdnq", "none"), (NO_CHANGE,)),
 }
-"""Other programs' format names, each with the nearest formats here: as many bits per weight, or the next higher."""
+"""Other programs' format names, each with the nearest formats here: those with as many bits per weight, else with the
+next higher number."""

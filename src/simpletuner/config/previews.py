@@ -1,4 +1,4 @@
-"""Select the flavour whose steps and guidance apply to validation images: the trained flavour or a preview model's."""
+"""Select the flavour whose steps and guidance apply to validation images: the trained one, or the preview model's."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from simpletuner.config.run import RunConfig
 
 
 def preview_flavour(config: RunConfig) -> Flavour | None:
-    """The flavour that `validation_preview_model` names by its name, as `auto`, or by its Hub id. None if it names a
-    path or another Hub id, or is not set.
+    """The flavour that `validation_preview_model` names: by the flavour's name, by `auto` or by its Hub id. None if the
+    option is a path or another Hub id, or is not set.
     """
     trained, model = FLAVOURS[config.model_flavour], config.validation_preview_model
     if model == AUTO_PREVIEW:

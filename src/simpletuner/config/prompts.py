@@ -73,7 +73,7 @@ def reference_faults(label: str, paths: tuple[str, ...]) -> Iterator[Problem]:
         yield Problem(f"{label}: {len(paths)} reference images", f"at most {MAX_REFERENCES}")
     for path in paths:
         if not os.path.isfile(path):  # unlike Path.is_file, does not raise if the path is too long
-            fault = "no file" if os.path.exists(path) else "no such file"
+            fault = "this is not a file" if os.path.exists(path) else "no such file"
             yield Problem(f"{label} = {path}: {fault}", "the path of an image")
         elif Path(path).suffix.lower() not in IMAGE_SUFFIXES:
             yield Problem(f"{label} = {path}", f"an image, such as {join_names(['.png', '.jpg', '.webp'])}")
@@ -94,7 +94,7 @@ def _library(value: Any, label: str, taken: tuple[str, ...], path_context: PathC
         name = unicodedata.normalize("NFC", typed)
         earlier = names.setdefault(_folded(name), typed)
         if not is_file_name(name):
-            problems.append(Problem(f"{label}: the name {value_text(typed)}", f"{FILE_NAME}: it becomes a file's name"))
+            problems.append(Problem(f"{label}: the name {value_text(typed)}", f"{FILE_NAME}: it becomes a file name"))
         elif earlier is not typed:
             found = f"{label}: the name {value_text(typed)} is taken by {value_text(earlier)}"
             problems.append(Problem(found, remedy="Rename one of them."))
@@ -147,5 +147,6 @@ _OBJECT = '{"prompt": "text", "references": ["a.png"]}'
 
 
 def _folded(name: str) -> str:
-    """`name` with case and Unicode composition folded. File systems may not distinguish names with equal results."""
+    """`name` with case and Unicode composition folded. Some file systems do not distinguish names with equal
+    results."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -29,7 +29,7 @@ class Recipe:
     is_tested: bool
     """Whether the results of a run with real weights have been judged."""
     needs: str = ""
-    """What the recipe needs that this program does not provide; empty if the recipe is ready."""
+    """A requirement of the recipe that this program does not provide; empty if the recipe is ready."""
 
     @property
     def is_ready(self) -> bool:
@@ -67,21 +67,21 @@ class Card:
 
 
 MIN_STEPS = 500
-"""Minimum optimizer steps for a LoRA to learn anything useful: the fewest that any of the sources reports."""
+"""Minimum optimizer steps for a useful LoRA: the fewest that any of the sources reports."""
 
 _QUICKSTART = "SimpleTuner's FLUX.2 quickstart"
 _ALL_LINEARS = "unsloth PR #8267: klein LoRAs were weak until the single blocks' output projections were targets too"
 _BFL_SHIFT = "OneTrainer PR #1516: Black Forest Labs trained with the shift that follows the image's size"
 _NO_ALPHA_TRAP = "ComfyUI #6909: alpha far below the rank gives a weak LoRA; equal to it, the scale is 1"
 _AI_TOOLKIT = "ai-toolkit's FLUX.2 form"
-_STYLE_STUDY = "happyin.space, 56 jobs over 16 style sets on klein-9b: 30 steps an image, at least 500"
-_VISITS = "unsloth PR #8267: 500 steps on 5 images; RunComfy's klein-9b guide: 50 to 120 visits an image"
+_STYLE_STUDY = "happyin.space, 56 jobs over 16 style sets on klein-9b: 30 steps per image, at least 500"
+_REPETITIONS = "unsloth PR #8267: 500 steps on 5 images; RunComfy's klein-9b guide: each image 50 to 120 times"
 _EXAMPLE = "the example tiny-lora, measured in docs/log.md"
 
-_Numbers = Mapping[str, tuple[Any, str]]
+_SourcedValues = Mapping[str, tuple[Any, str]]
 """Value and source of each option."""
 
-_COMMON: _Numbers = {
+_COMMON: _SourcedValues = {
     "flux_lora_target": ("all", _ALL_LINEARS),
     "learning_rate": (1e-4, f"{_QUICKSTART}; {_AI_TOOLKIT} has the same"),
     "lr_scheduler": ("constant", _QUICKSTART),
@@ -95,19 +95,19 @@ _COMMON: _Numbers = {
     "gradient_checkpointing": (True, _QUICKSTART),
 }
 
-_DEV: _Numbers = {
+_DEV: _SourcedValues = {
     "lora_rank": (16, f"{_QUICKSTART}: 101 M parameters on dev, more than rank 32 on klein-9b"),
     "lora_alpha": (16, _NO_ALPHA_TRAP),
     "flux_guidance_mode": ("constant", _QUICKSTART),
     "flux_guidance_value": (1.0, f"{_QUICKSTART}; ai-toolkit, musubi-tuner and OneTrainer train at 1 too"),
 }
 
-_KLEIN: _Numbers = {
+_KLEIN: _SourcedValues = {
     "lora_rank": (32, "the klein workshop of stephen37/workshops for a character; ai-toolkit's form"),
     "lora_alpha": (32, _NO_ALPHA_TRAP),
 }
 
-_TINY: _Numbers = {
+_TINY: _SourcedValues = {
     "lora_rank": (32, _EXAMPLE),
     "lora_alpha": (32, _NO_ALPHA_TRAP),
     "flux_lora_target": ("all", _EXAMPLE),
@@ -125,12 +125,12 @@ _TINY: _Numbers = {
 }
 
 _EPOCHS: Mapping[RecipeName, tuple[int, str]] = {
-    "subject": (100, _VISITS),
+    "subject": (100, _REPETITIONS),
     "style": (30, _STYLE_STUDY),
     "edit": (30, "as for a style: no number for edits was found"),
 }
 
-_WORDS: Mapping[RecipeName, tuple[str, str]] = {
+_TITLES: Mapping[RecipeName, tuple[str, str]] = {
     "subject": ("A subject", "A person, an animal or a thing, from 5 to 30 images of it in different places."),
     "style": ("A style", "How images look, whatever they show, from 15 to 100 images in that style."),
     "edit": ("An edit", "What to do to an image, from pairs of images before and after."),
@@ -138,7 +138,7 @@ _WORDS: Mapping[RecipeName, tuple[str, str]] = {
 
 
 def _recipes() -> Iterator[Recipe]:
-    flavours: Mapping[FlavourName, _Numbers] = {
+    flavours: Mapping[FlavourName, _SourcedValues] = {
         "dev": _DEV,
         "klein-9b": _KLEIN,
         "klein-4b": _KLEIN,
@@ -146,7 +146,7 @@ def _recipes() -> Iterator[Recipe]:
         "tiny-klein": _KLEIN,
     }
     for flavour, flavour_numbers in flavours.items():
-        for name, (title, summary) in _WORDS.items():
+        for name, (title, summary) in _TITLES.items():
             numbers = _TINY if flavour == "tiny" else {**flavour_numbers, **_COMMON, "num_train_epochs": _EPOCHS[name]}
             yield Recipe(
                 name=name,

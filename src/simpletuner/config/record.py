@@ -46,8 +46,8 @@ RECORDED_TEXTS = frozenset(
         "variant",
     }
 )
-"""Options with free values that hold neither paths nor secrets. Numbers and choices are always recorded; all other
-options are not."""
+"""Options with free-form values that contain neither paths nor secrets. Numbers and choices are always recorded; all
+other options are not."""
 
 MAY_CHANGE = frozenset(
     name
@@ -93,12 +93,12 @@ CHANGE_THE_CURVE = frozenset(
 """Options that a resumed run may change with a notice, since they change its loss curve from that step on."""
 
 LEFT_TO_THE_RUN: dict[str, Any] = {"dynamo_backend": "auto"}
-"""Values with which the run chooses the effective value and records it. On resume they mean the recorded value; any
-other given value replaces it."""
+"""Option values that let the run choose the effective value, which it records. On resume they mean the recorded value;
+any other given value replaces it."""
 
 INTRODUCED: dict[str, Any] = {"dynamo_backend": "no"}
-"""Value, as in JSON, of an option that a record lacks because it is older than the option: the value at which the
-option changes nothing. Only for options with another default."""
+"""The value, as in JSON, to assume for an option that is missing from a record because the record is older than the
+option: the value at which the option changes nothing. Needed only if the option's default is another value."""
 
 FINGERPRINTED_IF_SET: dict[str, Any] = {
     "masked_loss_floor": 0.0,
@@ -113,8 +113,8 @@ FINGERPRINTED_IF_SET: dict[str, Any] = {
     "reference_dropout_probability": 0.0,
     "optimizer_release_gradients": False,
 }
-"""Options that are newer than the fingerprints in exported files. A fingerprint includes one only at another value than
-here, so that fingerprints of older files stay valid."""
+"""Options that are newer than the fingerprints in exported files. A fingerprint includes one only if its value differs
+from the value here, so that fingerprints of older files stay valid."""
 
 REMOVED: dict[str, tuple[object, ...]] = {}
 """Removed options, each with the values, besides null, at which it changed nothing. A removed option that a resumed run
@@ -136,8 +136,8 @@ def _is_recorded(config: RunConfig, name: str, value: object) -> bool:
 
 
 def adoptable_options(record: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The options in a foreign `record` that another run may adopt, by the same rule as `decisive(resolved(config))`:
-    no paths and no options about the machine. Also returns the names of options that no longer exist.
+    """The options in a foreign `record` that another run may adopt: no paths, and no options of `MAY_CHANGE`, such as
+    those about the machine. Also returns the names of options that no longer exist.
     """
     defaults = RunConfig()
     renamed = {OPTION_ALIASES.get(name, name): value for name, value in record.items()}
@@ -151,12 +151,12 @@ def adoptable_options(record: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[
 
 
 def is_left_to_the_run(name: str, value: object) -> bool:
-    """Whether `value` means the value in the run's record, if there is a record."""
+    """Whether `value` means the recorded value, if the run has a record."""
     return name in LEFT_TO_THE_RUN and value == LEFT_TO_THE_RUN[name]
 
 
 def weight_options(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in a record that determine the weights. Exported files have a hash of them, which is the same for the
+    """The options in a record that determine the weights. Exported files contain their hash, which is the same for the
     same run in every release. Processes count as gradient accumulation, with which one process sees the same images.
     """
     options = {
@@ -179,7 +179,7 @@ class BatchSplit:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "BatchSplit":
-        """The split in a record. An option that is missing or null was 1."""
+        """The split in a record. An option that is missing or null counts as 1."""
         return cls(*(record.get(name) or 1 for name in SPLIT))
 
     @property
@@ -212,7 +212,7 @@ class BatchSplit:
 
 @dataclass(frozen=True)
 class OptionChange:
-    """An option's value in a record and in the present configuration, as JSON."""
+    """An option's value in a record and in the current configuration, as JSON."""
 
     before: Any
     after: Any
@@ -226,7 +226,7 @@ class RecordComparison:
     """Recorded values of options that differ from the configuration but that the user did not give, or left to the run.
     The resumed run uses these values."""
     refused_changes: dict[str, OptionChange]
-    """Options that the user gave another value than the record's, although they must not change."""
+    """Options to which the user gave another value than the record's, although they must not change."""
     unavailable: dict[str, Any]
     """Recorded values of options that no longer exist or no longer accept the value."""
     curve_changes: dict[str, OptionChange] = field(default_factory=dict)
@@ -252,11 +252,11 @@ def compare(
     is_elastic: bool = False,
 ) -> RecordComparison:
     """Compare `config` with a `record` from `recorded_options`, perhaps of an older release. `given_options` are the
-    names that the user gave. New options and changed defaults are no changes.
+    names that the user gave. New options and changed defaults do not count as changes.
 
     Args:
         has_own_sizes: a dataset has its own train_batch_size. A step with another number of micro-batches then has
-            another number of images, whatever the run's train_batch_size.
+            another number of images, even if the effective batch by the run's train_batch_size is the same.
         is_elastic: the same command restarts with any number of processes, so the gradient accumulation follows from
             the record.
     """
@@ -265,7 +265,7 @@ def compare(
     recorded = {OPTION_ALIASES.get(name, name): value for name, value in record.items()}
     current, defaults = (json.loads(json.dumps(recorded_options(each))) for each in (config, RunConfig()))
     refused_changes: dict[str, OptionChange] = {}
-    steering: dict[str, OptionChange] = {}
+    curve_changes: dict[str, OptionChange] = {}
     record_values: dict[str, Any] = {}
     unavailable: dict[str, Any] = {}
     for name in sorted({*recorded, *current} - MAY_CHANGE - {*SPLIT}):
@@ -279,10 +279,10 @@ def compare(
             if name not in given_options or is_left_to_the_run(name, current.get(name)):
                 record_values[name] = before
             elif name not in LEFT_TO_THE_RUN:
-                changes = steering if name in CHANGE_THE_CURVE else refused_changes
+                changes = curve_changes if name in CHANGE_THE_CURVE else refused_changes
                 changes[name] = OptionChange(before, current.get(name))
     unavailable |= {name: record_values.pop(name) for name in refused(RunConfig, record_values)}
-    quiet = {
+    permitted = {
         name: OptionChange(recorded[name], current[name])
         for name in sorted((MAY_CHANGE - {*SPLIT}) & recorded.keys() & current.keys())
         if recorded[name] != current[name]
@@ -305,7 +305,9 @@ def compare(
         restored = near.accumulating_to(recorded_split.effective_batch) or recorded_split
         restoring = {name: change.after for name, change in split.changes(restored).items()}
         changed = {}
-    return RecordComparison(record_values, refused_changes, unavailable, steering, quiet, changed, adapted, restoring)
+    return RecordComparison(
+        record_values, refused_changes, unavailable, curve_changes, permitted, changed, adapted, restoring
+    )
 
 
 def _split(before: BatchSplit, config: RunConfig, given_options: Collection[str], *, is_elastic: bool) -> BatchSplit:

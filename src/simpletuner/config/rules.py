@@ -1,4 +1,4 @@
-"""Checks of combinations of options and datasets, and notices of options that have no effect."""
+"""Checks of combinations of options and datasets, and notices about options that have no effect."""
 
 from collections.abc import Collection, Iterator
 from importlib.util import find_spec
@@ -28,12 +28,13 @@ from simpletuner.config.run import RunConfig
 from simpletuner.config.values import join_names, no_effect, value_text
 
 PRODIGY_RATE = 0.1
-"""A lower `learning_rate` is probably a mistake with prodigy and similar optimizers, whose estimate it multiplies."""
+"""A lower `learning_rate` is probably a mistake with prodigy and similar optimizers, because it multiplies the learning
+rate that they estimate."""
 
 USUAL_SHARE = 0.01
-"""Suggested learning rate, as a share of the rate from which training diverges."""
+"""Suggested learning rate, as a share of the lowest rate at which training diverges."""
 SHARE_OF_WHOLE_MODEL = 0.1
-"""Learning rate from which full training diverges, as a share of the rate for a LoRA."""
+"""Lowest learning rate at which full training diverges, as a share of that for a LoRA."""
 
 ROUTE = KnownKeys(TreadRoute, noun="key of a route")
 """Keys of a route in `tread_config`."""
@@ -94,8 +95,8 @@ def profile_findings(options: ProcessOptions, steps: int) -> Iterator[Finding]:
 
 
 def _windows(config: RunConfig, datasets: Datasets) -> Iterator[Finding]:
-    """Steps of the run that no image set covers, or epochs if the number of steps is unknown. Gaps that combine windows
-    in steps and in epochs are found once the images are counted.
+    """Problems with steps of the run that no image set covers, or with epochs if the number of steps is unknown. Gaps
+    between windows in steps and windows in epochs are found later, when the images are counted.
     """
     is_in_steps = config.max_train_steps is not None
     noun, option = ("step", "max_train_steps") if is_in_steps else ("epoch", "num_train_epochs")
@@ -111,7 +112,8 @@ def _windows(config: RunConfig, datasets: Datasets) -> Iterator[Finding]:
 
 def gap_problem(noun: str, gap: tuple[int, int | None], end: int | None) -> Problem:
     """The problem that no image set is active in `gap`, the first and last "step" or "epoch" (`noun`) of the gap. The
-    last is None if no set follows. The run has `end` steps or epochs; None if more epochs would be needed to reach it.
+    last is None if no set follows. The run has `end` steps or epochs; None if the gap keeps it from reaching its last
+    epoch.
     """
     first, last = gap
     last = end if last is None else last if end is None else min(last, end)
@@ -148,11 +150,12 @@ def _densities(config: RunConfig) -> Iterator[Finding]:
 def guidance_findings(
     flavour: Flavour, guidance: float | None, guidance_real: float, *, prefix: str = ""
 ) -> Iterator[Finding]:
-    """Guidance values that the flavour does not support. `prefix` begins the options' names in a config of `train`."""
+    """Problems with guidance values that the flavour does not support. `prefix` begins the options' names in a config
+    of `train`."""
     key, real_key = f"{prefix}guidance", f"{prefix}guidance_real"
     if flavour.guidance_kind != "embedded" and guidance_real != 1:
         message = f"{real_key} = {guidance_real:g}: only for models that take guidance as an input, such as dev"
-        remedy = f"Take it out: {flavour.name} is distilled and needs no guidance."
+        remedy = f"Remove it: {flavour.name} is distilled and needs no guidance."
         if flavour.guidance_kind == "classifier-free":
             remedy = f"Give --{key}={guidance_real:g} instead, which is true guidance on {flavour.name}."
         yield (real_key,), Problem(message, "1", remedy)
@@ -169,11 +172,11 @@ def _preview(config: RunConfig) -> Iterator[Finding]:
     trained, named = FLAVOURS[config.model_flavour], preview_flavour(config)
     message = f"{key} = {value_text(model)}"
     if config.model_type == "full":
-        remedy = f"Take {key} out: validation images then use the trained weights."
+        remedy = f"Remove {key}: validation images then use the trained weights."
         yield (key, "model_type"), Problem(f"{message} with model_type = full, which trains no adapter", remedy=remedy)
     elif model == AUTO_PREVIEW and named is None:
         expected = f"one of {join_names([each.name for each in FLAVOURS.values() if each.preview])}"
-        remedy = f"Take it out: validation images then use {trained.name} itself."
+        remedy = f"Remove it: validation images then use {trained.name} itself."
         yield (key, "model_flavour"), Problem(f"{message}: {trained.name} has no distilled sibling", expected, remedy)
     elif named is not None and named.family != trained.family:
         fitting = sibling(trained)
@@ -194,7 +197,7 @@ def idle_guidance_options(
 
 def layer_findings(options: ModelOptions, context_dim: int | None = None) -> Iterator[Finding]:
     """A problem if the text encoder layers differ from those that a published flavour was trained with. `context_dim`
-    is the width of the transformer's context, if its files are known: a model of another width is not published.
+    is the width of the transformer's context, if its files are known: a model of another width is not a published one.
     """
     flavour, layers = FLAVOURS[options.model_flavour], options.custom_text_encoder_intermediary_layers
     source = options.pretrained_transformer_model_name_or_path or options.pretrained_model_name_or_path
@@ -203,7 +206,7 @@ def layer_findings(options: ModelOptions, context_dim: int | None = None) -> Ite
         key = "custom_text_encoder_intermediary_layers"
         usual = ",".join(map(str, flavour.text.layers))
         message = f"{key} = {','.join(map(str, layers or ()))}: {flavour.title} was trained with other layers"
-        yield (key,), Problem(message, usual, "Take it out.")
+        yield (key,), Problem(message, usual, "Remove it.")
 
 
 def _rollout(config: RunConfig) -> Iterator[Finding]:
@@ -211,7 +214,14 @@ def _rollout(config: RunConfig) -> Iterator[Finding]:
     if config.has_reflexflow and not beta1 and not beta2:
         keys = ("scheduled_sampling_reflexflow_beta1", "scheduled_sampling_reflexflow_beta2")
         message = f"{join_names(keys, 'and')} are both 0: rollouts would train nothing"
-        yield keys, Problem(message, "one of them above 0", "Without ReflexFlow: scheduled_sampling_reflexflow=false.")
+        yield (
+            keys,
+            Problem(
+                message,
+                "one of them above 0",
+                "To train rollouts without ReflexFlow, give --scheduled_sampling_reflexflow=false.",
+            ),
+        )
 
 
 def _optimizer(config: RunConfig) -> Iterator[Finding]:
@@ -220,7 +230,7 @@ def _optimizer(config: RunConfig) -> Iterator[Finding]:
     for argument in config.optimizer_config or {}:
         if optimizer.arguments is not None and argument not in optimizer.arguments:
             message = f"optimizer_config: {name} takes no {value_text(argument)} here"
-            expected = join_names(optimizer.arguments) if optimizer.arguments else "nothing"
+            expected = join_names(optimizer.arguments) if optimizer.arguments else "no arguments"
             yield ("optimizer_config", "optimizer"), Problem(message, expected)
     if not optimizer.is_installed:
         message = f"optimizer = {value_text(name)}: {optimizer.library} is not installed"
@@ -239,7 +249,7 @@ def _optimizer(config: RunConfig) -> Iterator[Finding]:
         message = f"learning_rate = {config.learning_rate:g}"
         if config.rate_scale != 1:
             message += f", {rate:g} scaled by the effective batch"
-        usual = f"Set 1 for {name}." if optimizer.estimates_rate else "1e-5 to 1e-3 is usual: is a minus missing?"
+        usual = f"Set 1 for {name}." if optimizer.estimates_rate else "1e-5 to 1e-3 is usual: is a minus sign missing?"
         yield ("learning_rate",), Problem(message, "at most 1", usual)
     if not config.lr_scheduler.startswith("constant") and config.lr_end > config.learning_rate:
         message = f"lr_end = {config.lr_end:g}"
@@ -247,7 +257,7 @@ def _optimizer(config: RunConfig) -> Iterator[Finding]:
 
 
 def _release(config: RunConfig) -> Iterator[Finding]:
-    """Options that prevent stepping parameters inside the backward pass."""
+    """Problems with options that prevent stepping parameters inside the backward pass."""
     key = "optimizer_release_gradients"
     supported = [name for name, known in OPTIMIZERS.items() if known.releases_gradients]
     if config.model_type != "full":
@@ -275,11 +285,11 @@ def _release(config: RunConfig) -> Iterator[Finding]:
 
 
 def precision_findings(options: PrecisionOptions) -> Iterator[Finding]:
-    """Quantization formats whose library is not installed."""
+    """Problems with quantization formats whose library is missing or too old."""
     for key, name in _precisions(options).items():
-        lack = None if name == NO_CHANGE else PRECISIONS[name].unusable_reason()
-        if lack is not None:
-            yield (key,), Problem(f"{key} = {value_text(name)}: {lack}", remedy="pip install -e '.[quantization]'")
+        reason = None if name == NO_CHANGE else PRECISIONS[name].unusable_reason()
+        if reason is not None:
+            yield (key,), Problem(f"{key} = {value_text(name)}: {reason}", remedy="pip install -e '.[quantization]'")
 
 
 def _precisions(options: PrecisionOptions) -> dict[str, str]:
@@ -293,14 +303,14 @@ def _precision(config: RunConfig) -> Iterator[Finding]:
     if config.model_type == "full" and config.base_model_precision != NO_CHANGE:
         message = f"base_model_precision = {value_text(config.base_model_precision)} with model_type = full"
         expected = "no_change: quantized weights cannot be trained"
-        remedy = "Train a LoRA beside them, or give --base_model_precision=no_change."
+        remedy = "Train a LoRA on top of them, or give --base_model_precision=no_change."
         yield ("base_model_precision", "model_type"), Problem(message, expected, remedy)
 
 
 def _offload(config: RunConfig) -> Iterator[Finding]:
     if config.enable_group_offload and config.model_type == "full":
         message = "enable_group_offload with model_type = full, whose weights all change with each step"
-        remedy = "Offloaded weights are read-only: take enable_group_offload out, or train a LoRA."
+        remedy = "Offloaded weights are read-only: remove enable_group_offload, or train a LoRA."
         yield ("enable_group_offload", "model_type"), Problem(message, remedy=remedy)
     conflict = streaming_conflict(config)
     if config.dynamo_backend == "inductor" and conflict is not None:
@@ -318,7 +328,7 @@ def _offload(config: RunConfig) -> Iterator[Finding]:
 
 
 def _ranks(config: RunConfig) -> Iterator[Finding]:
-    """Options that conflict with training on several processes."""
+    """Problems with options that conflict with training on several processes."""
     engine = "fsdp_enable" if config.may_shard else "deepspeed_config" if config.zero_stage else None
     key = "num_processes" if config.ranks > 1 else engine
     if config.optimizer_release_gradients and config.model_type == "full" and key is not None:
@@ -331,14 +341,14 @@ def _ranks(config: RunConfig) -> Iterator[Finding]:
     if config.enable_group_offload and config.model_type != "full":  # full training has its own problem
         in_host_memory = "--fsdp_cpu_offload" if config.may_shard else "offload_param of stage 3"
         message = f"enable_group_offload with {engine}, which places the blocks itself"
-        remedy = f"Take enable_group_offload out; {in_host_memory} keeps the shards in host memory."
+        remedy = f"Remove enable_group_offload; {in_host_memory} keeps the shards in host memory."
         yield ("enable_group_offload", engine), Problem(message, remedy=remedy)
     preview = config.validation_preview_model
     if preview is not None and config.model_type != "full" and (config.may_shard or config.zero_stage == 3):
         message = (
             f"validation_preview_model = {value_text(preview)} with {engine}: each process would hold that whole model"
         )
-        remedy = "Take validation_preview_model out: validation images then use the sharded model itself."
+        remedy = "Remove validation_preview_model: validation images then use the sharded model itself."
         yield ("validation_preview_model", engine), Problem(message, remedy=remedy)
     if not known_optimizer(config.optimizer).is_elementwise and (config.model_type == "full" or config.zero_stage):
         supported = [name for name, known in OPTIMIZERS.items() if known.is_elementwise]
@@ -374,7 +384,7 @@ def streaming_conflict(config: RunConfig) -> tuple[str, str, str] | None:
     if not config.gradient_checkpointing:
         return "gradient_checkpointing", reason, "Give --gradient_checkpointing=true"
     if config.gradient_checkpointing_interval is not None:
-        return "gradient_checkpointing_interval", reason, "Take gradient_checkpointing_interval out"
+        return "gradient_checkpointing_interval", reason, "Remove gradient_checkpointing_interval"
     return None
 
 
@@ -382,7 +392,7 @@ def encoder_findings(precision: PrecisionOptions, offload: OffloadOptions) -> It
     """Problems with the options for loading the text encoder."""
     if offload.group_offload_text_encoder and precision.text_encoder_mode == "resident":
         message = "group_offload_text_encoder with text_encoder_mode = resident, which loads it whole"
-        yield ("group_offload_text_encoder", "text_encoder_mode"), Problem(message, remedy="Take one of the two out.")
+        yield ("group_offload_text_encoder", "text_encoder_mode"), Problem(message, remedy="Remove one of the two.")
 
 
 def _paths(config: RunConfig) -> Iterator[Finding]:
@@ -390,7 +400,7 @@ def _paths(config: RunConfig) -> Iterator[Finding]:
         yield ("output_dir",), Problem(f"output_dir = {value_text(config.output_dir)}: this is a file", "a folder")
     if config.init_lora is not None and config.model_type == "full":
         message = "init_lora with model_type = full, which trains no adapter"
-        yield ("init_lora", "model_type"), Problem(message, remedy="Take one of the two out.")
+        yield ("init_lora", "model_type"), Problem(message, remedy="Remove one of the two.")
     elif config.init_lora is not None and not Path(config.init_lora).is_file():
         expected = "a .safetensors file or a run's folder"
         yield ("init_lora",), Problem(f"init_lora = {value_text(config.init_lora)}: no such file", expected)
@@ -398,7 +408,7 @@ def _paths(config: RunConfig) -> Iterator[Finding]:
     # Machine 0 sends it to the others.
     if resume not in ("", LATEST) and config.machine_rank == 0 and not Path(resume).is_dir():
         message = f"resume_from_checkpoint = {value_text(resume)}: no such folder"
-        yield ("resume_from_checkpoint",), Problem(message, "latest, a checkpoint's folder, or empty text")
+        yield ("resume_from_checkpoint",), Problem(message, "latest, a checkpoint's folder, or an empty string")
 
 
 def _trackers(config: RunConfig) -> Iterator[Finding]:
@@ -434,7 +444,7 @@ def _routes(config: RunConfig) -> Iterator[Finding]:
 
 
 def _preservation(config: RunConfig, datasets: Datasets | None) -> Iterator[Finding]:
-    """Options that preserve the base model's predictions but cannot work in this run."""
+    """Problems with options that preserve the base model's predictions but cannot work in this run."""
     train_sets = () if datasets is None else datasets.train_sets
     regularization_sets = [image_set.id for image_set in train_sets if image_set.is_regularisation_data]
     if config.model_type == "full":
@@ -497,7 +507,7 @@ def notices(config: RunConfig, datasets: Datasets | None, given_options: Collect
     if scale <= 1 / 8 and config.model_type == "lora":
         yield (
             f"lora_alpha = {config.alpha:g} at rank {config.lora_rank} scales the adapter by {scale:.3g}: "
-            "it may learn too little to see. Without lora_alpha the scale is 1."
+            "its effect may be too weak to see. Without lora_alpha the scale is 1."
         )
     for image_set in () if datasets is None else datasets.train_sets:
         if image_set.is_regularisation_data and datasets is not None and datasets.is_masked(image_set):
@@ -550,7 +560,7 @@ def notices(config: RunConfig, datasets: Datasets | None, given_options: Collect
 
 
 def validation_image_notices(config: RunConfig, prompts: Collection[str]) -> Iterator[str]:
-    """Notices about the validation images of `prompts`: the preview model, and sizes that suit the flavour badly."""
+    """Notices about the validation images of `prompts`: the preview model, and sizes that do not suit the flavour."""
     flavour = FLAVOURS[config.model_flavour]
     if config.validation_preview_model is not None and not config.validation_disable and prompts:
         steps = f"{config.validation_num_inference_steps} steps"
@@ -594,8 +604,8 @@ def _odd_rates(config: RunConfig) -> Iterator[str]:
         scaled = "" if config.rate_scale == 1 else f", {rate:.4g} scaled by the effective batch"
         usual = limit * USUAL_SHARE / config.rate_scale
         yield (
-            f"learning_rate = {config.learning_rate:g}{scaled}: training {model} with {name} usually diverges from "
-            f"{limit:g} on. Begin with --learning_rate={float(f'{usual:.2g}'):g}."
+            f"learning_rate = {config.learning_rate:g}{scaled}: training {model} with {name} usually diverges at "
+            f"{limit:g} or more. Begin with --learning_rate={float(f'{usual:.2g}'):g}."
         )
 
 

@@ -16,15 +16,16 @@ SLURM_NODES, SLURM_TASKS, SLURM_NODE, SLURM_NODE_LIST, SLURM_JOB = (
     "SLURM_JOB_ID",
 )
 """Environment variables that srun sets for each task of a step (srun(1), "Output environment variables")."""
-LEAST_SLURM_PORT, SLURM_PORTS = 10_000, 20_000
-"""Lowest port and number of ports, from which the job's number selects one; below the range of client ports."""
+MIN_SLURM_PORT, SLURM_PORT_COUNT = 10_000, 20_000
+"""The lowest port and the number of ports from which the job's number selects one; all are below Linux's ephemeral
+ports, which begin at 32768."""
 
 
-def with_started(
+def with_launched_processes(
     config: RunConfig, givens: Mapping[str, GivenValue], checked: CheckedKeys, environ: Mapping[str, str]
 ) -> RunConfig:
-    """The config with the number of processes and machines that this process was started with, if there are several.
-    Takes Slurm's nodes as machines if srun started the process on each and `num_machines` is not given.
+    """The config with the number of processes and machines that this process was started with, if there are several. If
+    srun started one process on each node and `num_machines` is not given, Slurm's nodes are the machines.
     """
     if "RANK" not in environ:
         # A command at a terminal was typed inside a step, not started by srun on each node.
@@ -40,7 +41,7 @@ def with_started(
                 f"{givens[name].spelled} = {vars(config)[name]}, and torchrun started {number} "
                 f"{name.removeprefix('num_')}",
                 str(number),
-                "Take it out, or start simpletuner train without torchrun: it starts the processes itself.",
+                "Remove it, or start simpletuner train without torchrun: it starts the processes itself.",
             )
     return config.model_copy(update={**started, "machine_rank": rank // ranks_per_machine})
 
@@ -48,7 +49,7 @@ def with_started(
 def _with_nodes(
     config: RunConfig, givens: Mapping[str, GivenValue], checked: CheckedKeys, environ: Mapping[str, str]
 ) -> RunConfig:
-    """The config with the nodes of a Slurm step as machines. Options that are given stay."""
+    """The config with the nodes of a Slurm step as machines. Given options keep their values."""
     nodes, tasks, node, job = (_number(environ.get(name)) for name in (SLURM_NODES, SLURM_TASKS, SLURM_NODE, SLURM_JOB))
     if nodes < 2:
         return config
@@ -56,19 +57,19 @@ def _with_nodes(
         checked.problems["num_machines"] = Problem(
             f"srun started {tasks} tasks on {nodes} nodes",
             "one on each node, which starts that node's processes",
-            "Let srun start one task on each node; or give --num_machines=1, if each task trains a run of its own.",
+            "Let srun start one task on each node; or give --num_machines=1, if each task trains its own run.",
         )
     slurm = {
         "num_machines": nodes,
         "machine_rank": node,
         "main_process_ip": first_node(environ.get(SLURM_NODE_LIST, "")),
-        "main_process_port": LEAST_SLURM_PORT + job % SLURM_PORTS,
+        "main_process_port": MIN_SLURM_PORT + job % SLURM_PORT_COUNT,
     }
     return config.model_copy(update={name: value for name, value in slurm.items() if name not in givens})
 
 
 def _number(text: str | None) -> int:
-    """Parse a number from the environment; 0 if it is missing or no number."""
+    """Parse a number from the environment; 0 if it is missing or not a number."""
     return int(text) if text is not None and text.isascii() and text.isdecimal() else 0
 
 

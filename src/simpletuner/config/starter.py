@@ -13,9 +13,9 @@ from simpletuner.config.prompts import SUBJECT
 from simpletuner.config.recipes import Card, Recipe, RecipeName, recipe
 
 VALIDATIONS = 8
-"""Approximate number of validations and checkpoints in a run, besides its end."""
+"""Approximate number of validations and of checkpoints in a run, without those at its end."""
 RESOLUTIONS = (1024, 768, 512)
-"""Training resolutions to choose from by the images' sizes, in pixels."""
+"""Training resolutions in pixels. The images' sizes determine which one is used."""
 _SUBJECT_PROMPTS = {
     "portrait": f"a photograph of {SUBJECT} by a window, soft daylight",
     "outdoors": f"{SUBJECT} on a hillside at golden hour, seen from afar",
@@ -26,7 +26,7 @@ _STYLE_PROMPTS = {
     "place": f"{SUBJECT}, a harbor at night",
     "thing": f"{SUBJECT}, a teapot on a wooden table",
 }
-_WITHOUT = {"without": "a photograph of a red bicycle against a brick wall"}
+_PROMPT_WITHOUT_SUBJECT = {"without": "a photograph of a red bicycle against a brick wall"}
 _TINY_PROMPTS = {
     "large": f"a large {SUBJECT} on a green background, middle",
     "small": f"a small {SUBJECT} on a purple background, left",
@@ -52,13 +52,13 @@ class Starter:
     """The user's answers to `simpletuner init`, and the statistics of the image folder."""
 
     folder: Path
-    """Folder of the images, as typed."""
+    """The folder of images, as typed."""
     card: Card | None
     """GPU size; None to train an embedded model, which needs no GPU."""
     flavour: FlavourName
     recipe_name: RecipeName
     trigger: str
-    """The word or words that ask for the subject or style in prompts."""
+    """The trigger word or words, which name the subject or style in prompts."""
     env: str
     """Value of `--env`; empty for config/ itself."""
     image_statistics: ImageStatistics
@@ -96,7 +96,7 @@ class Starter:
 
     def _config(self) -> dict[str, Any]:
         interval = max(50, round(self.steps / VALIDATIONS / 50) * 50)
-        words = FLAVOURS[self.flavour].title + (f" on a {self.card.name} GPU" if self.card else "")
+        model_and_card = FLAVOURS[self.flavour].title + (f" on a {self.card.name} GPU" if self.card else "")
         size = f"{self.resolution}x{self.resolution}"
         card_options: Mapping[str, Any] = {} if self.card is None else self.card.fits[self.flavour].options
         sources = dict(self.recipe.sources)
@@ -108,13 +108,13 @@ class Starter:
             "output_dir": (self._output, "folder for all files of the run"),
             **{option: (value, sources[option]) for option, value in self.recipe.options.items()},
             "num_train_epochs": (self.epochs, sources["num_train_epochs"]),
-            **{option: (value, self._why_card()) for option, value in card_options.items()},
+            **{option: (value, self._card_comment()) for option, value in card_options.items()},
             "validation_subject": (self.trigger, f"replaces {SUBJECT} in {PROMPTS_NAME}"),
             "validation_resolution": (size, "the training resolution"),
             "validation_step_interval": (interval, "steps between validation images: stop when they are good"),
             "checkpoint_step_interval": (interval, "a checkpoint with each contact sheet, to return to"),
         }
-        head = f"Made by `simpletuner init`: {self.recipe.title.lower()} with {words}."
+        head = f"Made by `simpletuner init`: {self.recipe.title.lower()} with {model_and_card}."
         if not self.recipe.is_tested:
             head += " Untested on real weights; docs/recipes.md has the sources."
         return {COMMENT: head, **dict(_with_comments(commented))}
@@ -124,7 +124,7 @@ class Starter:
         """The run directory: a separate one for each project, and for the embedded model."""
         return f"output/{self.env or self.name}{'-tiny' if self.card is None else ''}"
 
-    def _why_card(self) -> str:
+    def _card_comment(self) -> str:
         assert self.card is not None
         summary = self.card.fits[self.flavour].summary
         return f"for a {self.card.name} GPU: {summary}; `simpletuner plan` computes the memory it takes"
@@ -139,9 +139,11 @@ class Starter:
         }
         if images.captions:
             commented["caption_strategy"] = ("textfile", "NAME.txt beside NAME.jpg is the caption")
-            without = images.images - images.captions
+            uncaptioned = images.images - images.captions
             comment = (
-                f"the caption of the {without} images without one" if without else "the caption of an image without"
+                f"the caption of the {uncaptioned} images without a caption file"
+                if uncaptioned
+                else "the caption of images without a caption file"
             )
             commented["instance_prompt"] = (self.trigger, comment)
             if images.with_trigger < images.captions / 2:
@@ -150,7 +152,7 @@ class Starter:
             commented["caption_strategy"] = ("instanceprompt", "no image has a caption, so all get instance_prompt")
             commented["instance_prompt"] = (self.trigger, "")
         commented["metadata_backend"] = ("discovery", "")
-        commented["resolution"] = (self.resolution, self._why_resolution())
+        commented["resolution"] = (self.resolution, self._resolution_comment())
         commented["resolution_type"] = ("pixel_area", "images keep their shape and get the area of this square")
         if self.card is None:
             commented["crop"] = (True, "the embedded model generates squares")
@@ -169,7 +171,7 @@ class Starter:
         }
         return [dict(_with_comments(commented)), {COMMENT: "cache of encoded captions", **text}]
 
-    def _why_resolution(self) -> str:
+    def _resolution_comment(self) -> str:
         if self.card is None:
             return "the embedded model's only resolution"
         side = f"{self.image_statistics.median_side:.0f}x{self.image_statistics.median_side:.0f}"
@@ -181,7 +183,7 @@ class Starter:
         if self.card is None:
             prompts = _TINY_PROMPTS
         else:
-            prompts = (_STYLE_PROMPTS if self.recipe_name == "style" else _SUBJECT_PROMPTS) | _WITHOUT
+            prompts = (_STYLE_PROMPTS if self.recipe_name == "style" else _SUBJECT_PROMPTS) | _PROMPT_WITHOUT_SUBJECT
         head = f"Prompts of the validation images. {SUBJECT} is replaced by validation_subject of config.json; "
         return {COMMENT: f"{head}the prompt without it shows what else the LoRA changes.", **prompts}
 

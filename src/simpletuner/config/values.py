@@ -1,4 +1,5 @@
-"""Types of option values: parse them from text, show them in messages, describe what a type accepts, suggest names."""
+"""Types of option values: parse values from text, show them in messages, describe what a type accepts, and suggest
+names."""
 
 import difflib
 import json
@@ -45,7 +46,7 @@ class OptionType:
 
 
 def join_names(names: Iterable[str], word: str = "or") -> str:
-    """Join names to "a, b or c"; `word` replaces "or"."""
+    """Join names into "a, b or c"; `word` replaces "or"."""
     *first, last = names
     return f"{', '.join(first)} {word} {last}" if first else last
 
@@ -123,8 +124,8 @@ def kinds(model: type[Slice]) -> dict[str, OptionType]:
 
 
 def from_text(text: str, kind: OptionType) -> object:
-    """Parse `text` from a flag or the environment. Text that is no such value is returned unchanged, for validation to
-    reject."""
+    """Parse `text` from a flag or the environment. Text that is not such a value is returned unchanged, for validation
+    to reject."""
     if kind.base is int and _INTEGER.fullmatch(text):
         return int(text)
     if kind.base is float and _NUMBER.fullmatch(text):
@@ -133,8 +134,8 @@ def from_text(text: str, kind: OptionType) -> object:
 
 
 def from_file(value: object, kind: OptionType) -> object:
-    """Convert `value` from a file: "true" and "false" to booleans and inline JSON to its value, where one is expected.
-    Other values are returned unchanged."""
+    """Convert `value` from a file: "true" and "false" to booleans, and inline JSON to its value, if the option expects
+    that. Other values are returned unchanged."""
     if kind.base is bool and value in ("true", "false"):
         return value == "true"
     if kind.is_json and isinstance(value, str) and value.lstrip().startswith(("{", "[")):
@@ -146,7 +147,7 @@ def from_file(value: object, kind: OptionType) -> object:
 
 
 def is_quoted_number(value: object, kind: OptionType) -> bool:
-    """Whether `value` would be accepted as a number without its quotes."""
+    """Whether `value` is a quoted number, which would be accepted without the quotes."""
     return isinstance(value, str) and kind.base in (int, float) and from_text(value, kind) is not value
 
 

@@ -125,7 +125,7 @@ def test_what_no_option_of_train_may_follow() -> None:
 
 
 def test_a_carriage_return_behind_a_value_makes_no_folder() -> None:
-    expected = "expected text without control characters. Save the script or file it comes from with Unix line ends."
+    expected = "expected text without control characters. Save the script or file it comes from with Unix line endings."
     assert problems(Open, "show", "--out", "here\r") == [f"--out = 'here\\r': {expected}"]
 
 

@@ -562,5 +562,5 @@ def test_guidance_without_effect_is_said(flags: list[str], notices: list[str]) -
 
 
 def test_layers_that_a_flavour_was_not_trained_with_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"expected 9,18,27\. Take it out\."):
+    with pytest.raises(ConfigError, match=r"expected 9,18,27\. Remove it\."):
         asked("--prompt", "a", "--model_flavour=klein-4b", "--custom_text_encoder_intermediary_layers=10,20,30")

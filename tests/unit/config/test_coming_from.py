@@ -97,11 +97,11 @@ def typed(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     done = dict(config)
     for problem in problems:
         key = re.split(r" = |: ", problem, maxsplit=1)[0]
-        take = re.search(r"(?:Take|it takes) ([\w-]+)(?:, [\w-]+)*(?: or [\w-]+)?\.$", problem)
+        take = re.search(r"(?:Use|it takes) ([\w-]+)(?:, [\w-]+)*(?: or [\w-]+)?\.$", problem)
         if take is not None:
             done[key] = take[1]
         else:
-            assert re.search(r"(Take it out[^.]*|Leave it out until then)\.( |$|\w)", problem), problem
+            assert re.search(r"(Remove it[^.]*|Leave it out until then)\.( |$|\w)", problem), problem
             del done[key]
     return done
 
@@ -131,7 +131,7 @@ def test_variables_of_simpletuner_do_not_stop_a_start(place: Any) -> None:
     )
     assert place.problems(environ={"SIMPLETUNER_CONTROLNET": "true"}) == [
         "SIMPLETUNER_CONTROLNET = true: this program trains no ControlNets. "
-        "Take it out to train a LoRA or the whole model."
+        "Remove it to train a LoRA or the whole model."
     ]
 
 
@@ -207,13 +207,13 @@ def test_dataset_keys_that_ask_for_what_is_not_here_are_refused_with_what_to_do(
     place.datasets[1]["disabled"] = True
     problems = [re.sub(r"^[^:]*, (cats|text): ", "", problem) for problem in place.problems()]
     assert problems == [
-        "delete_problematic_images = true: a run never deletes files of a dataset. Take it out: unusable "
+        "delete_problematic_images = true: a run never deletes files of a dataset. Remove it: unusable "
         "images are left out, counted and listed.",
-        'conditioning = [{"type": "canny"}]: this program generates no conditioning images. Take it out, and generate '
+        'conditioning = [{"type": "canny"}]: this program generates no conditioning images. Remove it, and generate '
         "them with another program.",
-        "num_repeats: repeats counts EXTRA passes. Take it out, and give one less as repeats.",
-        "slider_strength = 0.5: this program trains no slider LoRAs. Take it out.",
-        "disabled = true: image sets name the store they use. Take it out, or remove the whole entry.",
+        "num_repeats: repeats counts EXTRA passes. Remove it, and set repeats to one less.",
+        "slider_strength = 0.5: this program trains no slider LoRAs. Remove it.",
+        "disabled = true: image sets name the store they use. Remove it, or remove the whole entry.",
     ]
     place.datasets = [typed(place.datasets[0], problems[:-1]), typed(place.datasets[1], problems[-1:])]
     place.load()

@@ -144,7 +144,7 @@ def test_every_contradiction_names_its_option_and_the_remedies_work(place: Any) 
     place.config["deepspeed_config"] = document
     problems = place.problems()
     assert problems[0] == (
-        "deepspeed_config: train_micro_batch_size_per_gpu = 3, and train_batch_size is 1. Take it out, or give "
+        "deepspeed_config: train_micro_batch_size_per_gpu = 3, and train_batch_size is 1. Remove it, or give "
         "--train_batch_size=3."
     )
     assert len(problems) == 9
@@ -157,31 +157,31 @@ def test_every_contradiction_names_its_option_and_the_remedies_work(place: Any) 
 @pytest.mark.parametrize(
     ("document", "said"),
     [
-        ({"train_batch_size": 7}, "gradient_accumulation_steps × num_processes is 2. Take it out."),
+        ({"train_batch_size": 7}, "gradient_accumulation_steps × num_processes is 2. Remove it."),
         (
             {"fp16": {"enabled": True}},
-            "fp16.enabled = true: this is not supported. Take it out.",
+            "fp16.enabled = true: this is not supported. Remove it.",
         ),
         (
             {"optimizer": {"type": "OneBitAdam"}},
-            "optimizer.type = 'OneBitAdam', and optimizer is 'adamw'. Take it out.",
+            "optimizer.type = 'OneBitAdam', and optimizer is 'adamw'. Remove it.",
         ),
-        ({"optimizer": {"params": {"amsgrad": True}}}, "amsgrad = true: this is not supported. Take it out."),
-        ({"optimizer": {"params": {"lr": "fast"}}}, "lr = 'fast', and learning_rate is 0.0001. Take it out."),
-        ({"zero_optimizaton": {}}, "zero_optimizaton: no such setting of DeepSpeed here. Did you mean zero_optimiz"),
-        ({"communication_data_type": "fp16"}, "communication_data_type = 'fp16': this is not supported. Take it out."),
-        ({"amp": {"enabled": True}}, "this is not supported. Take it out."),
-        ({"sequence_parallel_size": 2}, "sequence_parallel_size = 2: this is not supported. Take it out."),
-        ({"zero_optimization": True}, "zero_optimization = true: this is not supported. Take it out."),
+        ({"optimizer": {"params": {"amsgrad": True}}}, "amsgrad = true: this is not supported. Remove it."),
+        ({"optimizer": {"params": {"lr": "fast"}}}, "lr = 'fast', and learning_rate is 0.0001. Remove it."),
+        ({"zero_optimizaton": {}}, "zero_optimizaton: no such DeepSpeed setting here. Did you mean zero_optimiz"),
+        ({"communication_data_type": "fp16"}, "communication_data_type = 'fp16': this is not supported. Remove it."),
+        ({"amp": {"enabled": True}}, "this is not supported. Remove it."),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size = 2: this is not supported. Remove it."),
+        ({"zero_optimization": True}, "zero_optimization = true: this is not supported. Remove it."),
         (zero(stage=4), "stage = 4: expected a whole number from 0 to 3."),
         (
             zero(overlap_com=True),
-            "zero_optimization: overlap_com: no such setting of DeepSpeed here. Did you mean over",
+            "zero_optimization: overlap_com: no such DeepSpeed setting here. Did you mean over",
         ),
         (zero(reduce_bucket_size=0.5), "reduce_bucket_size = 0.5: expected a whole number of at least 1."),
         (zero(allgather_bucket_size=500_001), "allgather_bucket_size = 500001: expected an even whole number."),
         (zero(cpu_offload=True), "Did you mean offload_optimizer?"),
-        (zero(round_robin_gradients=True), "this is not supported. Take it out."),
+        (zero(round_robin_gradients=True), "this is not supported. Remove it."),
         (zero(offload_optimizer={"devise": "cpu"}), 'expected an object of "device", none or cpu, and "pin_memory"'),
         (zero(offload_optimizer={"device": "nvme"}), 'expected an object of "device", none or cpu, and "pin_memory"'),
         (zero(offload_param={"device": "cpu"}), "offload_param at stage 2, which does not shard the weights: expected"),
@@ -199,7 +199,7 @@ def test_all_that_is_wrong_is_said_at_once(place: Any) -> None:
     place.config["deepspeed_config"] = {"pipline": 1, **zero(stage="two", offload_param={"device": "disk"})}
     problems = place.problems()
     assert [each.partition(" = ")[0].rpartition(":")[2].strip() for each in problems] == [
-        "learning_rate", "no such setting of DeepSpeed here. Did you mean pipeline?", "stage", "offload_param",
+        "learning_rate", "no such DeepSpeed setting here. Did you mean pipeline?", "stage", "offload_param",
     ]  # fmt: skip
 
 
@@ -220,8 +220,8 @@ def test_what_deepspeed_cannot_train_beside_is_said_at_once(place: Any) -> None:
     del place.config["validation_preview_model"]
     assert place.load(*flags).config.zero_stage == 3
     assert place.problems(*flags[1:]) == [
-        "fsdp_enable = true with deepspeed_config, which is another engine. Give --fsdp_enable=false, or take "
-        "deepspeed_config out."
+        "fsdp_enable = true with deepspeed_config, which shards in another way. Give --fsdp_enable=false, or "
+        "remove deepspeed_config."
     ]
     (problem,) = place.problems(*flags, "--enable_group_offload")
     assert problem.startswith("--enable_group_offload with deepspeed_config, which places the blocks itself.")
@@ -296,4 +296,4 @@ def test_weights_of_two_formats_are_not_fetched_by_all_reduce(place: Any) -> Non
     name = "stage3_use_all_reduce_for_fetch_params"
     place.config |= {"deepspeed_config": zero(stage=3, **{name: True}), "num_processes": 2}
     (problem,) = place.problems()
-    assert problem == f"deepspeed_config: {name} with a LoRA, whose dtype differs from the base's. Take it out."
+    assert problem == f"deepspeed_config: {name} with a LoRA, whose dtype differs from the base's. Remove it."

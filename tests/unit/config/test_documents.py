@@ -36,7 +36,7 @@ def problem_in(tmp_path: Path):
             "line 1, column 9",
             COMMENT_HINT,
         ),
-        ('{"a": True}', "line 1, column 7", "JSON writes true, false and null in small letters."),
+        ('{"a": True}', "line 1, column 7", "JSON writes true, false and null in lowercase."),
         ('{"a": 1\n "b": 2}', "line 2, column 2", "A comma is missing before this."),
         ('{"a": 1', "line 1, column 8", "It ends too early: a closing bracket is missing."),
         ("", "line 1, column 1", "The file is empty."),

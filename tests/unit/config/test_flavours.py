@@ -41,9 +41,11 @@ def test_the_docs_say_what_the_table_says() -> None:
     flavours = "; ".join(f"`{name}` is {flavour.summary}" for name, flavour in FLAVOURS.items())
     assert texts["model_flavour"].startswith(flavours)
     default = FLAVOURS[DEFAULT_FLAVOUR].text
-    assert "By default the flavour's, 10,20,30" in texts["custom_text_encoder_intermediary_layers"]
-    assert f"By default the flavour's, {default.length}" in texts["tokenizer_max_length"]
+    layers = " ".join(texts["custom_text_encoder_intermediary_layers"].split())
+    assert "By default the flavour's: 10,20,30 for dev, 9,18,27 for klein" in layers
+    assert f"By default the flavour's: {default.length} for dev and klein" in texts["tokenizer_max_length"]
     assert default.layers == (10, 20, 30)
+    assert FLAVOURS["klein-9b"].text.layers == FLAVOURS["klein-4b"].text.layers == (9, 18, 27)
 
 
 def test_dev_and_tiny_have_the_defaults_of_the_options(place: Any) -> None:

@@ -156,7 +156,7 @@ def test_paths_know_the_run_and_the_set(place: Any) -> None:
         (
             {"instance_data_dir": "datasets/cats\r"},
             "instance_data_dir = 'datasets/cats\\r': expected text without control characters. "
-            "Save the script or file it comes from with Unix line ends.",
+            "Save the script or file it comes from with Unix line endings.",
         ),
         ({"instance_prompt": "\u200b"}, "instance_prompt = '\\u200b': expected a caption, as text."),
         ({"instance_prompt": "ab" * 40_000}, "instance_prompt has 80000 bytes: expected at most 65536."),
@@ -238,9 +238,13 @@ def test_the_file_is_a_list_of_objects(place: Any, datasets: object, message: st
 @pytest.mark.parametrize("name", ["a/b", "..", "cats\n", "x" * 201])
 def test_an_id_must_do_as_a_folders_name(place: Any, name: str) -> None:
     place.datasets[0]["id"] = name
-    assert any("it becomes a folder's" in problem or "control characters" in problem for problem in place.problems())
+    assert any(
+        "it becomes a folder's name" in problem or "control characters" in problem for problem in place.problems()
+    )
     place.datasets[0]["id"], place.datasets[1]["id"] = "चित्र (512)", name
-    assert any("it becomes a folder's" in problem or "control characters" in problem for problem in place.problems())
+    assert any(
+        "it becomes a folder's name" in problem or "control characters" in problem for problem in place.problems()
+    )
 
 
 def test_the_run_does_not_lie_among_its_pictures(place: Any) -> None:
@@ -312,7 +316,7 @@ def test_held_out_sets_stand_apart(place: Any) -> None:
             {"crop": True, "crop_aspect_buckets": [1.0]},
             "crop_aspect_buckets has no effect: crop_aspect is neither closest nor random.",
         ),
-        ({"resolution": 1000}, "resolution = 1000 does not divide by 16: sides are rounded to 992."),
+        ({"resolution": 1000}, "resolution = 1000 is not divisible by 16: sides are rounded to 992."),
     ],
     ids=lambda value: repr(value) if isinstance(value, dict) else "",
 )

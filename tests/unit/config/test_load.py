@@ -106,7 +106,7 @@ def test_nan_is_not_a_number(place: Any) -> None:
 
 def test_a_forgotten_minus_is_guessed(problem_of: Callable[..., str]) -> None:
     assert problem_of(learning_rate=1e4) == (
-        "learning_rate = 10000: expected at most 1. 1e-5 to 1e-3 is usual: is a minus missing?"
+        "learning_rate = 10000: expected at most 1. 1e-5 to 1e-3 is usual: is a minus sign missing?"
     )
 
 
@@ -151,7 +151,7 @@ def test_a_key_of_the_other_file_is_sent_there(place: Any) -> None:
 
 
 def test_a_decimal_comma_is_seen(place: Any) -> None:
-    assert place.problems("--learning_rate=0,001")[0].endswith("Write a point, not a comma.")
+    assert place.problems("--learning_rate=0,001")[0].endswith("Write a decimal point, not a comma.")
 
 
 def test_a_key_like_no_other_gets_no_guess(problem_of: Callable[..., str]) -> None:
@@ -265,7 +265,7 @@ def test_an_unknown_placeholder_is_a_problem(problem_of: Callable[..., str], pat
         ("a/${USER}",
          "--output_dir = 'a/${USER}': ${USER} is not replaced here: expected a path such as 'a/{env:USER}'."),
         ("x\r", "--output_dir = 'x\\r': expected text without control characters. "
-         "Save the script or file it comes from with Unix line ends."),
+         "Save the script or file it comes from with Unix line endings."),
         ("a\nb", "--output_dir = 'a\\nb': expected text without control characters. Remove them."),
         ("  ", "--output_dir = '  ': expected a path."),
     ],
@@ -423,7 +423,7 @@ def test_a_json_valued_option_takes_a_value_inline_text_or_a_file(place: Any) ->
         "--peft_lora_target_modules = 'nope.json': no such file."
     ]
     assert place.problems("--peft_lora_target_modules=(") == [
-        "--peft_lora_target_modules = '(': expected a list of module names, as to_q,to_k or "
+        "--peft_lora_target_modules = '(': expected a list of module names, such as to_q,to_k or "
         '["to_q", "to_k"], or a regular expression.'
     ]
 
@@ -462,7 +462,7 @@ def test_a_single_name_is_a_list_of_one_and_a_pattern_stays_one(place: Any) -> N
 def test_a_broken_list_of_modules_names_both_forms(place: Any, text: str) -> None:
     (problem,) = place.problems(f"--peft_lora_target_modules={text}")
     assert problem.endswith(
-        'expected a list of module names, as to_q,to_k or ["to_q", "to_k"], or a regular expression.'
+        'expected a list of module names, such as to_q,to_k or ["to_q", "to_k"], or a regular expression.'
     )
 
 

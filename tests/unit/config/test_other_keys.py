@@ -36,7 +36,7 @@ def test_each_ignored_key_passes_and_each_reason_is_said_once(place: Any) -> Non
     place.config |= dict.fromkeys([*IGNORED, "sdnq_group_size", "sdnq_use_hadamard", "crepa_lambda"], "something else")
     notices = place.load().notices
     assert "hub_model_id, model_card_private, model_card_note" in "\n".join(notices)
-    said = [notice for notice in notices if "no effect: they are settings of SDNQ's" in notice]
+    said = [notice for notice in notices if "no effect: SDNQ's precisions" in notice]
     assert len(said) == 1
     assert said[0].startswith("sdnq_group_size and sdnq_use_hadamard have no effect")
     for key in IGNORED:
@@ -82,7 +82,7 @@ def test_sets_of_references_are_not_drawn_at_random(place: Any) -> None:
     place.config["conditioning_multidataset_sampling"] = "random"
     assert place.problems() == [
         "conditioning_multidataset_sampling = 'random': each sample uses the references of all its "
-        "conditioning sets. Take it out to train so."
+        "conditioning sets. Remove it to train with all."
     ]
 
 
@@ -161,7 +161,7 @@ def test_a_config_for_several_gpus_carries_over(place: Any) -> None:
     assert place.load().notices == ()
     place.config |= {"fsdp_version": 1, "fsdp_state_dict_type": "SHARDED_STATE_DICT"}
     assert place.load().notices == (
-        "fsdp_version has no effect: fsdp_enable is FSDP2.",
+        "fsdp_version has no effect: fsdp_enable always means FSDP2.",
         "fsdp_state_dict_type has no effect: checkpoints have this program's own format, from which any "
         "number of processes can resume.",
     )
@@ -177,7 +177,7 @@ def test_an_image_is_not_shared_by_processes(place: Any) -> None:
     """docs/decisions/0031-context-parallel.md says why."""
     place.config["context_parallel_size"] = 2
     (problem,) = place.problems()
-    assert problem.endswith("Take it out, or give --activation_offload=true.")
+    assert problem.endswith("Remove it, or give --activation_offload=true.")
     del place.config["context_parallel_size"]
     place.config["activation_offload"] = True
     place.load()

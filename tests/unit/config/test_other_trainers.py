@@ -44,42 +44,43 @@ ONE_TRAINER = {
         (
             "job.yaml",
             AI_TOOLKIT,
-            "job.yaml: this is an ai-toolkit job file: expected simpletuner's config.json or config.toml. Its numbers "
-            "as flags here: --lora_rank=32 --lora_alpha=16 --train_batch_size=2 --max_train_steps=2000 "
+            "job.yaml: this is an ai-toolkit job file: expected simpletuner's config.json or config.toml. Its values "
+            "as flags of this program: --lora_rank=32 --lora_alpha=16 --train_batch_size=2 --max_train_steps=2000 "
             '--learning_rate=0.0001. For an image set in multidatabackend.json: "instance_data_dir": '
             '"/pictures of cats". Begin with simpletuner init.',
         ),
         (
             "kohya.toml",
             KOHYA,
-            "kohya.toml: this is a kohya config: expected simpletuner's config.json or config.toml. Its numbers as "
-            "flags here: --lora_rank=16 --learning_rate=0.0002. For an image set in multidatabackend.json: "
+            "kohya.toml: this is a kohya config: expected simpletuner's config.json or config.toml. Its values as "
+            "flags of this program: --lora_rank=16 --learning_rate=0.0002. For an image set in multidatabackend.json: "
             '"instance_data_dir": "/cats". Begin with simpletuner init.',
         ),
         (
             "dp.toml",
             DIFFUSION_PIPE,
-            "dp.toml: this is a diffusion-pipe config: expected simpletuner's config.json or config.toml. Its numbers "
-            "as flags here: --train_batch_size=1 --num_train_epochs=5 --lora_rank=32. Begin with simpletuner init.",
+            "dp.toml: this is a diffusion-pipe config: expected simpletuner's config.json or config.toml. Its values "
+            "as flags of this program: --train_batch_size=1 --num_train_epochs=5 --lora_rank=32. Begin with "
+            "simpletuner init.",
         ),
         (
             "ot.json",
             ONE_TRAINER,
-            "ot.json: this is a OneTrainer config: expected simpletuner's config.json or config.toml. Its numbers as "
-            'flags here: --learning_rate=0.0003. For an image set in multidatabackend.json: "resolution": 512.0. Begin '
-            "with simpletuner init.",
+            "ot.json: this is a OneTrainer config: expected simpletuner's config.json or config.toml. Its values as "
+            'flags of this program: --learning_rate=0.0003. For an image set in multidatabackend.json: "resolution": '
+            "512.0. Begin with simpletuner init.",
         ),
         (
             "accelerate.yaml",
             "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 4\n",
-            "accelerate.yaml: this is a config of accelerate: expected simpletuner's config.json or config.toml. Its "
-            "numbers as flags here: --num_machines=1 --num_processes=4. Begin with simpletuner init.",
+            "accelerate.yaml: this is an accelerate config: expected simpletuner's config.json or config.toml. Its "
+            "values as flags of this program: --num_machines=1 --num_processes=4. Begin with simpletuner init.",
         ),
         (
             "mine.yml",
             "lora_rank: 8\n",
-            "mine.yml: this is YAML: expected simpletuner's config.json or config.toml. Its numbers as flags here: "
-            "--lora_rank=8. Begin with simpletuner init.",
+            "mine.yml: this is YAML: expected simpletuner's config.json or config.toml. Its values as flags of this "
+            "program: --lora_rank=8. Begin with simpletuner init.",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) and value.count(".") == 1 else "",
@@ -92,7 +93,7 @@ def test_a_file_of_another_trainer_is_named_as_such(place: Any, name: str, conte
 def test_the_numbers_that_are_named_can_be_typed(place: Any) -> None:
     place.write("job.yaml", AI_TOOLKIT)
     (problem,) = place.problems("--config=job.yaml")
-    flags = shlex.split(problem.partition("flags here: ")[2].partition(". For an")[0])
+    flags = shlex.split(problem.partition("flags of this program: ")[2].partition(". For an")[0])
     config = place.load(*flags).config
     assert (config.lora_rank, config.lora_alpha, config.max_train_steps, config.learning_rate) == (32, 16, 2000, 1e-4)
 

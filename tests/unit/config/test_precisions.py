@@ -69,7 +69,7 @@ def test_what_nothing_reads_without_quantized_weights_is_said(place: Any) -> Non
 def test_no_library_is_imported_to_find_it() -> None:
     code = (
         "import sys; from simpletuner.config.precisions import PRECISIONS; "
-        "assert all(known.lack() is None for known in PRECISIONS.values()); "
+        "assert all(known.unusable_reason() is None for known in PRECISIONS.values()); "
         "assert not {'torch', 'torchao', 'optimum', 'bitsandbytes'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

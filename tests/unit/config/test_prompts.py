@@ -57,7 +57,7 @@ def test_the_subject_comes_from_the_option_else_from_the_dataset_else_stays(plac
 def test_a_name_must_do_as_a_file_name(place: Any, name: str) -> None:
     place.write("config/user_prompt_library.json", {name: "a cat"})
     (problem,) = place.problems()
-    assert "it becomes a file's name" in problem
+    assert "it becomes a file name" in problem
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_every_fault_of_a_prompt_with_references_is_told(place: Any) -> None:
         "files.references = '{nobody}.png': placeholder {nobody} is not one of "
         "{model_family}, {output_dir} or {env:NAME}.",
         f"files.references = {folder / 'gone.png'}: no such file: expected the path of an image.",
-        f"files.references = {folder / 'folder'}: no file: expected the path of an image.",
+        f"files.references = {folder / 'folder'}: this is not a file: expected the path of an image.",
         f"files.references = {folder / 'notes.txt'}: expected an image, such as .png, .jpg or .webp.",
         "many.references: 11 reference images: expected at most 10.",
     ]

@@ -45,8 +45,8 @@ from simpletuner.config.rules import layer_findings
                 "scheduled_sampling_reflexflow_beta2": 0,
             },
             "scheduled_sampling_reflexflow_beta1 and scheduled_sampling_reflexflow_beta2 are both 0: rollouts "
-            "would train nothing: expected one of them above 0. Without ReflexFlow: "
-            "scheduled_sampling_reflexflow=false.",
+            "would train nothing: expected one of them above 0. To train rollouts without ReflexFlow, "
+            "give --scheduled_sampling_reflexflow=false.",
         ),
         (
             {"scheduled_sampling_sampler": "rk4"},
@@ -65,7 +65,7 @@ from simpletuner.config.rules import layer_findings
         (
             {"model_type": "full", "enable_group_offload": True},
             "enable_group_offload with model_type = full, whose weights all change with each step. Offloaded weights "
-            "are read-only: take enable_group_offload out, or train a LoRA.",
+            "are read-only: remove enable_group_offload, or train a LoRA.",
         ),
         (
             {"model_type": "full", "optimizer": "adamw_bf16", "mixed_precision": "fp16"},
@@ -91,18 +91,21 @@ from simpletuner.config.rules import layer_findings
         ),
         (
             {"enable_group_offload": True, "dynamo_backend": "inductor", "gradient_checkpointing_interval": 2},
-            "Take gradient_checkpointing_interval out, or give --dynamo_backend=no to train uncompiled.",
+            "Remove gradient_checkpointing_interval, or give --dynamo_backend=no to train uncompiled.",
         ),
         (
             {"group_offload_text_encoder": True, "text_encoder_mode": "resident"},
-            "group_offload_text_encoder with text_encoder_mode = resident, which loads it whole. Take one of "
-            "the two out.",
+            "group_offload_text_encoder with text_encoder_mode = resident, which loads it whole. Remove one of "
+            "the two.",
         ),
         (
             {"enable_group_offload": True, "group_offload_to_disk_path": "config/config.json"},
             "this is a file: expected a folder.",
         ),
-        ({"resume_from_checkpoint": "nope"}, "no such folder: expected latest, a checkpoint's folder, or empty text."),
+        (
+            {"resume_from_checkpoint": "nope"},
+            "no such folder: expected latest, a checkpoint's folder, or an empty string.",
+        ),
     ],
     ids=lambda value: repr(value) if isinstance(value, dict) else "",
 )
@@ -299,7 +302,7 @@ def test_other_trackers_are_refused(place: Any, value: str) -> None:
         ),
         (
             {"lora_alpha": 1, "lora_rank": 32},
-            "lora_alpha = 1 at rank 32 scales the adapter by 0.0312: it may learn too little to see. Without "
+            "lora_alpha = 1 at rank 32 scales the adapter by 0.0312: its effect may be too weak to see. Without "
             "lora_alpha the scale is 1.",
         ),
     ],
@@ -395,7 +398,7 @@ def test_a_full_run_has_no_use_for_a_lora_option(place: Any) -> None:
 
 
 def test_a_full_run_does_not_start_from_a_lora(problem_of: Callable[..., str]) -> None:
-    expected = "init_lora with model_type = full, which trains no adapter. Take one of the two out."
+    expected = "init_lora with model_type = full, which trains no adapter. Remove one of the two."
     assert problem_of(model_type="full", init_lora="some.safetensors") == expected
 
 
@@ -461,7 +464,7 @@ def test_a_plain_klein_config_gets_no_word_of_guidance(place: Any) -> None:
         (
             {"model_flavour": "tiny-klein-distilled", "validation_guidance_real": 3},
             "validation_guidance_real = 3: only for models that take guidance as an input, such as dev: expected 1. "
-            "Take it out: tiny-klein-distilled is distilled and needs no guidance.",
+            "Remove it: tiny-klein-distilled is distilled and needs no guidance.",
         ),
         (
             {"validation_guidance": 0.5},
@@ -470,12 +473,12 @@ def test_a_plain_klein_config_gets_no_word_of_guidance(place: Any) -> None:
         (
             {"model_flavour": "klein-4b", "custom_text_encoder_intermediary_layers": "10,20,30"},
             "custom_text_encoder_intermediary_layers = 10,20,30: FLUX.2-klein-base-4B was trained with other layers: "
-            "expected 9,18,27. Take it out.",
+            "expected 9,18,27. Remove it.",
         ),
         (
             {"model_flavour": "dev", "custom_text_encoder_intermediary_layers": [9, 18, 27]},
             "custom_text_encoder_intermediary_layers = 9,18,27: FLUX.2-dev was trained with other layers: expected "
-            "10,20,30. Take it out.",
+            "10,20,30. Remove it.",
         ),
     ],
 )
@@ -567,10 +570,10 @@ def test_released_gradients_want_bf16_weights(place: Any, options: dict[str, str
 def test_all_that_cannot_be_sharded_is_said_at_once_and_the_remedies_work(place: Any) -> None:
     place.config |= {"fsdp_enable": True, "enable_group_offload": True, "validation_preview_model": "some/model"}
     assert place.problems() == [
-        "enable_group_offload with fsdp_enable, which places the blocks itself. Take enable_group_offload out; "
+        "enable_group_offload with fsdp_enable, which places the blocks itself. Remove enable_group_offload; "
         "--fsdp_cpu_offload keeps the shards in host memory.",
-        "validation_preview_model = 'some/model' with fsdp_enable: each process would hold that whole model. Take "
-        "validation_preview_model out: validation images then use the sharded model itself.",
+        "validation_preview_model = 'some/model' with fsdp_enable: each process would hold that whole model. "
+        "Remove validation_preview_model: validation images then use the sharded model itself.",
     ]
     del place.config["validation_preview_model"]
     assert place.load("--enable_group_offload=false", "--fsdp_cpu_offload").config.may_shard
@@ -637,7 +640,7 @@ def test_the_processes_that_were_started_count(place: Any) -> None:
     assert "learning_rate 0.0001 × 4 for the effective batch of 4: 0.0004." in loaded.notices
     assert place.load("--num_processes=4", environ=environ).config.ranks == 4
     assert place.problems("--num_processes=2", environ=environ) == [
-        "--num_processes = 2, and torchrun started 4 processes: expected 4. Take it out, or start simpletuner train "
+        "--num_processes = 2, and torchrun started 4 processes: expected 4. Remove it, or start simpletuner train "
         "without torchrun: it starts the processes itself."
     ]
     # Some machines set it to something else.

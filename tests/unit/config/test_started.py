@@ -41,7 +41,7 @@ def test_torchrun_says_how_many_machines_there_are(place: Any) -> None:
     assert place_in(place.load("--num_machines=2", environ=TORCHRUN).config) == (8, 2, 1)
     assert place_in(place.load(environ=TORCHRUN | {"LOCAL_WORLD_SIZE": "8"}).config) == (8, 1, 0)
     assert place.problems("--num_machines=4", environ=TORCHRUN) == [
-        "--num_machines = 4, and torchrun started 2 machines: expected 2. Take it out, or start simpletuner train "
+        "--num_machines = 4, and torchrun started 2 machines: expected 2. Remove it, or start simpletuner train "
         "without torchrun: it starts the processes itself."
     ]
 
@@ -59,6 +59,6 @@ def test_slurm_says_where_the_machines_are(place: Any) -> None:
     eight = SLURM | {"SLURM_STEP_NUM_TASKS": "8"}
     assert place.problems(environ=eight) == [
         "srun started 8 tasks on 2 nodes: expected one on each node, which starts that node's processes. "
-        "Let srun start one task on each node; or give --num_machines=1, if each task trains a run of its own."
+        "Let srun start one task on each node; or give --num_machines=1, if each task trains its own run."
     ]
     assert place_in(place.load("--num_machines=1", environ=eight).config) == (None, 1, 0)

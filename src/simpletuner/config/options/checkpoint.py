@@ -8,7 +8,7 @@ from simpletuner.base.sizes import parse_size
 from simpletuner.config.options.kinds import Count, Expects, IsPath, PathText, Slice, Text, Whole, whole_as_text
 
 LATEST = "latest"
-"""Value of `resume_from_checkpoint`: the newest checkpoint that verifies."""
+"""Value of `resume_from_checkpoint`: the newest checkpoint that passes verification."""
 
 
 def _is_size(text: str) -> str:
@@ -29,23 +29,25 @@ class CheckpointOptions(Slice):
     """Number of epochs between checkpoints."""
 
     checkpoints_total_limit: Count = 5
-    """Number of checkpoints to keep. Older ones are removed, but never the newest that verifies."""
+    """Number of checkpoints to keep. Older ones are removed, except the newest that passes verification."""
 
-    resume_from_checkpoint: Annotated[str, IsPath(), Expects("latest, a checkpoint's path, or empty text")] = LATEST
-    """The checkpoint to resume from: `latest`, or a checkpoint's path. Empty text (`""`) starts over."""
+    resume_from_checkpoint: Annotated[str, IsPath(), Expects("latest, a checkpoint's path, or an empty string")] = (
+        LATEST
+    )
+    """The checkpoint to resume from: `latest`, or a checkpoint's path. An empty string (`""`) starts from step 0."""
 
     disk_low_threshold: Annotated[
         str, BeforeValidator(whole_as_text), AfterValidator(_is_size), Expects("a size such as 2GB")
     ] = "2GB"
-    """Take `disk_low_action` when the disk of `output_dir` has less free space than this."""
+    """Free space on the disk of `output_dir` below which the run takes `disk_low_action`."""
 
     disk_low_action: Literal["stop", "wait"] = "stop"
     """What to do when the disk is low: `stop` saves a checkpoint and ends the run, which can be resumed; `wait` pauses
     until there is space."""
 
     model_save_dtype: Literal["fp32", "bf16"] | None = None
-    """Precision of the transformer that full training saves. By default the precision it is trained in: fp32, or bf16
-    where `adamw_bf16` trains bf16 weights. bf16 halves the size of the saved model."""
+    """Precision of the transformer that full training saves. By default the precision in which it is trained: fp32, or
+    bf16 if the optimizer steps bf16 weights without fp32 masters. bf16 halves the size of the saved model."""
 
     modelspec_comment: Text | None = None
     """A comment to write into the saved file's header."""

@@ -19,13 +19,13 @@ class ConditioningOptions(Slice):
     (`own`)."""
 
     masked_loss_probability: UnitInterval = 1.0
-    """Share of the samples with a mask whose loss the mask weights. The others are trained without their mask."""
+    """Share of the masked samples whose loss is weighted by their mask. The others are trained without it."""
 
     masked_loss_floor: UnitInterval = 0.0
-    """Lowest weight of a mask: the weight of the loss where the mask is black."""
+    """Weight of the loss where the mask is black. Where it is white, the weight is 1."""
 
     masked_loss_invert: bool = False
-    """Invert the masks: black is trained, white is not."""
+    """Invert the masks, so that the loss counts where they are black instead of white."""
 
     masked_loss_prior: NotNegative = 0.0
-    """Weight of the distance to the base model's prediction where the mask is black. LoRA only."""
+    """Weight of an additional loss where the mask is black: the distance to the base model's prediction. LoRA only."""

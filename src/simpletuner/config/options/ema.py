@@ -20,12 +20,12 @@ class EmaOptions(Slice):
 
     ema_device: Literal["auto", "cpu", "accelerator"] = "auto"
     """Device that holds the average. On the CPU each update copies all trainable parameters to host memory, and the
-    step waits for the copy. `auto` takes the accelerator for a LoRA and the CPU for full training."""
+    step waits for the copy. `auto` is the accelerator for a LoRA and the CPU for full training."""
 
     ema_update_interval: Count = 1
     """Number of steps between updates of the average."""
 
     ema_validation: Literal["comparison", "ema_only", "none"] = "comparison"
     """Which weights generate validation images: both the average and the trained weights (`comparison`), only the
-    average (`ema_only`), or only the trained weights (`none`). The held-out loss of the average is measured except
+    average (`ema_only`), or only the trained weights (`none`). The held-out loss of the average is measured too, except
     with `none`."""

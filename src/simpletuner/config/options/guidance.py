@@ -12,10 +12,10 @@ class GuidanceOptions(Slice):
     """Guidance value in training: `constant` uses one value; `random-range` draws one uniformly for each sample."""
 
     flux_guidance_value: NotNegative = 1.0
-    """Guidance value of `constant`."""
+    """Guidance value in the mode `constant`."""
 
     flux_guidance_min: NotNegative = 1.0
-    """Lower bound of `random-range`."""
+    """Lowest guidance value in the mode `random-range`."""
 
     flux_guidance_max: NotNegative = 4.0
-    """Upper bound of `random-range`."""
+    """Highest guidance value in the mode `random-range`."""

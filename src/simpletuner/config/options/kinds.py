@@ -54,7 +54,7 @@ class Slice(BaseModel):
 
 @dataclass(frozen=True)
 class Expects:
-    """Describes the accepted values in an error message, where the type alone does not."""
+    """Describes the accepted values in messages, for an option whose type alone does not."""
 
     words: str
     near: tuple[str, ...] = ()

@@ -9,9 +9,9 @@ from pydantic import AfterValidator, BeforeValidator
 from simpletuner.config.options.kinds import Count, Expects, IsJson, PathText, Positive, Slice, list_as_tuple
 
 _PATTERN = re.compile(r"[\\^$*+?{}()|\[\]]")
-"""A character that no module name contains, and most regular expressions do."""
+"""Characters of regular expressions that no module name contains."""
 _UNQUOTED_LIST = re.compile(r"\[.*,.*\]")
-"""A list whose names are not quoted, which is no JSON."""
+"""A list whose names are not quoted, so that it is not JSON."""
 
 
 def _listed(value: object) -> object:
@@ -26,7 +26,7 @@ def _targets(value: tuple[str, ...] | str) -> tuple[str, ...] | str:
         raise ValueError("empty")
     if isinstance(value, str):
         if _UNQUOTED_LIST.fullmatch(value):
-            raise ValueError("a list that is no JSON")
+            raise ValueError("a list that is not JSON")
         try:
             re.compile(value)
         except re.error as error:
@@ -42,7 +42,7 @@ class LoraOptions(Slice):
     """LoRA."""
 
     lora_rank: Count = 16
-    """Rank of each adapter. A higher rank can learn more and makes a larger file."""
+    """Rank of each adapter. A higher rank can learn more but makes a larger file."""
 
     lora_alpha: Positive | None = None
     """Strength of the adapter: its output is multiplied by alpha/rank. By default alpha is the rank, a factor of 1."""
@@ -51,7 +51,7 @@ class LoraOptions(Slice):
     """Probability of dropping each input value of the adapter in training (dropout)."""
 
     lora_init_type: Literal["default", "gaussian"] = "default"
-    """Initialization of the adapter's A matrix: `default` is uniform with a range that follows its width; `gaussian` is
+    """Initialization of the adapter's A matrix: `default` is uniform (Kaiming, ±1/√width of the input); `gaussian` is
     normal with a standard deviation of 1/rank. B always starts at zero, so training starts exactly from the base
     model."""
 
@@ -75,7 +75,7 @@ class LoraOptions(Slice):
             IsJson(),
             BeforeValidator(_listed),
             AfterValidator(_targets),
-            Expects('a list of module names, as to_q,to_k or ["to_q", "to_k"], or a regular expression'),
+            Expects('a list of module names, such as to_q,to_k or ["to_q", "to_k"], or a regular expression'),
         ]
         | None
     ) = None
@@ -84,13 +84,13 @@ class LoraOptions(Slice):
     whole path. A name or expression that matches no module is an error."""
 
     init_lora: PathText | None = None
-    """Start from this saved LoRA file, made by this or another program. Ranks and alpha then come from the file."""
+    """Start from this saved LoRA file, made by this or another program. Ranks and alphas then come from the file."""
 
     lora_format: LoraFormat = "diffusers"
     """Tensor names in the exported LoRA file. diffusers and ComfyUI both read `diffusers`, but ComfyUI skips its layers
-    outside the blocks. `comfyui` and `kohya` have BFL's names, which both programs read, ComfyUI with every layer.
-    `bfl` is PEFT's spelling of BFL's names, for programs that train BFL's own model code. Checkpoints always have
-    diffusers' names."""
+    outside the blocks. `comfyui` and `kohya` use BFL's names, which both programs read, ComfyUI with every layer. `bfl`
+    is PEFT's spelling of BFL's names, for programs that train BFL's own model code. Checkpoints always use diffusers'
+    names."""
 
     @property
     def alpha(self) -> float:

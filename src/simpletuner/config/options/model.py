@@ -40,7 +40,7 @@ class ModelOptions(Slice):
     """The model family. This program trains FLUX.2."""
 
     model_flavour: FlavourName = DEFAULT_FLAVOUR
-    """If the flavour is set with higher precedence than a model path, it replaces that path, with a notice."""
+    """A flavour that is set with higher precedence than a model path replaces that path, with a notice."""
 
     model_type: Literal["lora", "full"] = "lora"
     """The trainable parameters: `lora` trains small matrices beside the frozen base; `full` trains every weight of the
@@ -72,11 +72,12 @@ class ModelOptions(Slice):
     """File variant on the Hub, such as `bf16`."""
 
     cache_dir: PathText | None = None
-    """Folder for downloads from the Hub and for the generated `tiny` model. By default the usual cache folders."""
+    """Folder for downloads from the Hub and for the generated `tiny` model. By default the Hub's and the program's own
+    cache folders."""
 
     verify_base: bool = False
-    """Read and hash every weight of the base model at this start. Otherwise a file is hashed once, and again only when
-    its size, time, inode or one of 64 sampled pieces changes. See [resuming](runs.md#the-base-model)."""
+    """Read and hash every weight of the base model when the run starts. Otherwise a file is hashed once, and again only
+    when its size, time, inode or one of 64 sampled pieces changes. See [resuming](runs.md#the-base-model)."""
 
     custom_text_encoder_intermediary_layers: (
         Annotated[
@@ -85,19 +86,20 @@ class ModelOptions(Slice):
             IsJson(),
             BeforeValidator(_layer_numbers),
             AfterValidator(_increase),
-            Expects("rising layer numbers, as 10,20,30 or [10, 20, 30]"),
+            Expects("increasing layer numbers, such as 10,20,30 or [10, 20, 30]"),
         ]
         | None
     ) = None
-    """Text encoder layers whose hidden states are concatenated to the context. By default the flavour's, 10,20,30."""
+    """Text encoder layers whose hidden states are concatenated into the context. By default the flavour's: 10,20,30 for
+    dev, 9,18,27 for klein."""
 
     tokenizer_max_length: Count | None = None
-    """Length of the text context in tokens. By default the flavour's, 512. Longer captions are truncated (never the
-    template around them), counted and listed."""
+    """Length of the text context in tokens. By default the flavour's: 512 for dev and klein. Longer captions are
+    truncated (never the template around them), counted and listed."""
 
     tokenizer_fix_regex: bool = False
     """Use Mistral's corrected pre-tokenizer. It changes the tokens of scripts that write vowels as marks, such as
-    Hindi, Tamil and Thai. Part of the text cache's key."""
+    Hindi, Tamil and Thai. The setting is part of the text cache's key."""
 
     seed: Seed = 42
     """Seed of every random draw of the run."""

@@ -45,10 +45,11 @@ class OffloadOptions(Slice):
 
     group_offload_use_stream: Annotated[Literal["auto", "true", "false"], BeforeValidator(boolean_as_text)] = "auto"
     """Prefetch the next group on a copy stream while the current one computes. Takes memory for one more group. `auto`
-    prefetches on a CUDA device, unless the memory plan fits only one group."""
+    prefetches on a CUDA device, unless only one group fits by the memory plan."""
 
     group_offload_text_encoder: bool = False
-    """Offload the text encoder: load one layer at a time and run all captions through it (`text_encoder_mode`)."""
+    """Offload the text encoder: load one layer at a time and run all captions through it, as with `text_encoder_mode`
+    `streamed`."""
 
     group_offload_vae: bool = False
     """Offload the VAE layer by layer."""

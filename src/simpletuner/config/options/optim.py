@@ -23,7 +23,7 @@ Argument = Annotated[bool | int | float | str | tuple[int | float, ...] | None, 
 Beta = Annotated[float, Ge(0), Lt(1)]
 
 
-def _word(text: str) -> bool | int | float | str:
+def _parsed_value(text: str) -> bool | int | float | str:
     """Parse the value of `k=v` as a boolean or a number; else return the text."""
     if text in ("true", "false"):
         return text == "true"
@@ -42,7 +42,7 @@ def _arguments(value: object) -> object:
     pairs = [part.partition("=") for part in value.split(",")]
     if not all(name.strip() and equals for name, equals, _ in pairs):
         return value
-    return {name.strip(): _word(text.strip()) for name, _, text in pairs}
+    return {name.strip(): _parsed_value(text.strip()) for name, _, text in pairs}
 
 
 def _canonical_name(name: str) -> str:
@@ -101,7 +101,7 @@ class OptimOptions(Slice):
     """Decoupled weight decay, for every optimizer except `library:name`."""
 
     adam_epsilon: Positive = 1e-8
-    """Epsilon, which Adam adds to its denominator."""
+    """Epsilon, the number that Adam adds to its denominator."""
 
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "sine", "polynomial"
@@ -134,9 +134,10 @@ class OptimOptions(Slice):
 
     skip_bad_batches: Whole = 0
     """Number of optimizer steps that the run may skip because a loss or gradient is not finite. A notice names each. A
-    skipped step counts as a step and changes neither weights, optimizer state nor moving average. 0 saves and ends the
-    run at the first. fp16 overflows do not count. With `optimizer_release_gradients` other weights have already stepped
-    when a gradient is not finite: a skipped step keeps those updates; a run that ends does not save them."""
+    skipped step counts as a step and changes neither weights, optimizer state nor moving average. With 0 the run saves
+    a checkpoint at the first one and ends. fp16 overflows do not count. With `optimizer_release_gradients` other
+    weights have already stepped when a gradient is not finite: a skipped step keeps those updates; a run that ends does
+    not save them."""
 
     train_batch_size: Count = 1
     """Images in one forward pass. A dataset's own value overrides it."""

@@ -46,8 +46,8 @@ class PrecisionOptions(Slice):
 
     base_model_default_dtype: Literal["bf16", "fp32"] | None = None
     """Precision of the weights that the model computes with. By default that of `mixed_precision`, fp32 with `no`.
-    Under fp16, weights of another precision are cast for each matrix product (autocast). With `model_type full` and 16
-    bits the optimizer steps fp32 masters of the weights; `adamw_bf16` steps bf16 weights without masters."""
+    Under fp16, weights of another precision are cast for each matrix product (autocast). With `model_type full` and
+    16-bit weights the optimizer steps fp32 masters of the weights; `adamw_bf16` steps bf16 weights without masters."""
 
     gradient_checkpointing: bool = True
     """Recompute each block's activations in the backward pass instead of storing them (activation checkpointing). Takes

@@ -13,7 +13,7 @@ def _first_and_last(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
     first, last = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= first <= last:
-        raise ValueError("no two steps")
+        raise ValueError("not two steps")
     return first, last
 
 

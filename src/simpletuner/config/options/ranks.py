@@ -42,10 +42,10 @@ class RankOptions(Slice):
     """Rank of this machine, from 0. Machine 0 writes the run directory."""
 
     main_process_ip: Text = "127.0.0.1"
-    """Address of machine 0, on which it listens if `num_machines` is more than 1. Use it only on a trusted network."""
+    """Address on which machine 0 listens if `num_machines` is more than 1. Use it only in a trusted network."""
 
     main_process_port: Annotated[int, Ge(1), Le(65535)] = 29500
-    """Port of machine 0, through which the machines connect to each other."""
+    """Port on which machine 0 accepts the connections of the other machines."""
 
     distributed_timeout_s: Annotated[int, Ge(5)] = 600
     """Timeout in seconds: a process that waits longer for another one fails and names it."""
@@ -91,7 +91,7 @@ class RankOptions(Slice):
     @property
     def zero_optimization(self) -> dict[str, Any]:
         """DeepSpeed's `zero_optimization`: its `stage`, 1 to 3, and the other values that are set. Empty without
-        DeepSpeed, at stage 0, and where a value is wrong.
+        DeepSpeed, at stage 0, and if a value is invalid.
         """
         try:
             zero = ZeroSettings.model_validate((self.deepspeed_config or {}).get("zero_optimization", {}))

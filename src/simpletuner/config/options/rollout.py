@@ -15,7 +15,7 @@ class RolloutOptions(Slice):
     off; a sample that draws 0 is trained without one."""
 
     scheduled_sampling_probability: UnitInterval = 1.0
-    """Share of the samples that draw a rollout length."""
+    """Share of the samples that draw a rollout length, if there is no ramp."""
 
     scheduled_sampling_strategy: Literal["uniform", "biased_early", "biased_late"] = "uniform"
     """Distribution of rollout lengths: `uniform`, or more short (`biased_early`) or more long (`biased_late`) ones."""
@@ -43,10 +43,11 @@ class RolloutOptions(Slice):
     """Add ReflexFlow's two loss terms to samples with a rollout."""
 
     scheduled_sampling_reflexflow_alpha: NotNegative = 1.0
-    """Extra weight of an element's error where the rollout changed the prediction. 0 saves a model call."""
+    """Extra weight of the error of those elements whose prediction the rollout changed. 0 saves a model call."""
 
     scheduled_sampling_reflexflow_beta1: NotNegative = 10.0
-    """Weight of the ReflexFlow term that turns the prediction toward the direction from the image to its input."""
+    """Weight of the ReflexFlow term that turns the prediction toward the direction from the image's latents to the
+    rolled-out input."""
 
     scheduled_sampling_reflexflow_beta2: NotNegative = 1.0
     """Weight of the prediction error in ReflexFlow."""

@@ -26,7 +26,7 @@ def _listed_timesteps(value: object) -> object:
 
 def _in_range(values: tuple[float, ...]) -> tuple[float, ...]:
     if not all(math.isfinite(value) and 0 <= value <= TIMESTEPS for value in values):
-        raise ValueError(f"{values} leaves 0 to {TIMESTEPS:g}")
+        raise ValueError(f"{values} are not all in 0 to {TIMESTEPS:g}")
     if values and max(values) <= 1:
         raise ValueError("these look like sigmas")
     return values
@@ -64,15 +64,15 @@ class ScheduleOptions(Slice):
             IsJson(),
             BeforeValidator(_listed_timesteps),
             AfterValidator(_in_range),
-            Expects("timesteps from 0 (data) to 1000 (noise), as 338,548,694 or [338, 548, 694]"),
+            Expects("timesteps from 0 (data) to 1000 (noise), such as 338,548,694 or [338, 548, 694]"),
         ]
         | None
     ) = None
     """Train only at these timesteps (σ = timestep/1000), each as often as it is listed. No shift is applied to them."""
 
     timestep_strata: bool = False
-    """Stratify the timesteps: each of an epoch's n samples draws its σ from a different n-th of the distribution. Each
-    draw is still random, and the distribution stays the same."""
+    """Stratify the timesteps: each of an epoch's n samples draws its σ from a different one of n equal parts of the
+    distribution. Each draw is still random, and the distribution stays the same."""
 
     loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
     """The loss: `l2` is the squared error; `huber` and `smooth_l1` grow only linearly for large errors."""

@@ -37,7 +37,7 @@ class TrackingOptions(Slice):
         AfterValidator(_are_trackers),
         Expects("none, tensorboard, wandb, or a comma list of these"),
     ] = "none"
-    """Trackers to report to, besides the run's own events: `none`, `tensorboard`, `wandb` or a comma list. They get
+    """Trackers to report to, besides the run's own events: `none`, `tensorboard`, `wandb` or a comma list. They receive
     each step's loss and the validation images, indexed by the run's step; on W&B that is the axis `step`."""
 
     tracker_project_name: Text = "simpletuner"

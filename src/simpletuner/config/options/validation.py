@@ -27,7 +27,7 @@ AUTO_PREVIEW = "auto"
 
 _SIZE = re.compile(r"\s*(\d+)\s*(?:[xX×]\s*(\d+)\s*)?")
 SIDE_MULTIPLE_PX = 16
-"""An image's sides are multiples of this many pixels: one latent each."""
+"""An image's sides are multiples of this many pixels, the side of one latent."""
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
@@ -38,7 +38,7 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
             raise ValueError(f"{part!r} is not a size")
         width, height = int(match[1]), int(match[2] or match[1])
         if not width or not height or width % SIDE_MULTIPLE_PX or height % SIDE_MULTIPLE_PX:
-            raise ValueError(f"{width}x{height} does not divide by {SIDE_MULTIPLE_PX}")
+            raise ValueError(f"{width}x{height} is not divisible by {SIDE_MULTIPLE_PX}")
         sizes.append((width, height))
     return tuple(sizes)
 
@@ -139,7 +139,7 @@ class ValidationOptions(Slice):
     are due."""
 
     num_eval_images: Count | None = None
-    """Maximum number of images to use of each `eval` dataset."""
+    """Maximum number of images to use from each `eval` dataset."""
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
