@@ -31,10 +31,10 @@ _DECLARATION = "declaration"
 
 @dataclass(frozen=True, kw_only=True)
 class Positional:
-    """Declaration of a positional argument. Words that are no flags fill the positional fields in order."""
+    """Declaration of a positional argument. Words that are not flags fill the positional fields in order."""
 
     convert: Callable[[str], object] = str
-    """Converts the text into the field's value."""
+    """Function that converts the text into the field's value."""
     verbs: tuple[str, ...] = ()
     """The verbs of the command that take the argument; empty for all verbs."""
 
@@ -71,9 +71,9 @@ def parse_command(
     """Parse `arguments`, which follow `verb`, into a `form`.
 
     A form with the field `train_options` also takes options of `train`: that field receives, in order, each argument
-    that the form does not declare, and the last occurrence of a repeated flag wins. A form without the field rejects
-    undeclared arguments and repeated flags. `check` returns the problems of flags that exclude or need each other; it
-    sees the default of a flag that has a problem of its own.
+    that the form does not declare, and of a repeated flag of the form the last occurrence wins. A form without the
+    field rejects undeclared arguments and repeated flags. `check` returns the problems of flags that exclude or need
+    each other; it sees the default of a flag that has a problem of its own.
 
     Raises:
         ConfigError: all problems together.
@@ -105,7 +105,7 @@ def parse_command(
             index = len(train_options) - is_ambiguous
             train_options[index:index] = argument.typed
         else:
-            problems.append(_unknown(argument.typed[0], flags))
+            problems.append(_unknown_flag(argument.typed[0], flags))
     if is_open:
         values["train_options"] = tuple(train_options)
     else:
@@ -125,7 +125,7 @@ def parse_command(
 
 
 def one_of(words: Sequence[Word]) -> Callable[[str], Word]:
-    """A conversion that accepts one of `words`."""
+    """A `convert` function that accepts only one of `words`."""
     return lambda text: words[words.index(text)]
 
 
@@ -133,7 +133,7 @@ def verb_of(command: str, arguments: Sequence[str], verbs: Collection[str], expe
     """The verb of `command`: the first of `arguments`.
 
     Raises:
-        ConfigError: it is none of `verbs`. The message describes them by `expects`, or lists them if that is empty.
+        ConfigError: it is not one of `verbs`. The message describes them by `expects`, or lists them if that is empty.
     """
     verb = arguments[0] if arguments else ""
     if verb in verbs:
@@ -191,6 +191,6 @@ def _converted(name: str, flag: Flag, texts: Sequence[str], problems: list[Probl
     return converted
 
 
-def _unknown(word: str, flags: Iterable[str]) -> Problem:
+def _unknown_flag(word: str, flags: Iterable[str]) -> Problem:
     near = nearest(word.removeprefix("--").partition("=")[0], flags)
     return Problem(f"{word}: no such flag", remedy=f"Did you mean --{near}?" if near else "See --help.")

@@ -31,7 +31,7 @@ def _steps(text: str) -> tuple[int, ...]:
     """Parse steps that are separated by commas.
 
     Raises:
-        ConfigError: a step is no whole number.
+        ConfigError: a step is not a whole number.
     """
     words = text.split(",")
     wrong = [word for word in words if not word.isdecimal()]
@@ -76,7 +76,7 @@ def run(arguments: list[str]) -> int:
 
     Raises:
         ConfigError: a mistake in the arguments.
-        CheckpointError: no such checkpoint, one that must be kept, or the run is being trained.
+        CheckpointError: there is no such checkpoint, deleting it needs --yes, or the run is being trained.
     """
     actions = {"list": _list, "verify": _verify, "delete": _delete}
     verb = verb_of("checkpoint", arguments, actions)
@@ -126,11 +126,12 @@ def _delete(directory: RunDirectory, command: CheckpointCommand) -> int:
             f"`{command_text('simpletuner', 'run', 'stop', directory.root, '--wait')}` saves and ends it.",
         )
     with directory.lock():
-        good = next((each.step for each in checkpoints.newest_first(directory) if each.damage is None), None)
-        doomed = named or [step for step in checkpoints.steps(directory) if step != good]
-        if good in doomed and not command.yes:
+        newest_good = next((each.step for each in checkpoints.newest_first(directory) if each.damage is None), None)
+        doomed = named or [step for step in checkpoints.steps(directory) if step != newest_good]
+        if newest_good in doomed and not command.yes:
             raise CheckpointError.of(
-                f"step {good} is the newest checkpoint of {directory.root} that verifies: the run resumes from it",
+                f"step {newest_good} is the newest checkpoint of {directory.root} that verifies: "
+                "the run resumes from it",
                 "another step",
                 "Give --yes to delete it anyway.",
             )

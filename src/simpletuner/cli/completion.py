@@ -48,21 +48,21 @@ class FlagValue:
     """Completion of a flag's value."""
 
     kind: str = "other"
-    """words, file, folder, env, run, or other: a value that cannot be completed."""
+    """words, file, folder, env, run, or other; other means a value that cannot be completed."""
     words: tuple[str, ...] = ()
 
 
 @dataclass
 class Grammar:
-    """The verbs and flags that each subcommand takes. A subcommand is written as its words, each after a slash:
-    "/run/queue"; the command itself is ""."""
+    """The verbs and flags that each subcommand takes. A subcommand is written like a path: "/run/queue" is `simpletuner
+    run queue`, and "" is `simpletuner` itself."""
 
     verbs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """The flags that each subcommand declares."""
     takes_options: set[str] = field(default_factory=set)
     """Subcommands that also take the options of `train`."""
-    takes_names: dict[str, str] = field(default_factory=dict)
+    positional_kinds: dict[str, str] = field(default_factory=dict)
     """Subcommands whose first positional argument is a run or a folder: "run" or "folder"."""
     values: dict[str, FlagValue] = field(default_factory=dict)
     """Completion of each flag that takes a value."""
@@ -88,7 +88,7 @@ class Grammar:
             self.takes_options.add(subcommand)
         names = [name for name, declaration in declared_fields(form, verb).items() if not isinstance(declaration, Flag)]
         if names[:1] in (["run"], ["folder"]):
-            self.takes_names[subcommand] = names[0]
+            self.positional_kinds[subcommand] = names[0]
 
     def add_options(self, options: Mapping[str, OptionType]) -> None:
         """Add the completion of the values of a configuration's options."""
@@ -151,7 +151,9 @@ def script(shell: str) -> str:
                 "verbs": commands.verbs[subcommand],
                 "flags": commands.flags[subcommand],
                 "takes": ["options"] if subcommand in commands.takes_options else [],
-                "positional": [commands.takes_names[subcommand]] if subcommand in commands.takes_names else [],
+                "positional": [commands.positional_kinds[subcommand]]
+                if subcommand in commands.positional_kinds
+                else [],
             },
         )
         for subcommand in commands.verbs

@@ -23,12 +23,15 @@ def config_copier(loaded: LoadedConfig) -> Callable[[Path], list[str]]:
 
     def copy_config(folder: Path) -> list[str]:
         values = loaded.config.model_dump(mode="json")
-        words = [*one_word_flags(loaded.arguments), *(f"--{key}={_flag_text(values[key])}" for key in _fixed(loaded))]
+        words = [
+            *one_word_flags(loaded.arguments),
+            *(f"--{key}={_flag_text(values[key])}" for key in _options_from_elsewhere(loaded)),
+        ]
         if "example" in parse(loaded.arguments).selectors:
             return words
         words = [word for word in words if word.partition("=")[0].removeprefix("--") not in SELECTORS]
         words += [f"--{flag}={_copy(source, folder / name)}" for flag, source, name in _files(loaded)]
-        examine_here(words, also=(folder.absolute(),)).loaded()
+        examine_here(words, extra_roots=(folder.absolute(),)).loaded()
         return words
 
     return copy_config
@@ -43,8 +46,9 @@ def one_word_flags(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _fixed(loaded: LoadedConfig) -> list[str]:
-    """Options whose value comes from the environment, or from a file that the config or the command line names."""
+def _options_from_elsewhere(loaded: LoadedConfig) -> list[str]:
+    """Options whose value comes from the environment, or from a JSON file that the config or a flag names. The copied
+    config does not contain these values."""
     return [
         key
         for key, kind in kinds(RunConfig).items()

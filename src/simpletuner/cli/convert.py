@@ -19,12 +19,13 @@ USAGE = """usage: simpletuner convert IN OUT --to diffusers|comfyui|bfl|kohya [-
   IN is a LoRA file of any program, a run's folder with one, or a whole model: a diffusers folder or a single file.
   OUT is the file or folder to write and must not exist. The command reads OUT back and compares it with IN.
 
-  diffusers   diffusers' names. ComfyUI loads such LoRAs except for a few layers outside the blocks; it loads no models
+  diffusers   diffusers' names. ComfyUI loads such LoRAs except for a few layers outside the blocks, but no models
   comfyui     BFL's names as ComfyUI writes them, for all layers. A model becomes BFL's single file, which ComfyUI loads
   bfl         BFL's names as PEFT writes them, for programs that train BFL's model. A model becomes the same as comfyui
   kohya       BFL's names as kohya's scripts and musubi-tuner write them; LoRAs only
 
-  A LoRA has the same effect in every format. A LoRA of simpletuner converts back to the same bits.
+  A LoRA has the same effect in every format. Converting a LoRA of simpletuner and back gives the
+  same bits.
 """
 _FORMATS: Mapping[str, LoraFormat] = {name: name for name in get_args(LoraFormat)}
 """The values of --to."""

@@ -17,7 +17,7 @@ USAGE = """usage: simpletuner dataset scan|show|cache [--json] [--set ID] [--ver
 
   scan        count the images and their sizes, and list the images that are left out, with the reason
   show        write a contact sheet of each dataset: the crops that the run trains on, with their captions
-  cache       encode the captions and images now, so that the run starts to train at once
+  cache       encode the captions and images now, so that training starts at once
   captions    change the captions of the images in FOLDER; without a change, count them
   duplicates  list images with the same bytes, and images that look nearly the same
   delete      move images with their captions into FOLDER/.simpletuner/trash; --undo restores them
@@ -66,7 +66,8 @@ def run(arguments: list[str]) -> int:
 
     Raises:
         ConfigError: a mistake in the arguments or in the configuration.
-        DataError: a dataset, folder or image is missing, no image can be trained on, or captions changed meanwhile.
+        DataError: a dataset, folder or image is missing, no image can be trained on, or captions changed
+            in the meantime.
         DiskError: a file cannot be written.
     """
     verb = verb_of("dataset", arguments, FORMS)
@@ -82,7 +83,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _misplaced(command: DatasetCommand, verb: str) -> Iterator[Problem]:
-    """Problems of flags that do not apply to `verb`, or need each other."""
+    """Problems with flags that do not apply to `verb`, or that need another flag."""
     for flag, is_given, verbs in (
         ("verify", command.verify, ("cache",)),
         ("pictures", command.pictures, ("scan",)),

@@ -1,4 +1,4 @@
-"""`simpletuner doctor`: check on one screen whether this machine can train, before anything is downloaded."""
+"""`simpletuner doctor`: check whether this machine can train, before anything is downloaded."""
 
 import os
 import platform
@@ -43,7 +43,7 @@ State = Literal["ok", "warning", "missing"]
 DRIVERS = {12: 525, 13: 580}
 """The oldest NVIDIA driver that supports each major version of CUDA."""
 BF16_CAPABILITY = (8, 0)
-OPTIONAL = ("bitsandbytes", "optimum-quanto", "torchao", "deepspeed", "tensorboard", "wandb")
+OPTIONAL_PACKAGES = ("bitsandbytes", "optimum-quanto", "torchao", "deepspeed", "tensorboard", "wandb")
 INSTALL = "pip install -e '.[{}]'"
 """Command that installs an extra, typed in the clone of the repository."""
 
@@ -59,7 +59,7 @@ class DoctorCommand:
 
 @dataclass(frozen=True)
 class MachineCheck:
-    """The result of one check: a line of the screen."""
+    """The result of one check, which is printed as one line."""
 
     name: str
     state: State
@@ -98,7 +98,7 @@ def _checks(command: DoctorCommand) -> Iterator[MachineCheck]:
     cards = gpus()
     if examined.config_file is None and examined.datasets is None:
         ConfigError.raise_if(problem for problem in examined.problems if problem.found != NO_CONFIGURATION)
-        config = _usual(cards)
+        config = _default_config(cards)
         examined = replace(examined, config=config)
         finding = f"none in this folder: the lines below are for a LoRA of {FLAVOURS[config.model_flavour].title}"
         yield _python()
@@ -122,16 +122,16 @@ def _checks(command: DoctorCommand) -> Iterator[MachineCheck]:
     yield _token(config, command.online)
 
 
-def _usual(cards: Sequence[Gpu]) -> RunConfig:
-    """The configuration that `simpletuner init` writes for a subject and this machine's GPU."""
-    card = card_of(_largest(cards))
+def _default_config(cards: Sequence[Gpu]) -> RunConfig:
+    """The options that `simpletuner init` writes for a LoRA of a subject on dev and this machine's GPU."""
+    card = card_of(_largest_gpu_gib(cards))
     options = {**FLAVOURS["dev"].option_defaults, **recipe("subject", "dev").options, "output_dir": "output"}
     return RunConfig(**options | dict({} if card is None else card.fits["dev"].options))
 
 
 def _first_step(cards: Sequence[Gpu]) -> str:
     """The `simpletuner init` command to type, and a smaller model if that fits on this GPU but dev does not."""
-    smaller = resident_flavour(card_of(_largest(cards)))
+    smaller = resident_flavour(card_of(_largest_gpu_gib(cards)))
     if smaller is None:
         return "simpletuner init"
     flavour = FLAVOURS[smaller]
@@ -141,7 +141,7 @@ def _first_step(cards: Sequence[Gpu]) -> str:
     )
 
 
-def _largest(cards: Sequence[Gpu]) -> float:
+def _largest_gpu_gib(cards: Sequence[Gpu]) -> float:
     """Memory of the largest GPU in GiB; 0.0 without one."""
     return max((card.total_bytes / GIB for card in cards if card.total_bytes is not None), default=0.0)
 
@@ -218,7 +218,7 @@ def _torch(config: RunConfig, cards: Sequence[Gpu]) -> Iterator[MachineCheck]:
 
 
 def _compiler(config: RunConfig, cards: Sequence[Gpu]) -> MachineCheck:
-    """The requirements of compiled blocks, if the options enable them or may choose them."""
+    """Whether the tools for compiling blocks are installed, if the options enable compilation or allow it."""
     if config.dynamo_backend == "no" or (config.dynamo_backend == "auto" and not cards):
         return MachineCheck("compiler", "ok", "not needed: blocks are not compiled")
     missing = []
@@ -237,7 +237,7 @@ def _compiler(config: RunConfig, cards: Sequence[Gpu]) -> MachineCheck:
 
 
 def _extras(config: RunConfig) -> MachineCheck:
-    versions = {name: installed_version(name) for name in OPTIONAL}
+    versions = {name: installed_version(name) for name in OPTIONAL_PACKAGES}
     installed = [f"{name} {version}" for name, version in versions.items() if version is not None]
     finding = join_names(installed, "and") if installed else "none is installed"
     problems = [problem for _, problem in precision_findings(config)]
@@ -248,10 +248,10 @@ def _extras(config: RunConfig) -> MachineCheck:
 
 
 def _deepspeed() -> MachineCheck:
-    lack = deepspeed_problem()
-    if lack is None:
+    problem = deepspeed_problem()
+    if problem is None:
         return MachineCheck("DeepSpeed", "ok", f"deepspeed {installed_version('deepspeed')}")
-    return MachineCheck("DeepSpeed", "missing", lack.found, lack.remedy, ConfigError.exit_code)
+    return MachineCheck("DeepSpeed", "missing", problem.found, problem.remedy, ConfigError.exit_code)
 
 
 def _memory(examined: ExaminedConfig, cards: Sequence[Gpu], train_options: Sequence[str]) -> Iterator[MachineCheck]:
@@ -265,7 +265,7 @@ def _memory(examined: ExaminedConfig, cards: Sequence[Gpu], train_options: Seque
     config = examined.config
     machine = free_resources(choose_device(), Path(config.output_dir))
     if cards and machine.accelerator is None:  # torch cannot use the GPU yet
-        machine = machine.of_size(_largest(cards) * GIB, float(machine.ram))
+        machine = machine.of_size(_largest_gpu_gib(cards) * GIB, float(machine.ram))
     work = Workload((1024, 1024), config.train_batch_size)
     if examined.datasets is not None:
         work = configured_workload(replace(examined, problems=()).loaded())

@@ -20,7 +20,7 @@ USAGE = """usage: simpletuner extract BASE TUNED OUTPUT [--rank N] [--energy SHA
 class ExtractCommand(LoraOutput):
     """Arguments of `simpletuner extract`."""
 
-    # Full training changes every direction a little; 99 % of its energy would be a LoRA larger than the model.
+    # Full training changes every direction a little. A LoRA with 99 % of the energy would be larger than the model.
     usual_rank: ClassVar[int | None] = 64
     base: Path | None = Positional(convert=Path).default(None)
     tuned: Path | None = Positional(convert=Path).default(None)
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         ConfigError: a mistake in the arguments.
         AccessError: a model cannot be read.
-        CheckpointError: the models are not of one flavour, or are equal.
+        CheckpointError: the models have different flavours, or are equal.
         DiskError: no space.
     """
     command = parse_command(ExtractCommand, arguments, check=ExtractCommand.problems)
@@ -69,7 +69,7 @@ def run(arguments: list[str]) -> int:
     if difference.other_differences:
         name, largest = max(difference.other_differences.items(), key=lambda item: item[1])
         notices.append(
-            f"{len(difference.other_differences)} weights differ that a LoRA cannot hold, by at most {largest:.3g} "
+            f"{len(difference.other_differences)} weights that a LoRA cannot hold differ, by at most {largest:.3g} "
             f"({name}): the base with the LoRA is not exactly the tuned model."
         )
     print_lora(written, command.json, {"base": str(command.base), "tuned": str(command.tuned)}, notices)

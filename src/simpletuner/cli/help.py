@@ -158,7 +158,7 @@ def _matching_options(word: str) -> Iterator[str]:
 
 @functools.cache
 def _texts(group: type[Slice]) -> dict[str, str]:
-    """The documentation of each option in the group, cached because it is parsed from the source."""
+    """The documentation of each option in the group; cached, because it is parsed from the source."""
     return group.documentation()
 
 

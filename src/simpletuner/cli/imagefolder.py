@@ -26,8 +26,8 @@ from simpletuner.data.ownfolder import listed_images
 from simpletuner.data.removal import empty_trash, plan_partner_removal, plan_removal, remove_images, restore_images
 from simpletuner.data.sample import Rejection
 
-SHOWN = 10
-"""Maximum number of changes that are printed."""
+MAX_SHOWN = 10
+"""Maximum number of caption changes that are printed."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class FolderCommand:
 
 
 Result = tuple[dict[str, Any], str]
-"""A command's result as a JSON object and as text."""
+"""The result of a command, as a JSON object and as text."""
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -90,7 +90,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
     Raises:
         ConfigError: a mistake in the arguments.
-        DataError: a folder or image does not exist, or the captions changed meanwhile.
+        DataError: a folder or image does not exist, or the captions changed in the meantime.
         DiskError: a file cannot be written.
     """
     actions: dict[str, Callable[[Path, FolderCommand], Result]] = {
@@ -154,16 +154,16 @@ def _edit_result(plan: CaptionPlan, left_out: list[Rejection], is_dry: bool) -> 
         "revision": plan.revision,
         "changes": [
             {"file": c.file, "images": list(c.images), "before": c.text_before, "after": c.after.decode()}
-            for c in plan.changes[:SHOWN]
+            for c in plan.changes[:MAX_SHOWN]
         ],
         "left_out": _as_rows(left_out),
     }
     outcome = "would change" if is_dry else "changed"
     lines = [f"{changed} captions of {plan.images} images {outcome}."]
-    for change in plan.changes[:SHOWN]:
+    for change in plan.changes[:MAX_SHOWN]:
         lines += [f"  {change.file}", f"    - {change.text_before.strip()}", f"    + {change.after.decode().strip()}"]
-    if len(plan.changes) > SHOWN:
-        lines.append(f"  and {len(plan.changes) - SHOWN} more")
+    if len(plan.changes) > MAX_SHOWN:
+        lines.append(f"  and {len(plan.changes) - MAX_SHOWN} more")
     if plan.emptied:
         lines.append(f"{plan.emptied} of them become empty: training leaves out images with an empty caption.")
     if not is_dry and changed:

@@ -47,7 +47,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class ChosenCard:
-    """The answer to the question for the GPU; None for no GPU."""
+    """The answer to the question which GPU to train on. `card` is None without a GPU."""
 
     card: Card | None
 
@@ -64,7 +64,7 @@ def _card(text: str) -> ChosenCard:
     return ChosenCard(card)
 
 
-def _images(text: str) -> Path:
+def _image_folder(text: str) -> Path:
     folder = Path(with_home(text))
     if not text or not folder.is_dir():
         raise ValueError(text)
@@ -90,7 +90,7 @@ class InitCommand:
     """Arguments of `simpletuner init`."""
 
     images: Path | None = Flag(
-        "the folder of images", "FOLDER", convert=_images, expects="an existing folder", follows="a folder"
+        "the folder of images", "FOLDER", convert=_image_folder, expects="an existing folder", follows="a folder"
     ).default(None)
     card: ChosenCard | None = Flag(
         "the GPU's memory, such as 24, or none for the embedded model, which needs no GPU",
@@ -126,7 +126,7 @@ class InitCommand:
     def problems(self) -> Iterator[Problem]:
         """Problems that parsing alone does not find."""
         if self.env and not is_file_name(self.env):
-            yield Problem(f"--env = {self.env!r}", "a valid name of a folder")
+            yield Problem(f"--env = {self.env!r}", "a valid folder name")
 
 
 FORMS = {"": InitCommand}
@@ -136,7 +136,7 @@ def run(arguments: list[str]) -> int:
     """Ask the questions, scan the images, print the needed memory, and write the files.
 
     Raises:
-        ConfigError: a mistake in the arguments, or a flag is missing and there is no terminal.
+        ConfigError: a mistake in the arguments, or a flag is missing and there is no terminal to ask for it.
         DataError: the folder contains no image that can be trained on.
         DiskError: no space for the files.
     """
@@ -194,14 +194,16 @@ def _ask_questions(command: InitCommand) -> Starter:
             missing.append(flag)
             return None
 
-    folder = ask("--images FOLDER", command.images, "1. Where are the images", _images, "a folder", _likely_folder())
+    folder = ask(
+        "--images FOLDER", command.images, "1. Where are the images", _image_folder, "a folder", _likely_folder()
+    )
     card = ask("--card SIZE", command.card, f"2. Which GPU ({_CARD_NAMES})", _card, _EXPECTS_CARD, _local_card())
     name: RecipeName | None = ask(
         "--recipe NAME", command.recipe, "3. A subject or a style", _recipe, join_names(READY), READY[0]
     )
     if folder is None or card is None or name is None:
         raise ConfigError.of(
-            f"{join_names(missing, 'and')}: not given, and there is no terminal to ask at",
+            f"{join_names(missing, 'and')}: not given, and there is no terminal to ask for it",
             remedy=f'{WRITTEN_NOTHING} Type: simpletuner init --images FOLDER --card "24 GB" --recipe subject --yes',
         )
     usual = WITHOUT_CARD if card.card is None else ON_CARDS
@@ -220,7 +222,9 @@ def _ask_questions(command: InitCommand) -> Starter:
         folder.resolve().name.replace("_", " "),
     )
     if word is None:
-        raise ConfigError.of("--trigger WORD: not given, and there is no terminal to ask at", remedy=WRITTEN_NOTHING)
+        raise ConfigError.of(
+            "--trigger WORD: not given, and there is no terminal to ask for it", remedy=WRITTEN_NOTHING
+        )
     return Starter(folder, card.card, flavour, name, word, command.env, ImageStatistics(0, 0, 0, 0.0))
 
 
@@ -243,7 +247,7 @@ def _local_card() -> str:
 
 
 def _with_images(starter: Starter) -> tuple[Starter, tuple[str, ...]]:
-    """`starter` with the counts and sizes of its images, and notices about them.
+    """`starter` with the statistics of its images, and notices about them.
 
     Raises:
         DataError: the folder contains no image that can be trained on.
@@ -335,7 +339,7 @@ def _training_preview(starter: Starter) -> Iterator[str]:
 
 
 def _may_write(starter: Starter, folder: Path, command: InitCommand) -> bool:
-    """Whether to write the files: asks, and names the existing files that would be replaced or no longer read."""
+    """Ask whether to write the files. The question names existing files that would be replaced or no longer be read."""
     if command.yes:
         return True
     names = [folder / name for name in starter.files()]

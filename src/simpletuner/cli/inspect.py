@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 USAGE = """usage: simpletuner inspect FILE [--json]
 
-  FILE is a .safetensors or .gguf file, or a folder of them: that of a run, a model or a component. The report about a
+  FILE is a .safetensors or .gguf file, or a folder of them: that of a run, a model or a component. The report on a
   LoRA contains its layout, rank, alpha, target modules, the models that it fits, the norm of its change in each block,
-  its training options, and how diffusers and ComfyUI load it. The report about a model contains its components with
+  its training options, and how diffusers and ComfyUI load it. The report on a model contains its components with
   their sizes and formats.
 """
 _NAMES_SHOWN = 4
@@ -83,7 +83,7 @@ def report_text(report: "FileReport") -> str:
         lines += ["  training", table(list(report.training.items()), "    ")]
     # Names and headers of files are untrusted: no control sequence in them may reach the terminal.
     text = "\n".join(lines)
-    return "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _adapter_rows(adapter: "AdapterReport") -> Iterator[tuple[str, str]]:

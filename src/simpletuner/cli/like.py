@@ -18,22 +18,23 @@ from simpletuner.config.values import join_names, value_text
 from simpletuner.runs.layout import LORA_NAME, TRANSFORMER_NAME
 
 _SHOWN_NAME = 80
-_REPLACED_BY: Mapping[str, tuple[str, ...]] = {
+_OVERRIDDEN_BY: Mapping[str, tuple[str, ...]] = {
     "flow_schedule_shift": ("flow_schedule_auto_shift", "flow_custom_timesteps"),
     "flux_lora_target": ("peft_lora_target_modules",),
     "num_train_epochs": ("max_train_steps",),
 }
-"""Options, each with the options that override it. If an option is typed, the file's values of those are left out."""
+"""Options, each with the options that would override it. If the user types an option, the file's values of the options
+that override it are left out."""
 
 
 @dataclass(frozen=True)
-class Likeness:
+class LikeOptions:
     """The training options of the file that `--like` names, and the typed arguments."""
 
     file: Path
     options: Mapping[str, Any]
-    """Options that affect the weights and differ from the present defaults, without those that are typed or replaced by
-    a typed one. `max_train_steps` is the number of steps that the file was trained for."""
+    """Options that affect the weights and differ from the current defaults, without those that are typed or overridden
+    by a typed one. `max_train_steps` is the number of steps that the file was trained for."""
     left_out: tuple[str, ...]
     """Options in the header that this release does not have."""
     base_model: str | None
@@ -47,7 +48,7 @@ class Likeness:
         return (*(flag(name, value) for name, value in self.options.items()), *self.typed)
 
     def lines(self, local_options: Mapping[str, object]) -> tuple[str, ...]:
-        """Lines of text that tell which options come from the file, and that list `local_options`, which do not."""
+        """Lines of text that list the options from the file, and `local_options`, which do not come from the file."""
         from_file = ", ".join(
             f"{name} = {value_text(v)}" for name, v in self.options.items() if name not in local_options
         )
@@ -66,12 +67,12 @@ class Likeness:
         return tuple(lines)
 
 
-def likeness(arguments: Sequence[str]) -> Likeness | None:
+def like_options(arguments: Sequence[str]) -> LikeOptions | None:
     """The training options of the file that `--like` names in `arguments`; None without `--like`.
 
     Raises:
         ConfigError: `--like` names no file, or one whose header lacks the training options.
-        AccessError: the file is no safetensors file.
+        AccessError: the file is not a safetensors file.
     """
     file: Path | None = None
     typed: list[str] = []
@@ -106,11 +107,11 @@ def likeness(arguments: Sequence[str]) -> Likeness | None:
         changed["max_train_steps"] = int(step)
     flags = [argument.name for argument in split_arguments(typed) if argument.name is not None]
     for name in [OPTION_ALIASES.get(flag_name, flag_name) for flag_name in flags]:
-        for replaced in (name, *_REPLACED_BY.get(name, ())):
+        for replaced in (name, *_OVERRIDDEN_BY.get(name, ())):
             changed.pop(replaced, None)
     base = header.get("simpletuner.base_model")
     is_named = base is None or flavour_of_base(base) is not None or "pretrained_model_name_or_path" in changed
-    return Likeness(file, changed, left_out, None if is_named else base, tuple(typed))
+    return LikeOptions(file, changed, left_out, None if is_named else base, tuple(typed))
 
 
 def _recorded(file: Path, header: Mapping[str, str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from simpletuner.base.commandline import flag, split_arguments
 from simpletuner.base.console import ask_user, complain
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported
-from simpletuner.cli.like import Likeness, likeness
+from simpletuner.cli.like import LikeOptions, like_options
 from simpletuner.config.flags import parse
 from simpletuner.config.load import DATASETS_NAME, NO_CONFIGURATION, ExaminedConfig, LoadedConfig, examine
 from simpletuner.flux2 import routes
@@ -26,7 +26,7 @@ def load_here(arguments: Sequence[str]) -> LoadedConfig:
         ConfigError: all problems of the configuration together.
         DiskError: no space for the example's images.
     """
-    like = likeness(arguments)
+    like = like_options(arguments)
     if like is None:
         return examine_here(arguments).loaded()
     examined = examine_here(arguments)
@@ -45,7 +45,7 @@ def load_here(arguments: Sequence[str]) -> LoadedConfig:
     return loaded
 
 
-def _answers(like: Likeness, examined: ExaminedConfig) -> list[str]:
+def _answers(like: LikeOptions, examined: ExaminedConfig) -> list[str]:
     """Flags with the paths that the user types when asked; empty without a terminal."""
     questions: list[tuple[str, str, str]] = []
     if examined.datasets_file is None:
@@ -67,15 +67,15 @@ def _answers(like: Likeness, examined: ExaminedConfig) -> list[str]:
     return answers
 
 
-def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> ExaminedConfig:
+def examine_here(arguments: Sequence[str], *, extra_roots: Sequence[Path] = ()) -> ExaminedConfig:
     """The same as `load_here`, but with the problems in the result instead of raised, and without questions. A command
-    that the page started may also name paths in the folders `also`.
+    that the page started may also name paths in the folders `extra_roots`.
 
     Raises:
         DiskError: no space for the example's images.
     """
     reach = page_reach(os.environ)
-    like = likeness(arguments)
+    like = like_options(arguments)
     if like is not None:
         if reach is not None:
             reach.checked_path(str(like.file))
@@ -89,7 +89,7 @@ def examine_here(arguments: Sequence[str], *, also: Sequence[Path] = ()) -> Exam
             folder = Path("datasets") / example
             materialize(example, folder if reach is None else reach.checked_path(str(folder)))
     with file_errors_reported(Path(), ConfigError, doing="read"):
-        rule = None if reach is None else replace(reach, extra_roots=(*reach.extra_roots, *also)).refusal
+        rule = None if reach is None else replace(reach, extra_roots=(*reach.extra_roots, *extra_roots)).refusal
         examined = examine(arguments, folder=Path(), environ=os.environ, rule=rule)
     if like is not None:
         examined = replace(examined, problems=tuple(map(_without_datasets, examined.problems)))

@@ -1,4 +1,4 @@
-"""Shared by merge, extract and resize: the flags of the LoRA that they write, and the summary that they print."""
+"""Flags and output that merge, extract and resize share: those of the LoRA that they write."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -49,7 +49,7 @@ class LoraOutput:
         "the maximum rank of each layer",
         "N",
         convert=_rank,
-        expects="a whole number from 1",
+        expects="a whole number of at least 1",
         follows="a rank",
     ).default(None)
     energy: float | None = Flag(
@@ -94,14 +94,14 @@ class LoraOutput:
 
 
 def file_problems(output: Path, flag: str = "") -> Iterator[Problem]:
-    """Problems of the path of a .safetensors file to write. Messages name it with `flag`."""
+    """Problems with the path of a .safetensors file to write. Messages put `flag` before the path."""
     typed = f"{flag} {output}".lstrip()
     if output.suffix != ".safetensors":
         yield Problem(f"{typed} does not end in .safetensors", "the name of a file to write")
     elif os.path.lexists(output):
         yield Problem(f"{typed} exists already", "a new name", "Remove it first, or choose another name.")
     elif not output.absolute().parent.is_dir():
-        yield Problem(f"{typed}: no folder {output.parent}", "an existing folder")
+        yield Problem(f"{typed}: the folder {output.parent} does not exist", "an existing folder")
 
 
 def layers_in_progress(layers: Iterable[str]) -> Iterable[str]:
@@ -138,6 +138,6 @@ def print_lora(written: "WrittenLora", is_json: bool, inputs: dict[str, Any], no
     )
     say(f"LoRA: {written.path} ({format_size(size)}), {written.layers} layers of {ranks}, with {energy}")
     for loader, names in written.losses_by_loader.items():
-        say(f"{loader} does not apply {len(names)} of its layers as trained, such as {names[0]}.")
+        say(f"{loader} does not apply {len(names)} of the LoRA's layers as trained, such as {names[0]}.")
     for notice in notices:
         say(notice)

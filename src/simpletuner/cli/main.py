@@ -39,7 +39,7 @@ OWN_HELP = ("train", "sample")
 """Commands whose `run` handles `--help` itself."""
 
 HELP = ("help", "--help", "-h")
-"""Words that ask for help: in general, or about the command that follows."""
+"""Words that ask for help: general help, or help on the command that follows."""
 
 VERSION_FLAGS = ("--version", "-V")
 
@@ -48,7 +48,7 @@ ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTO
 
 INTERRUPTED = 130
 NOT_READ = 141
-"""Exit code when nobody reads standard output: that of a command that SIGPIPE killed."""
+"""Exit code if nobody reads standard output, as shells report it for a command that SIGPIPE killed."""
 BUG = 1
 
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             return NOT_READ  # the reader of our output has closed it (`… | head`)
         except OSError as error:
-            # An error of the user's file system is not a bug, wherever it is raised.
+            # An error of the user's file system, such as a full disk, is not a bug, wherever it is raised.
             problem = file_problem(error)
             if problem is None:
                 return _bug()
@@ -117,7 +117,7 @@ def _check_working_folder() -> None:
 def _bug() -> int:
     """Print the current exception and how to report it."""
     complain(traceback.format_exc(), end="")
-    complain("This is a bug in simpletuner. Please report the lines above and what `simpletuner env` prints.")
+    complain("This is a bug in simpletuner. Please report the lines above and the output of `simpletuner env`.")
     return BUG
 
 
@@ -134,7 +134,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     if word in COMMANDS:
         _check_working_folder()
-        # pydantic searches every installed package for plug-ins, which takes longer than all our checks.
+        # pydantic would search every installed package for plug-ins, which takes longer than all our checks.
         os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
         # A waiting OpenMP thread spins for a while. The default is so long that a second program on a small machine
         # (such as a browser with the page) halves our speed. This value costs nothing measurable (docs/log.md).

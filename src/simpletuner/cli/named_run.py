@@ -1,4 +1,4 @@
-"""Commands about one run: find the run that the command line names."""
+"""For commands about one run: find the run that the command line names, and ask before a deletion."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches

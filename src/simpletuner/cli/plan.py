@@ -34,8 +34,8 @@ USAGE = """usage: simpletuner plan [--vram GIB] [--ram GIB] [--gpus N [--hosts M
   the number of GPUs on each of M hosts.
 """
 
-MOST_GPUS = 1024
-"""Maximum of --gpus and of --hosts."""
+MAX_GPUS = 1024
+"""Maximum value of --gpus, and of --hosts."""
 CHART_FILE = "timesteps.png"
 EVERY_SIZE = "every size"
 
@@ -47,7 +47,7 @@ def _gib(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST_GPUS):
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MAX_GPUS):
         raise ValueError(text)
     return int(text)
 
@@ -57,13 +57,13 @@ def _gib_flag(meaning: str) -> Flag:
 
 
 def _count_flag(meaning: str, letter: str, noun: str) -> Flag:
-    expects = f"a whole number from 1 to {MOST_GPUS}"
+    expects = f"a whole number from 1 to {MAX_GPUS}"
     return Flag(meaning, letter, convert=_count, expects=expects, follows=f"a number of {noun}")
 
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """Arguments of `simpletuner plan`. A size of None is that of this machine."""
+    """Arguments of `simpletuner plan`. None means the value of this machine or of the configuration."""
 
     vram: float | None = _gib_flag(
         "plan for a GPU with this much memory instead of this machine's; 0 is a machine without a GPU"
@@ -145,7 +145,9 @@ def _plan(loaded: LoadedConfig, command: PlanCommand) -> int:
     has_advice = command.gpus is not None or config.ranks > 1
     notices = list(loaded.notices)
     if is_local_gpu and machine.accelerator is not None and config.ranks > gpus:
-        notices.append(f"This machine has {gpus} of {config.ranks} GPUs; the plan assumes that the others are equal.")
+        notices.append(
+            f"This machine has {gpus} of {config.ranks} GPUs; the plan assumes that the others are the same."
+        )
     if command.json:
         say(json_text(budget.summary(rate, has_advice=has_advice) | {"notices": notices}))
     else:
@@ -173,7 +175,7 @@ def _sampled_density(loaded: LoadedConfig) -> SampledDensity:
     them."""
     config = loaded.config
     timesteps = Timesteps.of(config)
-    visits: dict[str, float] = {}
+    sample_counts: dict[str, float] = {}
     strata = None
     shifts: dict[str, tuple[int, float]] = {}
     offsets = [image_set.timestep_sampling_offset for image_set in loaded.datasets.train_sets]
@@ -187,14 +189,14 @@ def _sampled_density(loaded: LoadedConfig) -> SampledDensity:
             width, height = micro_batch.bucket
             offset = offsets[micro_batch.visits[0].set_index] if is_by_size and timesteps.offset_scale else 0.0
             name = f"{width}x{height}{f' {offset:+g}' if offset else ''}"
-            visits[name] = visits.get(name, 0) + count * len(micro_batch.visits)
+            sample_counts[name] = sample_counts.get(name, 0) + count * len(micro_batch.visits)
             tokens = width * height // 256
             shifts[name] = tokens, timesteps.shift_of(tokens, offset)
-    samples = sum(visits.values())
+    samples = sum(sample_counts.values())
     shares = (
         {EVERY_SIZE: 1.0}
         if not is_by_size
-        else {name: count / samples for name, count in sorted(visits.items(), key=lambda item: shifts[item[0]])}
+        else {name: count / samples for name, count in sorted(sample_counts.items(), key=lambda item: shifts[item[0]])}
     )
     resolutions = []
     for name, share in shares.items():

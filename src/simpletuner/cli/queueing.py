@@ -1,4 +1,4 @@
-"""`simpletuner run queue list|add|remove|move|resume`: runs that train one after the other."""
+"""`simpletuner run queue list|add|remove|move|resume`: manage a queue of runs, which train one after the other."""
 
 import datetime
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ def add(arguments: Sequence[str], typed_devices: str | None, *, as_json: bool) -
     pending = [e.id for e in queue.entries() if e.state in ("waiting", "running") and e.devices == devices]
     earlier = pending[: pending.index(now.id)] if now.id in pending else []
     start = f"after {len(earlier)} earlier {'entry' if len(earlier) == 1 else 'entries'}" if earlier else "now"
-    say(f"Queue entry {now.id}: {output_dir} starts {start}, with the present configuration.")
+    say(f"Queue entry {now.id}: {output_dir} starts {start}, with the current configuration.")
     return 0
 
 
@@ -115,16 +115,16 @@ def _move(queue: Queue, command: QueueCommand) -> int:
 
 
 def _list(queue: Queue, command: QueueCommand) -> int:
-    entries, idle = queue.entries(), queue.work_is_needed() if queue.folder.is_dir() else []
+    entries, idle_devices = queue.entries(), queue.work_is_needed() if queue.folder.is_dir() else []
     if command.json:
         fields = [entry.model_dump(mode="json") for entry in entries]
-        say(json_text({"entries": fields, "devices_without_a_worker": idle}))
+        say(json_text({"entries": fields, "devices_without_a_worker": idle_devices}))
         return 0
     if not entries:
         say("The queue is empty. `simpletuner run queue add` adds a run.")
         return 0
     say(table([("id", "state", "run", "devices", "since", ""), *map(_row, entries)]))
-    if idle:
+    if idle_devices:
         say("No process works on the waiting runs: `simpletuner run queue resume` starts one.")
     return 0
 

@@ -55,8 +55,9 @@ USAGE = """usage: simpletuner run start [--queue] [--no-wait] [--devices LIST] [
   show       print a run's status; with --follow, print what the run does until it ends. Ctrl-C does not end the run
   list       list the runs in FOLDER, by default output, newest first
   note       print the note of a run; with TEXT, set the note ("" removes it)
-  delete     delete a run's directory with all its files, after confirmation; running and queued runs are refused
-  queue      train runs one after the other. `add` appends a run with its present configuration, `remove` removes it,
+  delete     delete a run's directory with all its files, after confirmation; runs that train or wait in the
+             queue are not deleted
+  queue      train runs one after the other. `add` appends a run with its current configuration, `remove` removes it,
              `move` changes its position, and `resume` continues after the machine was switched off or a disk was full
 
   RUN is a run's directory. By default it is the output_dir of the configuration in this folder, or of --env NAME,
@@ -76,7 +77,9 @@ class StartCommand:
     """Arguments of `simpletuner run start`."""
 
     queue: bool = Flag("add the run to the queue, like `queue add`").default(False)
-    no_wait: bool = Flag("return when the process exists, without waiting until training has begun").default(False)
+    no_wait: bool = Flag("return as soon as the process has started, without waiting until training begins").default(
+        False
+    )
     devices: str | None = Flag(queueing.DEVICES_HELP, "LIST").default(None)
     json: bool = Flag(_JSON_HELP).default(False)
     train_options: tuple[str, ...] = ()
@@ -146,7 +149,7 @@ def run(arguments: list[str]) -> int:
 
     Raises:
         ConfigError: a mistake in the configuration or in the arguments.
-        CheckpointError: the run is being trained but must not be, or is not but must be.
+        CheckpointError: the verb does not apply to a run that is being trained, or only to one that is.
         UserError: the run ended right after its start, or before it executed the awaited request.
         DiskError: the disk is full.
     """
@@ -165,7 +168,7 @@ def run(arguments: list[str]) -> int:
     if verb == "queue":
         return queueing.run(typed)
     request = next(request for request in REQUESTS if request == verb)
-    return _ask(request, parse_command(RunCommand, typed, verb))
+    return _send_request(request, parse_command(RunCommand, typed, verb))
 
 
 def _start(command: StartCommand) -> int:
@@ -296,7 +299,7 @@ def _show(command: RunCommand) -> int:
     return 0
 
 
-def _ask(request: ControlRequest, command: RunCommand) -> int:
+def _send_request(request: ControlRequest, command: RunCommand) -> int:
     directory = command.directory(f"simpletuner run {request}")
     offset = directory.events.stat().st_size if directory.events.exists() else 0
     before = status_of(directory)
@@ -327,7 +330,7 @@ def _expected_effect(request: ControlRequest, status: RunStatus) -> str:
 
 
 def _await_result(directory: RunDirectory, request: ControlRequest, offset: int) -> dict[str, Any]:
-    """Wait until the run has executed `request`; returns the result. `offset` is the size of the events before it.
+    """Wait until the run has executed `request`, and return the result. `offset` is the size of the events before it.
 
     Raises:
         CheckpointError: the run ended before it executed the request.
@@ -346,7 +349,7 @@ def _await_result(directory: RunDirectory, request: ControlRequest, offset: int)
             return {"done": f"saved {directory.root / event['path']}"}
         if request == "validate" and kind == "validation" and event["sheet"] and event["step"] > 0:
             return {"done": f"generated {directory.root / event['sheet']}"}
-        # If the run has taken the request and two steps later there are no images, it has no prompts.
+        # If there are no images two steps after the run took the request, it has no prompts.
         steps_after += kind == "step" and not (directory.control / request).exists()
         if request == "validate" and steps_after > 1:
             raise ConfigError.of(
@@ -356,5 +359,5 @@ def _await_result(directory: RunDirectory, request: ControlRequest, offset: int)
         return {"done": "stopped before it began"}
     raise CheckpointError.of(
         f"{directory.root} ended before it executed the request",
-        remedy=f"`{command_text(*_SHOW, directory.root)}` says how.",
+        remedy=f"`{command_text(*_SHOW, directory.root)}` shows how it ended.",
     )

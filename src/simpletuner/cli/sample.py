@@ -68,8 +68,8 @@ ImageSide = Annotated[
 
 
 def _factors(value: object) -> object:
-    """("0,0.5", "1") or [0, 0.5, 1] as a tuple of numbers. Other values are returned as they are; the type rejects
-    them."""
+    """Convert ("0,0.5", "1") or [0, 0.5, 1] to a tuple of numbers; return other values unchanged, for the type to
+    reject."""
     if not isinstance(value, tuple):
         return value
     parts = [part for item in value for part in (item.split(",") if isinstance(item, str) else [item])]
@@ -86,21 +86,22 @@ class SampleOptions(Slice):
     """The prompt of an image. Repeat the option for several images."""
 
     references: Annotated[tuple[Text, ...], Expects("an image file after it")] = ()
-    """A reference image for every generated image, such as the image to edit. Repeat the option for up to ten, in their
-    order. A reference above 1024² pixels is scaled down to 1024²; `width` and `height` apply to the generated image."""
+    """A reference image for every generated image, such as the image to edit. Repeat the option for up to ten; their
+    order counts. A reference with more than 1024² pixels is scaled down to 1024² pixels; `width` and `height` apply to
+    the generated image."""
 
     reference_attention: ReferenceView = "full"
-    """The tokens that reference tokens attend to. Use the value with which the LoRA or model was trained; the run's
-    config contains it."""
+    """The tokens that reference tokens attend to. Use the value with which the LoRA or model was trained, which is in
+    the run's config."""
 
     lora: Annotated[tuple[Text, ...], Expects("a file after it")] = ()
     """A LoRA, LoKr or LoHa file, or a folder with `pytorch_lora_weights.safetensors`. `FILE:0.8` sets a strength other
     than 1. Repeat the option to add several. Without it, the base model generates the images. If no option names the
-    model, the LoRA does: by the config of the run that it belongs to, or by its header."""
+    model, the config of the LoRA's run names it, or else the LoRA's header."""
 
     strength: Annotated[tuple[float, ...], BeforeValidator(_factors), Expects("numbers such as 0,0.5,1")] = ()
-    """Generate each image once at each of these strengths, as for a grid: `0,0.5,1`. They multiply the strengths of all
-    LoRAs; at 0 the base model generates the image."""
+    """Generate each image once at each of these strengths, such as `0,0.5,1`, to compare them in a grid. They multiply
+    the strengths of all LoRAs; at 0 the base model generates the image."""
 
     run: PathText | None = None
     """The folder of a run. `sample` uses its model, its finished LoRA (unless `lora` names others) or finished model,
@@ -145,7 +146,7 @@ REPEATED = ("prompt", "references", "lora", "strength")
 FROM_RUN = (*ModelOptions.model_fields, *PrecisionOptions.model_fields, *OffloadOptions.model_fields)
 """Options of the model, its precision and its memory, which a config of `train` has under the same names."""
 FLAVOUR_SETTINGS = ("steps", "guidance", "guidance_real")
-"""Settings that a config chooses for its own flavour. They are ignored for another flavour."""
+"""Settings that a config gives for its own flavour. They are ignored if the request names another flavour."""
 MODEL_NAMING_OPTIONS = (
     "model_flavour",
     "pretrained_model_name_or_path",
@@ -308,8 +309,8 @@ def _containing_run(lora: Path) -> RunDirectory | None:
 
 
 def _named_by_lora(typed_options: Mapping[str, GivenValue], report: Callable[[str], None]) -> dict[str, GivenValue]:
-    """The flavour of the base model that a LoRA's header names, if nothing else names a model. The LoRA may be of any
-    program. A header that names another model contains only its folder's name, not its path, and is ignored.
+    """The flavour of the base model that a LoRA's header names, if nothing else names a model. Any program may have
+    written the LoRA. A header that names another model contains only its folder's name, not its path, and is ignored.
     """
     if not _loras_name_model(typed_options):
         return {}
@@ -452,7 +453,8 @@ def requested_loras(config: SampleConfig) -> list[LoraWithStrength]:
 
 
 def _unfinished(directory: RunDirectory, result: Path, noun: str, option: str, below: str) -> list[Problem]:
-    """The problem of a run that is not finished. The remedy gives `option` the path `below` the last checkpoint."""
+    """The problem that a run has no finished result. The remedy gives `option` the path `below` in the last
+    checkpoint."""
     if result.exists():
         return []
     checkpoints = sorted(directory.checkpoints.glob("step-*"))

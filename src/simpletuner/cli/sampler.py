@@ -44,8 +44,8 @@ from simpletuner.memory.free import release_memory
 from simpletuner.runs.layout import LORA_NAME
 from simpletuner.train.placement import open_decoder, stream_blocks
 
-CONTEXTS_KEPT = 32
-"""Maximum number of text contexts cached in host memory. One of dev takes 16 MB."""
+MAX_CACHED_CONTEXTS = 32
+"""Maximum number of text contexts that are cached in host memory. A context of dev takes 16 MB."""
 _NAME_LENGTH = 40
 
 
@@ -205,7 +205,7 @@ class _LoadedModel:
             self.contexts |= dict(zip(new, encoded, strict=True))
         requested = {prompt: self.contexts.pop(prompt) for prompt in dict.fromkeys(prompts)}
         self.contexts |= requested
-        for prompt in list(self.contexts)[: -max(CONTEXTS_KEPT, len(requested))]:
+        for prompt in list(self.contexts)[: -max(MAX_CACHED_CONTEXTS, len(requested))]:
             del self.contexts[prompt]
         return requested
 

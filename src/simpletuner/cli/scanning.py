@@ -1,4 +1,4 @@
-"""`simpletuner dataset scan|show|cache`: the work on a configuration's datasets."""
+"""`simpletuner dataset scan|show|cache`: scan, show or cache a configuration's datasets."""
 
 import contextlib
 import json
@@ -128,7 +128,7 @@ def _scanned(loaded: LoadedConfig, command: DatasetCommand) -> list[Manifest]:
         raise ConfigError.of(f"--set = {command.set!r}: no such dataset", f"one of {ids}")
     manifests, problems = [], list[Problem]()
     for image_set in selected:
-        with _lines(image_set.id) if command.progress else _bar(image_set.id) as report:
+        with _json_progress(image_set.id) if command.progress else _progress_bar(image_set.id) as report:
             try:
                 manifests.append(scan_of(loaded, image_set, report=report))
             except DataError as error:
@@ -143,7 +143,7 @@ def _print_event(event: Event) -> None:
 
 
 @contextlib.contextmanager
-def _lines(phase: str) -> Iterator[Callable[[int, int], None]]:
+def _json_progress(phase: str) -> Iterator[Callable[[int, int], None]]:
     """Progress as JSON lines on standard error: at most ten per second, and one at the end."""
     printed_at = -PROGRESS_EVERY_S
 
@@ -158,7 +158,7 @@ def _lines(phase: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextlib.contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal; no output elsewhere."""
     from tqdm import tqdm
 

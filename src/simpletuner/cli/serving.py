@@ -68,10 +68,10 @@ def _sample(
     except _Cancelled:
         _print_event("cancelled", request_id)
     except UserError as error:
-        is_memory = isinstance(error, MemoryBudgetError)
+        is_out_of_memory = isinstance(error, MemoryBudgetError)
         _print_failure(request_id, error)
         del error
-        if is_memory:
+        if is_out_of_memory:
             sampler.release()
     else:
         _print_event("done", request_id)
@@ -90,7 +90,7 @@ class _Inbox:
 
     def __init__(self) -> None:
         self.requests: queue.SimpleQueue[SampleRequest | None] = queue.SimpleQueue()
-        """The requests in their order; None at the end of standard input."""
+        """The requests in the order of their arrival; None marks the end of standard input."""
         self._cancelled: set[str] = set()
 
     def is_cancelled(self, request_id: object) -> bool:

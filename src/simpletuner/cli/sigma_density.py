@@ -1,6 +1,6 @@
 """The density of the sigmas that a run trains: as JSON, as a chart in the terminal and as an image.
 
-All figures come from the quantile function from which training draws, evaluated at evenly spaced u, so each of the
+All figures come from the quantile function from which training draws, evaluated at evenly spaced u, so that each of the
 resulting sigmas represents the same share of the samples.
 """
 
@@ -290,11 +290,11 @@ def _legend(
 
 
 def _ascii_text(text: str) -> str:
-    """`text` without the signs σ and ×, which Pillow's default font lacks."""
+    """`text` with replacements for the characters σ and ×, which Pillow's default font lacks."""
     return text.replace("σ", "sigma").replace("×", "x")
 
 
 def _round_step(highest: float) -> float:
-    """A step of 1, 2 or 5 times a power of ten that divides the axis into three to seven."""
+    """A step of 1, 2 or 5 times a power of ten that divides the axis into three to seven intervals."""
     steps = [base * 10.0**power for power in range(-2, 3) for base in (1, 2, 5)]
     return next((step for step in steps if highest / step < 7), steps[-1])

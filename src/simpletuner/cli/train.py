@@ -144,13 +144,13 @@ def _settled(loaded: LoadedConfig, size: int) -> LoadedConfig:
 
 
 def _idle_gpus(config: RunConfig, gpus: int) -> str | None:
-    """A notice if this machine trains with one process although the options do not say so; None otherwise."""
+    """A notice if GPUs stay idle, or an engine has no effect, because one process trains by default; None otherwise."""
     if config.num_processes is not None:
         return None
     if not config.takes_every_gpu and gpus > 1:
         here = "" if config.num_machines == 1 else f" on machine {config.machine_rank}"
         return (
-            f"{gpus} GPUs are visible{here}, one trains, and {gpus - 1} stand idle. "
+            f"{gpus} GPUs are visible{here}, one trains, and {gpus - 1} stay idle. "
             f"--num_processes={gpus * config.num_machines} trains on all, with {gpus} times the effective batch."
         )
     if config.takes_every_gpu and gpus < 2 and config.num_machines == 1:

@@ -162,7 +162,7 @@ def test_what_is_no_whole_lora_is_refused(here: Path, damage: Callable[[Path], o
         (["in.safetensors", "in.safetensors", "--to", "kohya"], "exists already"),
         (["in.safetensors", ".", "--to", "kohya"], "does not end in .safetensors"),
         (["in.safetensors", "out.ckpt", "--to", "kohya"], "does not end in .safetensors"),
-        (["in.safetensors", "none/out.safetensors", "--to", "kohya"], "no folder none"),
+        (["in.safetensors", "none/out.safetensors", "--to", "kohya"], "the folder none does not exist"),
     ],
 )
 def test_what_is_typed_wrong_is_said(typed: list[str], found: str) -> None:

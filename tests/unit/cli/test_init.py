@@ -223,7 +223,7 @@ def test_images_without_captions_get_the_word(own_folder: Path, capsys: pytest.C
         (["--recipe=edit"], "--recipe = 'edit': expected subject or style"),
         (["--images=nowhere"], "--images = 'nowhere': expected an existing folder"),
         (["--images=~no-such-user/a"], "--images = '~no-such-user/a': expected an existing folder"),
-        (["--env=a/b"], "--env = 'a/b': expected a valid name"),
+        (["--env=a/b"], "--env = 'a/b': expected a valid folder name"),
         (["--trigger="], "--trigger = ''"),
         (["--recipes=style"], "--recipes=style: no such flag. Did you mean --recipe?"),
         (["--yes"], "--images FOLDER: not given"),

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from simpletuner.base.errors import AccessError, ConfigError
 from simpletuner.cli import loading
 from simpletuner.cli.config_copy import config_copier
-from simpletuner.cli.like import likeness
+from simpletuner.cli.like import like_options
 from simpletuner.cli.loading import load_here
 from simpletuner.cli.main import main
 from simpletuner.config.flavours import FLAVOURS
@@ -129,7 +129,7 @@ def test_a_header_cannot_choose_paths_or_what_is_about_a_machine(folder: Path) -
         "max_workers": 99,
         "shiny_new_option": 1,
     }
-    like = likeness(["--like", str(lora(folder / "odd.safetensors", record))])
+    like = like_options(["--like", str(lora(folder / "odd.safetensors", record))])
     assert like is not None
     assert like.left_out == ("shiny_new_option",)
     as_json = {"tread_config": record["tread_config"], "peft_lora_target_modules": ["to_q", "to_k"]}
@@ -207,7 +207,7 @@ def test_files_that_say_nothing_are_refused() -> None:
 
 def test_a_step_that_is_none_decides_nothing(folder: Path) -> None:
     for step in ("0", "-3", "x", "9" * 5000):
-        like = likeness(["--like", str(lora(folder / "odd.safetensors", record_of(**TRAINED), step=step))])
+        like = like_options(["--like", str(lora(folder / "odd.safetensors", record_of(**TRAINED), step=step))])
         assert like is not None
         assert "max_train_steps" not in like.options
 
@@ -215,6 +215,6 @@ def test_a_step_that_is_none_decides_nothing(folder: Path) -> None:
 def test_a_runs_directory_stands_for_its_file(folder: Path) -> None:
     (folder / "run").mkdir()
     (folder / "cats.safetensors").rename(folder / "run" / "pytorch_lora_weights.safetensors")
-    like = likeness(["--like", "run"])
+    like = like_options(["--like", "run"])
     assert like is not None
     assert like.options["lora_rank"] == 24

@@ -92,14 +92,14 @@ def test_idle_gpus_are_noted_unless_one_process_was_asked_for() -> None:
     assert noted(1) is None
     assert noted(4, "--num_processes=1") is None
     assert noted(4) == (
-        "4 GPUs are visible, one trains, and 3 stand idle. --num_processes=4 trains on all, with 4 times the effective "
+        "4 GPUs are visible, one trains, and 3 stay idle. --num_processes=4 trains on all, with 4 times the effective "
         "batch."
     )
     two = ("--num_machines=2", "--machine_rank=1", "--main_process_ip=10.0.0.1")
     assert noted(1, *two, "--fsdp_enable") is None, "one on each machine shares with the other"
     assert noted(4, *two, "--fsdp_enable") is None
     assert noted(4, *two) == (
-        "4 GPUs are visible on machine 1, one trains, and 3 stand idle. --num_processes=8 trains on all, with 4 times "
+        "4 GPUs are visible on machine 1, one trains, and 3 stay idle. --num_processes=8 trains on all, with 4 times "
         "the effective batch."
     )
 
@@ -184,4 +184,4 @@ def test_machines_meet_before_the_processes_start(
     capsys.readouterr()
     monkeypatch.setattr(train, "visible_gpus", lambda _: 4)
     assert train.run([*flags]) == 0
-    assert capsys.readouterr().out.startswith("Note: 4 GPUs are visible on machine 1, one trains, and 3 stand idle.")
+    assert capsys.readouterr().out.startswith("Note: 4 GPUs are visible on machine 1, one trains, and 3 stay idle.")

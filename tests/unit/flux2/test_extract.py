@@ -163,7 +163,7 @@ def test_a_norm_that_differs_is_said_and_the_header_says_the_models(
     output = tmp_path / "lora.safetensors"
     assert main(["extract", str(base), str(model), str(output), "--rank=4"]) == 0
     printed = capsys.readouterr().out
-    assert f"1 weights differ that a LoRA cannot hold, by at most 0.5 ({NORM})" in printed
+    assert f"1 weights that a LoRA cannot hold differ, by at most 0.5 ({NORM})" in printed
     file = read_adapter(output)
     record = json.loads(file.header["simpletuner.extracted"])
     assert record == {"base": "base", "tuned": "tuned.safetensors", "rank": 4, "energy": None}
