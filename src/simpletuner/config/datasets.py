@@ -139,7 +139,7 @@ class CaptionShuffle(Slice):
     """Separator of the parts: any text, or one of the words `comma`, `space` and `period`."""
 
     position_start: Whole = 0
-    """Number of parts at the beginning of the caption that keep their place."""
+    """Number of parts at the beginning of the caption that are not shuffled."""
 
     include_original: bool = False
     """Also use the caption as it was written."""

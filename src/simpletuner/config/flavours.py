@@ -338,7 +338,7 @@ def _distilled(base: Flavour, *, title: str, repo: str | None, license_terms: st
     return replace(
         base,
         name=base.preview,
-        summary=f"the distilled weights of `{base.name}`'s size, for sampling in 4 steps: training them fails",
+        summary=f"the distilled weights of `{base.name}`'s size, for sampling in 4 steps, not for training",
         title=title,
         repo=repo,
         license=license_terms or base.license,

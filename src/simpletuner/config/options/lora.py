@@ -51,7 +51,7 @@ class LoraOptions(Slice):
     """Probability of dropping each input value of the adapter in training (dropout)."""
 
     lora_init_type: Literal["default", "gaussian"] = "default"
-    """Initialization of the adapter's A matrix: `default` is uniform (Kaiming, ±1/√width of the input); `gaussian` is
+    """Initialization of the adapter's A matrix: `default` is uniform in ±1/√n for n inputs (Kaiming); `gaussian` is
     normal with a standard deviation of 1/rank. B always starts at zero, so training starts exactly from the base
     model."""
 

@@ -27,11 +27,11 @@ class TreadOptions(Slice):
         Annotated[dict[str, Any], IsJson(), Expects('an object {"routes": [...]}, or the path of a JSON file with one')]
         | None
     ) = None
-    """Routes for TREAD, which trains some blocks on only a part of each image's tokens: `{"routes":
-    [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]}`, also as inline JSON or as the path of a
-    JSON file. `selection_ratio` is the share of the image tokens that the route's blocks process; the tokens are drawn
-    for each image and step. Layers are counted over double and then single blocks; negative counts from the end;
-    `end_layer_idx` is included. Routes must not overlap. See [tread.md](tread.md)."""
+    """Routes for TREAD, which trains some blocks on only a part of each image's tokens, as an object, inline JSON or
+    the path of a JSON file: `{"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]}`.
+    `selection_ratio` is the share of the image tokens that the route's blocks process; the tokens are drawn for each
+    image and step. Layers are counted over double and then single blocks; negative counts from the end; `end_layer_idx`
+    is included. Routes must not overlap. See [tread.md](tread.md)."""
 
     @property
     def tread_routes(self) -> tuple[TreadRoute, ...]:
