@@ -71,7 +71,7 @@ def parse_command(
     """Parse `arguments`, which follow `verb`, into a `form`.
 
     A form with the field `train_options` also takes options of `train`: that field receives, in order, each argument
-    that the form does not declare, and of a repeated flag of the form the last occurrence wins. A form without the
+    that the form does not declare, and the last occurrence of a repeated flag wins. A form without the
     field rejects undeclared arguments and repeated flags. `check` returns the problems of flags that exclude or need
     each other; it sees the default of a flag that has a problem of its own.
 

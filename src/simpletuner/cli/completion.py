@@ -54,8 +54,8 @@ class FlagValue:
 
 @dataclass
 class Grammar:
-    """The verbs and flags that each subcommand takes. A subcommand is written like a path: "/run/queue" is `simpletuner
-    run queue`, and "" is `simpletuner` itself."""
+    """The verbs and flags that each subcommand takes. A subcommand is written like a path: "/run/queue" for `run
+    queue`, and "" for the program itself."""
 
     verbs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     flags: dict[str, tuple[str, ...]] = field(default_factory=dict)

@@ -24,8 +24,8 @@ USAGE = """usage: simpletuner convert IN OUT --to diffusers|comfyui|bfl|kohya [-
   bfl         BFL's names as PEFT writes them, for programs that train BFL's model. A model becomes the same as comfyui
   kohya       BFL's names as kohya's scripts and musubi-tuner write them; LoRAs only
 
-  A LoRA has the same effect in every format. Converting a LoRA of simpletuner and back gives the
-  same bits.
+  A LoRA has the same effect in every format. For a LoRA of simpletuner, a round trip through
+  any format is bit-identical.
 """
 _FORMATS: Mapping[str, LoraFormat] = {name: name for name in get_args(LoraFormat)}
 """The values of --to."""

@@ -107,8 +107,8 @@ def like_options(arguments: Sequence[str]) -> LikeOptions | None:
         changed["max_train_steps"] = int(step)
     flags = [argument.name for argument in split_arguments(typed) if argument.name is not None]
     for name in [OPTION_ALIASES.get(flag_name, flag_name) for flag_name in flags]:
-        for replaced in (name, *_OVERRIDDEN_BY.get(name, ())):
-            changed.pop(replaced, None)
+        for overridden in (name, *_OVERRIDDEN_BY.get(name, ())):
+            changed.pop(overridden, None)
     base = header.get("simpletuner.base_model")
     is_named = base is None or flavour_of_base(base) is not None or "pretrained_model_name_or_path" in changed
     return LikeOptions(file, changed, left_out, None if is_named else base, tuple(typed))
