@@ -22,8 +22,8 @@ ADAM = ("optimizer_beta1", "optimizer_beta2", "adam_weight_decay", "adam_epsilon
 """Adam's options, some of which other optimizers read too."""
 
 DIVERGES_FROM = {"schedulefree": 3e-2, "lion": 3e-3, "adam": 1e-2, "came": 1e-2, "muon": 3e-2}
-"""Learning rates from which training a LoRA usually diverges; the first key that the optimizer's name contains applies
-(docs/log.md)."""
+"""Lowest learning rates at which training a LoRA usually diverges; the first key that the optimizer's name contains
+applies (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class KnownOptimizer:
 
     @property
     def diverges_from(self) -> float | None:
-        """Learning rate from which training a LoRA usually diverges; None if unknown."""
+        """Lowest learning rate at which training a LoRA usually diverges; None if unknown."""
         if self.estimates_rate:
             return None
         return next((rate for word, rate in DIVERGES_FROM.items() if word in self.name.lower()), None)

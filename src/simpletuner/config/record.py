@@ -157,7 +157,8 @@ def is_left_to_the_run(name: str, value: object) -> bool:
 
 def weight_options(record: Mapping[str, Any]) -> dict[str, Any]:
     """The options in a record that determine the weights. Exported files contain their hash, which is the same for the
-    same run in every release. Processes count as gradient accumulation, with which one process sees the same images.
+    same run in every release. Several processes count as gradient accumulation, because one process with as many
+    micro-batches sees the same images.
     """
     options = {
         name: value

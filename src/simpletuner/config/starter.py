@@ -36,7 +36,7 @@ _TINY_PROMPTS = {
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """Statistics of an image folder, from which the files are written."""
+    """Statistics of an image folder, which determine values in the files."""
 
     images: int
     captions: int

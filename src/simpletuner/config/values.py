@@ -37,7 +37,7 @@ class OptionType:
     is_model: bool
     is_json: bool
     near: tuple[str, ...] = ()
-    """Names from which the nearest is suggested for a rejected value."""
+    """Candidates for "Did you mean …?" after a rejected value."""
 
     minimum: float | None = None
     """The lower bound of a number; `expects` says whether it is inclusive."""

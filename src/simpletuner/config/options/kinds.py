@@ -58,7 +58,7 @@ class Expects:
 
     words: str
     near: tuple[str, ...] = ()
-    """Names from which the nearest is suggested, for an option without a plain list of choices."""
+    """Candidates for "Did you mean …?", for an option without a plain list of choices."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class LoraOptions(Slice):
         | None
     ) = None
     """Target modules by name, instead of `flux_lora_target`: a list of names (`to_q,to_k` or `["to_q", "to_k"]`; each
-    matches the modules whose path is the name or ends in it), or one regular expression that must match a module's
+    matches the modules whose path is the name or ends with it), or one regular expression that must match a module's
     whole path. A name or expression that matches no module is an error."""
 
     init_lora: PathText | None = None
