@@ -67,7 +67,7 @@ class MachineCheck:
     remedy: str = ""
     """What to type or do; empty if the check is ok."""
     exit_code: int = 0
-    """Exit code with which training fails if the state is missing."""
+    """Exit code with which training would fail, if `state` is "missing"."""
 
 
 FORMS = {"": DoctorCommand}

@@ -287,7 +287,7 @@ def _listen(command: ServerCommand) -> socket.socket:
 
 
 def _shown_host(command: ServerCommand, address: str) -> str:
-    """The host in the link, by which a browser reaches this server."""
+    """The host name or address of this server in the link."""
     if command.allowed_host:
         return command.allowed_host[0]
     ip = ipaddress.ip_address(address)

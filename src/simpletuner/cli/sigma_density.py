@@ -1,7 +1,7 @@
 """The density of the sigmas that a run trains: as JSON, as a chart in the terminal and as an image.
 
-All figures come from the quantile function from which training draws, evaluated at evenly spaced u, so that each of the
-resulting sigmas represents the same share of the samples.
+All figures come from the quantile function that training draws from. It is evaluated at evenly spaced probabilities, so
+each of the resulting sigmas represents the same share of the samples.
 """
 
 from bisect import bisect_left

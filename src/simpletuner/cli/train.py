@@ -88,7 +88,7 @@ def processes(options: RankOptions, gpus: int) -> int:
 
 
 def _supervise(arguments: Sequence[str], loaded: LoadedConfig, size: int) -> int:
-    """Train as `size` processes, of which this machine runs its share; returns the exit code."""
+    """Train with `size` processes, and run this machine's share of them; returns the exit code."""
     config = loaded.config
     local_size = size // config.num_machines
     stop_samplers(Path.cwd(), {**os.environ, "LOCAL_WORLD_SIZE": str(local_size)}, say)
