@@ -137,7 +137,9 @@ def open_standard_descriptors() -> None:
             os.fstat(number)
         except OSError:
             opened = os.open(os.devnull, os.O_RDWR)
-            os.dup2(opened, number)  # equal already, as the lowest free number; `dup2` makes it inheritable
+            os.dup2(
+                opened, number
+            )  # already equal, since `open` returns the lowest free number; `dup2` makes it inheritable
             if opened != number:
                 os.close(opened)
 
@@ -192,11 +194,11 @@ def say_in_handler(text: str) -> None:
             os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
 
 
-deferred_signals.tell = say_in_handler
+deferred_signals.notify = say_in_handler
 
 
 def ask_user(question: str) -> str | None:
-    """Ask `question` and return the typed line; None if standard input is no terminal, or ends (Ctrl-D)."""
+    """Ask `question` and return the typed line; None if standard input is not a terminal, or ends (Ctrl-D)."""
     if sys.stdin is None or not sys.stdin.isatty():
         return None
     complain(question, end="")

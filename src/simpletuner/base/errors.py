@@ -18,7 +18,7 @@ class Problem:
     expected: str = ""
     remedy: str = ""
     key: str = field(default="", compare=False)
-    """The option with the problem, for pages that show the problem beside the option."""
+    """The option with the problem, so that a page can show the problem beside the option."""
 
     @property
     def parts(self) -> dict[str, str]:

@@ -19,7 +19,7 @@ from simpletuner.base.parts import locked_part
 WRONG_FILE_TYPE = frozenset({errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO, errno.ENODEV})
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 DISK = NO_SPACE | {errno.EROFS, errno.EIO, errno.ESTALE}
-"""Errors of the disk itself, for any access: always a `DiskError`."""
+"""Errors of the disk itself. Whatever the access, they raise a `DiskError`."""
 PERMISSION = frozenset({errno.EACCES, errno.EPERM})
 FILE_FAULTS = (
     DISK
@@ -48,7 +48,7 @@ def file_problem(error: OSError, path: Path | None = None, *, doing: str = "acce
             "Free some space or set the option to another disk, then run the same command again: finished work is kept."
         )
     elif error.errno in PERMISSION:
-        remedy = f"Give the user that runs this command the right to {doing} it, or name another path."
+        remedy = f"Give the user who runs this command permission to {doing} it, or name another path."
     elif error.errno in WRONG_FILE_TYPE:
         remedy = "Move away the file or folder there, or name another path."
     else:
@@ -91,7 +91,7 @@ def with_home(text: str) -> str:
 
 
 def sync_directory(folder: Path) -> None:
-    """Sync `folder` to disk, so that renames inside it survive a power cut."""
+    """Sync `folder` to disk, so that renames inside it survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -153,7 +153,7 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
-def open_unlinked(path: Path) -> BinaryIO:
+def open_regular_file(path: Path) -> BinaryIO:
     """Open the regular file at `path` for reading. A symbolic link is not followed.
 
     Raises:

@@ -30,7 +30,7 @@ TRASH_FOLDER = "trash"
 def caption_key(name: str) -> str:
     """The key that an image shares with its caption: the name without suffix, in Unicode's form NFC.
 
-    NFC makes names equal that systems store with differently composed accents."""
+    Systems compose accents differently when they store names; NFC makes such names equal."""
     return unicodedata.normalize("NFC", name[: len(name) - len(_suffix(name))])
 
 
@@ -73,7 +73,7 @@ def list_images(folder: Path) -> ImageFolder:
     """All images and caption files below `folder`. Hidden files and folders are left out.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: `folder` is no folder.
+        FileNotFoundError, NotADirectoryError: `folder` is not a folder.
     """
     images: dict[str, Stamp] = {}
     captions: dict[str, tuple[StoredFile, ...]] = {}

@@ -66,7 +66,7 @@ def free_disk_bytes(path: Path) -> int:
 
 
 def source_address(elsewhere: str) -> str:
-    """The address of this machine on its route to the address `elsewhere`. Sends nothing; only asks for the route.
+    """This machine's address on its route to the address `elsewhere`. Looks up the route; sends nothing.
 
     Raises:
         OSError: there is no route.

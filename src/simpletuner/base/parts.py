@@ -16,7 +16,7 @@ from pathlib import Path
 from simpletuner.base.errors import ConfigError
 
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF})
-"""Errors with which a file system without locks refuses one."""
+"""Errors of a lock call on a file system that has no locks."""
 
 _RETRY_EVERY_S = 0.005
 

@@ -15,18 +15,18 @@ from typing import Any, Self
 STOPPED = 75
 """Exit code of a run that was stopped and can be resumed."""
 EXIT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Signals of which the second one ends the process at once."""
+"""Signals that request a stop. One of them that follows an earlier signal ends the process at once."""
 WARNING_SIGNALS = (signal.SIGHUP, signal.SIGUSR1)
 """Signals of a closed terminal, and of a cluster whose time limit is near. Repeating them has no effect."""
 STOP_FROM_OTHER_MACHINE = signal.SIGUSR2
-"""Signal that another machine of the run was asked to stop. The next signal to this process still counts as the first:
-a cluster signals all machines, but not in the same second."""
+"""Signal that says that another machine of the run was asked to stop. The next signal to this process still counts as
+the first: a cluster signals all machines, but not in the same second."""
 REPEAT_S = 1.0
 """Seconds within which a second signal counts as the same: a terminal and a process group both deliver it."""
 
 
 class DeferredSignals:
-    """Record INT, TERM, HUP, USR1 and USR2 inside this context instead of their usual effect. It can be nested.
+    """Inside this context, INT, TERM, HUP, USR1 and USR2 are recorded and have no other effect. It can be nested.
 
     HUP stays ignored if it was ignored, as under `nohup`.
     """
@@ -35,9 +35,9 @@ class DeferredSignals:
         self.is_training = False
         """Whether the training loop handles the request, so that no other code may end the process."""
         self.is_obeying = True
-        """False in a process that another process ends: signals are then ignored."""
-        self.tell: Callable[[str], None] = lambda _: None
-        """Prints from a signal handler; does nothing until the console is loaded."""
+        """False in a process whose end another process decides: signals are then ignored."""
+        self.notify: Callable[[str], None] = lambda _: None
+        """Prints a message from a signal handler; does nothing until the console is loaded."""
         self.first: int | None = None
         """The signal that arrived first, if any."""
         self._first_at = 0.0
@@ -58,7 +58,7 @@ class DeferredSignals:
             self.forget()
 
     def give_up(self) -> None:
-        """Restore the previous handlers, and raise the recorded signal for them."""
+        """Restore the previous handlers, and raise the recorded signal again, for them to handle."""
         first = self.first
         self.forget()
         if first is not None:
@@ -81,9 +81,9 @@ class DeferredSignals:
             return
         self.first, self._first_at = number, now
         when = "after this step" if self.is_training else "as soon as the current loading or computing allows"
-        self.tell(f"Stopping {when}; a second signal exits at once.")
+        self.notify(f"Stopping {when}; a second SIGINT (Ctrl-C) or SIGTERM exits at once.")
 
 
 deferred_signals = DeferredSignals()
 """The signals of this process; signal handlers are per process."""
-os.register_at_fork(after_in_child=deferred_signals.forget)  # a library's worker process ends at its signal
+os.register_at_fork(after_in_child=deferred_signals.forget)  # signals end a library's worker process as usual

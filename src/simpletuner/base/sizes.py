@@ -1,4 +1,4 @@
-"""Parse and format bytes and seconds in units for people."""
+"""Parse and format sizes and durations in human-readable units."""
 
 import re
 

@@ -18,7 +18,7 @@ Stamp = tuple[int | str, ...]
 """Fingerprint of a file from its listing: size in bytes, then times or a hash. An equal stamp means equal content."""
 
 NO_FILE = "not a regular file"
-"""Reason of an `UnlistedFile` that might block a reader or never end."""
+"""Reason of an `UnlistedFile` whose read might block or never end."""
 SKIPPED_FOLDER = "skipped, with everything in it"
 """Detail of an `UnlistedFile` that is a folder which was not entered."""
 
@@ -60,14 +60,14 @@ def enter_all(_names: Collection[str]) -> str | None:
 class Storage(Protocol):
     """A tree of files. Names are relative paths with forward slashes. Storages of the same folder or URL are equal."""
 
-    def list(self, prefix: str = "", *, pass_over: SkipReason = enter_all) -> Iterator[StoredFile | UnlistedFile]:
+    def list(self, prefix: str = "", *, skip_reason: SkipReason = enter_all) -> Iterator[StoredFile | UnlistedFile]:
         """Yield every file below the folder `prefix`, one folder at a time.
 
-        Hidden files and folders, whose names start with a dot, are left out. A folder for which `pass_over` returns a
-        reason becomes an `UnlistedFile`, even `prefix` itself. So do pipes, sockets and devices.
+        Hidden files and folders, whose names start with a dot, are left out. A folder for which `skip_reason` returns a
+        reason becomes an `UnlistedFile`, even `prefix` itself; so does each pipe, socket and device.
 
         Raises:
-            FileNotFoundError, NotADirectoryError: `prefix` is no folder; raised by the call, not by the iteration.
+            FileNotFoundError, NotADirectoryError: `prefix` is not a folder; raised by the call, not by the iteration.
         """
         ...
 
@@ -126,18 +126,19 @@ class LocalStorage:
 
     folder: Path
 
-    def list(self, prefix: str = "", *, pass_over: SkipReason = enter_all) -> Iterator[StoredFile | UnlistedFile]:
+    def list(self, prefix: str = "", *, skip_reason: SkipReason = enter_all) -> Iterator[StoredFile | UnlistedFile]:
         """`Storage.list`, following links.
 
         Links to folders and files are followed after all others, each target once: a link to something already listed
-        becomes an `UnlistedFile`, so loops end. So do folders that cannot be entered and names that are not UTF-8.
+        becomes an `UnlistedFile`, so loops end. Folders that cannot be entered and files whose name is not UTF-8 become
+        `UnlistedFile`s, too.
         """
         folder = self.folder / prefix
         if not folder.is_dir():
             raise _no_folder(str(folder), folder.exists())
-        return self._walk(prefix, pass_over)
+        return self._walk(prefix, skip_reason)
 
-    def _walk(self, prefix: str, pass_over: SkipReason) -> Iterator[StoredFile | UnlistedFile]:
+    def _walk(self, prefix: str, skip_reason: SkipReason) -> Iterator[StoredFile | UnlistedFile]:
         visited = {_identity((self.folder / prefix).stat())}
         folders, links = deque([prefix]), deque[str]()
         while folders or links:
@@ -161,7 +162,7 @@ class LocalStorage:
             except OSError as error:
                 yield UnlistedFile(name, "unreadable folder", str(error.strerror))
                 continue
-            reason = pass_over([entry.name for entry in entries])
+            reason = skip_reason([entry.name for entry in entries])
             if reason is not None:
                 yield UnlistedFile(name, reason, SKIPPED_FOLDER)
                 continue
@@ -191,7 +192,7 @@ class LocalStorage:
         return _stored_file(name, (self.folder / name).stat())
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """`Storage.read`. Of a file that grows meanwhile, only the bytes from when it was opened."""
+        """`Storage.read`. If the file grows meanwhile, only the bytes that it had when it was opened."""
         path = self.folder / name
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # do not wait for a pipe's other end
         try:
@@ -248,13 +249,13 @@ class FsspecStorage:
         root = self._opened[1]
         return f"{root}/{name}" if name else root
 
-    def list(self, prefix: str = "", *, pass_over: SkipReason = enter_all) -> Iterator[StoredFile | UnlistedFile]:
+    def list(self, prefix: str = "", *, skip_reason: SkipReason = enter_all) -> Iterator[StoredFile | UnlistedFile]:
         path = self._path(prefix)
         if not self._filesystem.isdir(path):
             raise _no_folder(self.text(prefix), self._filesystem.exists(path))
-        return self._walk(prefix, pass_over)
+        return self._walk(prefix, skip_reason)
 
-    def _walk(self, prefix: str, pass_over: SkipReason) -> Iterator[StoredFile | UnlistedFile]:
+    def _walk(self, prefix: str, skip_reason: SkipReason) -> Iterator[StoredFile | UnlistedFile]:
         folders = deque([prefix])
         while folders:
             folder = folders.popleft()
@@ -264,7 +265,7 @@ class FsspecStorage:
                 yield UnlistedFile(folder, "unreadable folder", str(error.strerror))
                 continue
             entry_names = [info["name"].rstrip("/").rpartition("/")[2] for info in infos]
-            reason = pass_over(entry_names)
+            reason = skip_reason(entry_names)
             if reason is not None:
                 yield UnlistedFile(folder, reason, SKIPPED_FOLDER)
                 continue

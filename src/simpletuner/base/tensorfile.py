@@ -73,7 +73,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     """The entries of the tensors in `file`, by name. No tensor is read.
 
     Raises:
-        AccessError: the file is no safetensors file, is incomplete, or cannot be read.
+        AccessError: the file is not a safetensors file, is incomplete, or cannot be read.
     """
     header, data_start = _parsed_header(file)
     header.pop("__metadata__", None)
@@ -86,7 +86,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file's header. Values that are no text are left out.
+    """The metadata of a safetensors file's header. Values that are not text are left out.
 
     Raises:
         AccessError: as `read_header`.
@@ -133,7 +133,7 @@ def _parsed_header(file: Path) -> tuple[dict[str, object], int]:
                         "Use the model's .safetensors file instead.",
                     )
             if not has_length:
-                raise _broken(file, f"{size:,} bytes long and begins with no safetensors header")
+                raise _broken(file, f"{size:,} bytes long and has no safetensors header")
             stream.seek(8)
             text = stream.read(length)
     try:
@@ -165,7 +165,7 @@ def _entry(file: Path, name: str, value: object, data_start: int) -> TensorEntry
         and (dtype not in DTYPE_BITS or math.prod(shape) * DTYPE_BITS[dtype] == 8 * (offsets[1] - offsets[0]))
     ):
         return TensorEntry(file, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
-    raise _broken(file, f"damaged: its header has for {name} {str(value)[:120]}")
+    raise _broken(file, f"damaged: its header entry for {name} is {str(value)[:120]}")
 
 
 def _are_counts(value: object) -> TypeGuard[list[int]]:
@@ -176,8 +176,8 @@ def _are_counts(value: object) -> TypeGuard[list[int]]:
 def _broken(file: Path, finding: str) -> AccessError:
     return AccessError.of(
         f"{file} is {finding}",
-        "a whole .safetensors file",
-        "A download may have been interrupted: download the file again.",
+        "a complete .safetensors file",
+        "The download may have been interrupted: download the file again.",
     )
 
 
@@ -254,4 +254,6 @@ def write_verified(path: Path, tensors: Mapping[str, TensorData], metadata: Mapp
         file.flush()
         os.fsync(file.fileno())
     if sha256_file(path) != written.hexdigest():
-        raise DiskError.of(f"{path} reads back differently from what was written", remedy="Check the disk, try again.")
+        raise DiskError.of(
+            f"{path} reads back differently from what was written", remedy="Check the disk, then try again."
+        )

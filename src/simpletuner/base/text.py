@@ -31,7 +31,7 @@ def size_in_bytes(text: str) -> int:
 def stray_characters(text: str) -> list[str]:
     """Control characters in `text` except tab and newline, and lone surrogates.
 
-    One is `\\r`, from scripts that were saved with Windows line ends."""
+    One is `\\r`, from scripts that were saved with Windows line endings."""
     return [char for char in text if unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n"]
 
 

@@ -50,7 +50,7 @@ def document_text(path: Path, label: str) -> str:
     except OSError as error:
         raise ConfigError.of(
             f"{label}: cannot be read ({error.strerror})",
-            remedy="Give the user that runs this command permission to read it, or name another file.",
+            remedy="Give the user who runs this command permission to read it, or name another file.",
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError.of(f"{label}: byte {error.start} is not UTF-8", remedy="Save it as UTF-8.") from error

@@ -34,13 +34,13 @@ def discover(images: Storage) -> FolderFiles:
         DataError: the folder does not exist, cannot be read, or is itself a run directory or a cache.
     """
     try:
-        files = images.list(pass_over=own_folder_kind)
+        files = images.list(skip_reason=own_folder_kind)
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = "not a folder" if isinstance(error, NotADirectoryError) else "no such folder"
         raise DataError.of(
             f"instance_data_dir = {images.text()!r}: {reason}",
             "a folder of images",
-            f"Relative paths start at {Path.cwd()}: correct the path or make the folder.",
+            f"Relative paths start at {Path.cwd()}: correct the path or create the folder.",
         ) from error
     image_stamps: dict[str, Stamp] = {}
     captions: dict[str, str] = {}
@@ -59,7 +59,7 @@ def discover(images: Storage) -> FolderFiles:
             captions_of_suffix = captions if suffix == CAPTION_SUFFIXES[0] else second_captions
             captions_of_suffix.setdefault(caption_key(file.name), file.name)
         else:
-            rejections.append(Rejection(file.name, "not an image", f"{suffix or 'no suffix'} is not an image's"))
+            rejections.append(Rejection(file.name, "not an image", f"its suffix is {suffix or 'missing'}"))
     unused = tuple(second_captions[key] for key in sorted(second_captions.keys() & captions.keys()))
     return FolderFiles(dict(sorted(image_stamps.items())), second_captions | captions, unused, tuple(rejections))
 

@@ -72,7 +72,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
         raise AccessError.of(
             f"{file} is not a complete GGUF file ({reason[0][:120] if reason else type(error).__name__})",
             "a GGUF file of version 2 or 3",
-            "The download may be incomplete: download the file again.",
+            "The download may have been interrupted: download the file again.",
         ) from None
     if reader.byte_order != "I":
         raise AccessError.of(f"{file} holds big-endian numbers", "a GGUF file of little-endian numbers")

@@ -5,7 +5,7 @@ import fcntl
 import os
 
 from simpletuner.base.errors import CheckpointError, ConfigError
-from simpletuner.base.files import file_errors_reported, open_unlinked, write_atomic
+from simpletuner.base.files import file_errors_reported, open_regular_file, write_atomic
 from simpletuner.runs.layout import RunDirectory
 
 LONGEST_NOTE = 2000
@@ -18,17 +18,17 @@ class NoteChanged(CheckpointError):
 
 def read_note(run: RunDirectory) -> str:
     """The note; empty if there is none."""
-    with contextlib.suppress(OSError), open_unlinked(run.note) as file:
+    with contextlib.suppress(OSError), open_regular_file(run.note) as file:
         # Another program may have written a file of any size and content.
         return file.read(4 * LONGEST_NOTE).decode(errors="replace")[:LONGEST_NOTE].strip()
     return ""
 
 
 def write_note(run: RunDirectory, text: str, expected_note: str | None = None) -> None:
-    """Replace the note by `text`; an empty text removes it.
+    """Replace the note with `text`; an empty text removes it.
 
     Args:
-        seen: the note that the writer has read; None overwrites any note.
+        expected_note: the note that the writer has read; None overwrites any note.
 
     Raises:
         ConfigError: the text is too long.

@@ -1,7 +1,7 @@
 """A start that has written no event yet: from the request until the run's first event, or until its refusal.
 
 The started process holds `RUN/starting.lock`, which contains its pid, until it ends. `RUN/starting.json` records the
-state before it. Both are obsolete once the run's events have a later start.
+state before it. Both are obsolete once the run's events contain this start.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from simpletuner.base.errors import CheckpointError
-from simpletuner.base.files import open_unlinked, write_atomic
+from simpletuner.base.files import open_regular_file, write_atomic
 from simpletuner.runs.layout import RunDirectory
 
 TAIL_BYTES = 4096
-"""Number of the last bytes of a command's output that are shown if it fails."""
+"""How many bytes from the end of a command's output are shown if it fails."""
 
 LARGEST_RECORD = 2**20
 
@@ -51,7 +51,7 @@ class StartRecord(BaseModel):
 def start_record(run: RunDirectory) -> StartRecord | None:
     """The last start of `run` by `simpletuner run start` or the page; None if there was none."""
     try:
-        with open_unlinked(run.starting) as file:
+        with open_regular_file(run.starting) as file:
             return StartRecord.model_validate_json(file.read(LARGEST_RECORD))
     except (OSError, ValueError):
         return None
@@ -82,7 +82,7 @@ def stop_start(run: RunDirectory) -> bool:
 
 def printed_since(path: Path, offset: int) -> str:
     """The end of the text that was written to `path` after byte `offset`."""
-    with contextlib.suppress(OSError), open_unlinked(path) as file:
+    with contextlib.suppress(OSError), open_regular_file(path) as file:
         file.seek(max(offset, file.seek(0, os.SEEK_END) - TAIL_BYTES))
         return file.read().decode(errors="replace").strip()
     return ""

@@ -151,13 +151,13 @@ def test_closed_streams_take_no_file_that_is_opened_later(tmp_path: Path) -> Non
     """`simpletuner train <&- >&- 2>&-`: the next file would be descriptor 0, 1 or 2, and get what a library prints."""
     code = """
 import os, sys
-from simpletuner.base.console import complain, guarded, interject, say, work_goes_on
+from simpletuner.base.console import complain, guarded, output_failures_ignored, say, say_in_handler
 os.closerange(0, 3)
 sys.stdin = sys.stdout = sys.stderr = None
-with guarded(), work_goes_on(), open(sys.argv[1], "w") as events:
+with guarded(), output_failures_ignored(), open(sys.argv[1], "w") as events:
     say("a line")
     complain("a complaint")
-    interject("from a signal handler")
+    say_in_handler("from a signal handler")
     os.write(1, b"from a library")
     os.write(2, b"from a library")
     events.write("an event")

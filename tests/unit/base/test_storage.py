@@ -175,14 +175,14 @@ def test_a_folder_is_passed_over_for_the_names_in_it(storage: Storage) -> None:
     for name in ("a.png", "sub/marked", "sub/b.png", "sub/deeper/c.png", "other/d.png"):
         storage.write(name, b"")
 
-    def pass_over(names: Collection[str]) -> str | None:
+    def skip_reason(names: Collection[str]) -> str | None:
         return "a marked folder" if "marked" in names else None
 
     passed = "skipped, with everything in it"
-    listed = sorted(storage.list(pass_over=pass_over), key=lambda file: file.name)
+    listed = sorted(storage.list(skip_reason=skip_reason), key=lambda file: file.name)
     assert [file.name for file in listed] == ["a.png", "other/d.png", "sub"]
     assert listed[-1] == UnlistedFile("sub", "a marked folder", passed)
-    assert list(storage.list("sub", pass_over=pass_over)) == [UnlistedFile("sub", "a marked folder", passed)]
+    assert list(storage.list("sub", skip_reason=skip_reason)) == [UnlistedFile("sub", "a marked folder", passed)]
 
 
 @pytest.mark.parametrize("storage", ["local", "file"], indirect=True)

@@ -311,7 +311,7 @@ def wrong(tiny_folder: Path, tiny_klein_folder: Path, tmp_path_factory: pytest.T
         ("transformer", "klein", "its transformer has the shapes of tiny-klein"),
         ("vae", "klein", "holds a transformer of FLUX.2: expected its VAE"),
         ("vae", "old-vae", "has no tensor 'quant_conv.weight': expected a VAE of FLUX.2"),
-        ("vae", "empty", "begins with no safetensors header"),
+        ("vae", "empty", "has no safetensors header"),
         ("vae", "half", "bytes long"),
         ("vae", "absent", "no such file: expected a .safetensors or .gguf file of the VAE"),
         ("text_encoder", "vae", "holds a VAE of FLUX.2: expected its text encoder"),

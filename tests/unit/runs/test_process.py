@@ -37,7 +37,7 @@ def test_a_signal_between_steps_is_a_request_to_stop(
         requests.poll()
         stop_if_asked()
         assert requests.take("stop")
-    assert "Stopping after this step; a second signal exits at once" in capfd.readouterr().err
+    assert "Stopping after this step; a second SIGINT (Ctrl-C) or SIGTERM exits at once" in capfd.readouterr().err
 
 
 def test_a_signal_before_the_training_stops_at_the_next_safe_point(tmp_path: Path) -> None:
