@@ -111,7 +111,7 @@ def test_alpha_weighs_as_a_mask_of_the_same_levels_does(
     own = {"instance_data_dir": "datasets/cut-out", "mask_source": "alpha", "conditioning_data": []}
     workplace.datasets = [workplace.datasets[0] | own, dict(TEXT)]
     assert workplace.train("--output_dir=output/alpha", "--max_train_steps=1") == 0
-    assert "laid on white" not in capsys.readouterr().out
+    assert "composited on white" not in capsys.readouterr().out
     assert workplace.losses("alpha") == workplace.losses("mask")
 
 

@@ -1,1 +1,1 @@
-"""From a folder of images and captions to batches: which images are trained, which of their pixels, in which order."""
+"""From a folder of images and captions to batches: which images are used, which of their pixels, and in which order."""

@@ -1,4 +1,4 @@
-"""Batches: the tensors that a step needs of its samples, and the random draws made for them."""
+"""Batches: the samples' tensors that a step needs, with the random draws made for them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -48,9 +48,9 @@ class Batch:
     other_ranks_distill: bool = False
     """With several ranks: whether any rank's batch at the same position of the step has that target."""
     preserved: TextContext | None = None
-    """Contexts for which the loss holds the predictions at the base model's; None if no sample of the batch has one."""
+    """Contexts whose predictions the loss also keeps close to the base model's; None if no sample has one."""
     preserved_weights: Float[Tensor, " b"] | None = None
-    """Weight of that loss for each sample: 0 for a sample without such a context."""
+    """Weight of that part of the loss for each sample: 0 for a sample without such a context."""
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Copy of the batch with `change` applied to each tensor."""

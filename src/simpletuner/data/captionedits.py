@@ -85,7 +85,7 @@ class TextEdit:
 
 @dataclass(frozen=True)
 class CaptionChange:
-    """One caption file, its present bytes and its new bytes."""
+    """One caption file, its current bytes and its new bytes."""
 
     file: str
     images: tuple[str, ...]
@@ -159,7 +159,7 @@ def plan_caption_edit(folder: Path, edit: TextEdit, names: Collection[str] | Non
 def apply_caption_plan(plan: CaptionPlan) -> list[Rejection]:
     """Apply the changes, each file atomically. Returns the files that were changed after planning, which are skipped.
 
-    The present texts are saved first, for `undo_captions`.
+    The current texts are saved first, for `undo_captions`.
 
     Raises:
         DataError: our hidden folder is a link.
@@ -200,7 +200,7 @@ def undo_captions(folder: Path) -> tuple[int, list[Rejection]]:
 
 
 def _replaced(folder: Path, file: str, before: bytes | None, after: bytes | None) -> bool:
-    """Replace the content `before` of a file by `after`. Returns False if the file holds neither."""
+    """Replace the content `before` of a file with `after`. Returns False if the file contains neither."""
     path = folder / file
     with file_errors_reported(path), folder_locked(path):
         try:

@@ -92,7 +92,7 @@ def shuffled_caption(caption: str, shuffle: CaptionShuffle, seed: int) -> list[s
         draw = random.Random(
             draw_seed(seed if shuffle.seed is None else shuffle.seed, "caption_shuffle", caption, number)
         )
-        # `sorted` calls the key once per part, in order; Python guarantees that `random()` repeats between versions.
+        # `sorted` calls the key once per part, in order; Python guarantees the sequence of `random()` across versions.
         variants.append(between.join([*fixed, *sorted(movable, key=lambda _: draw.random())]))
     return variants
 
@@ -149,7 +149,7 @@ def _visible(candidates: list[str], source: str) -> tuple[str, ...]:
     """The `candidates` with visible text."""
     captions = tuple(filter(is_visible, candidates))
     if not captions:
-        raise Rejected(EMPTY_CAPTION, f"{source} holds no visible text")
+        raise Rejected(EMPTY_CAPTION, f"{source} contains no visible text")
     longest = max(map(size_in_bytes, captions))
     if longest > CAPTION_BYTES:
         limit = f"the limit is {CAPTION_BYTES // 1024} KiB"
@@ -160,7 +160,7 @@ def _visible(candidates: list[str], source: str) -> tuple[str, ...]:
 def caption_text(data: bytes, name: str) -> str:
     """Decode a caption file: UTF-8 with or without a byte-order mark, or UTF-16 with one (Windows' "Unicode").
 
-    Other encodings are rejected rather than guessed: with a wrong guess, garbled prompts would be trained silently.
+    Other encodings are rejected rather than guessed: a wrong guess would silently train on garbled prompts.
 
     Raises:
         Rejected: the bytes are not such text; the message has the byte and its position.

@@ -22,9 +22,10 @@ GRID = 9
 NEAR_BITS = 10
 """Near duplicates differ in the sign of at most this many of the 144 differences."""
 NEAR_COLOR = 24
-"""Near duplicates' mean colors differ by at most this much of 255 in each channel: smooth gradients have few signs."""
+"""Near duplicates' mean colors differ by at most this much (of 255) in each channel. The signs alone do not tell smooth
+gradients apart."""
 FLAT_SPAN = 8
-"""An image whose gray values span less is flat: its differences are noise, so it is no near duplicate of any image."""
+"""An image whose gray values span less is flat: its differences are noise, so it never counts as a near duplicate."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class DuplicateGroup:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Fingerprint:
     content: str
     bits: UInt8[np.ndarray, "18"]
     color: UInt8[np.ndarray, "3"]
@@ -48,31 +49,31 @@ def find_duplicates(
     folder: Path, *, workers: int, report: Callable[[int, int], None] = lambda _done, _total: None
 ) -> tuple[list[DuplicateGroup], list[Rejection]]:
     """Groups of images with the same bytes, then groups of images that look nearly the same, and the images that cannot
-    be read. Exact duplicates take part in the second search with their first image only.
+    be read. Of exact duplicates, only the first takes part in the second search.
 
     Raises:
         DataError: no such folder.
     """
     images = LocalStorage(folder)
     names = list(listed_images(folder).images)
-    looks: dict[str, _Look] = {}
+    fingerprints: dict[str, _Fingerprint] = {}
     unread: list[Rejection] = []
-    results = prefetched_map(lambda name: _look(images, name), names, workers=workers, ahead=2 * workers)
-    for done, (name, look) in enumerate(zip(names, results, strict=True), 1):
-        if isinstance(look, Rejected):
-            unread.append(Rejection(name, look.reason, look.detail))
+    results = prefetched_map(lambda name: _fingerprint(images, name), names, workers=workers, ahead=2 * workers)
+    for done, (name, fingerprint) in enumerate(zip(names, results, strict=True), 1):
+        if isinstance(fingerprint, Rejected):
+            unread.append(Rejection(name, fingerprint.reason, fingerprint.detail))
         else:
-            looks[name] = look
+            fingerprints[name] = fingerprint
         report(done, len(names))
     by_content: dict[str, list[str]] = {}
-    for name, look in looks.items():
-        by_content.setdefault(look.content, []).append(name)
+    for name, fingerprint in fingerprints.items():
+        by_content.setdefault(fingerprint.content, []).append(name)
     exact = [DuplicateGroup("exact", tuple(same)) for same in by_content.values() if len(same) > 1]
-    near = _near({same[0]: looks[same[0]] for same in by_content.values() if not looks[same[0]].is_flat})
+    near = _near({same[0]: fingerprints[same[0]] for same in by_content.values() if not fingerprints[same[0]].is_flat})
     return exact + [DuplicateGroup("near", group) for group in near], unread
 
 
-def _look(images: LocalStorage, name: str) -> _Look | Rejected:
+def _fingerprint(images: LocalStorage, name: str) -> _Fingerprint | Rejected:
     try:
         require_plugin(name)
         data = images.read(name)
@@ -84,18 +85,18 @@ def _look(images: LocalStorage, name: str) -> _Look | Rejected:
     gray = np.asarray(image.convert("L").resize((GRID, GRID), Image.Resampling.BOX)).astype(np.int16)
     signs = np.concatenate([(gray[:, 1:] > gray[:, :-1]).ravel(), (gray[1:] > gray[:-1]).ravel()])
     color = np.asarray(image.resize((1, 1), Image.Resampling.BOX))[0, 0]
-    return _Look(sha256_bytes(data), np.packbits(signs), color, bool(gray.max() - gray.min() < FLAT_SPAN))
+    return _Fingerprint(sha256_bytes(data), np.packbits(signs), color, bool(gray.max() - gray.min() < FLAT_SPAN))
 
 
-def _near(looks: dict[str, _Look]) -> list[tuple[str, ...]]:
+def _near(fingerprints: dict[str, _Fingerprint]) -> list[tuple[str, ...]]:
     """Groups of images that are each near the group's first image by name, so that no chain of small differences joins
     different images.
     """
-    if not looks:
+    if not fingerprints:
         return []
-    names = list(looks)
-    bits = np.stack([look.bits for look in looks.values()])
-    colors = np.stack([look.color for look in looks.values()]).astype(np.int16)
+    names = list(fingerprints)
+    bits = np.stack([fingerprint.bits for fingerprint in fingerprints.values()])
+    colors = np.stack([fingerprint.color for fingerprint in fingerprints.values()]).astype(np.int16)
     is_free = np.ones(len(names), dtype=bool)
     groups = []
     for index, name in enumerate(names):

@@ -42,28 +42,28 @@ class Geometry:
         return left, top, left + width, top + height
 
 
-def image_geometry(size: Size, picture_set: FolderDataset, *, seed: int, content: str) -> Geometry:
+def image_geometry(size: Size, dataset: FolderDataset, *, seed: int, content: str) -> Geometry:
     """Geometry of an image of `size`.
 
     A random aspect or crop is drawn by (seed, "crop", content hash), so it is the same in every run and cached latents
     stay valid.
 
-    `maximum_image_size` and `target_downsample_size` decide how much of a large image the crop contains. Without them
-    the crop is the largest part of the image with the target's shape. An image above the maximum is resized to the
-    target downsample size instead, if that is larger than the size that covers the target, and never beyond the image's
-    own size; the crop is then a smaller part of the image. The target downsample size is the maximum by default, and if
-    only `target_downsample_size` is set, it is both. Without `crop` the two options have no effect.
+    By default, the crop is the largest part of the image with the target's shape. With `maximum_image_size` and
+    `target_downsample_size`, it is a smaller part of a large image: an image above the maximum is resized to the
+    downsample size, but never enlarged, before the crop. This applies only if that size is larger than the size that
+    just covers the target. If one of the two options is not set, the other stands for both. Without `crop` they have no
+    effect.
 
     Raises:
         Rejected: the image violates `minimum_image_size`, an aspect limit or `max_upscale_threshold`.
     """
-    _check_size(size, picture_set)
-    target = _target(size, picture_set, seed, content)
+    _check_size(size, dataset)
+    target = _target(size, dataset, seed, content)
     cover = _cover(size, target)
-    _check_enlargement(size, target, picture_set)
-    resize = _downsampled(size, cover, picture_set) or cover
+    _check_enlargement(size, target, dataset)
+    resize = _downsampled(size, cover, dataset) or cover
     margin = (resize[0] - target[0], resize[1] - target[1])
-    return Geometry(target, resize, _corner(margin, picture_set, seed, content))
+    return Geometry(target, resize, _corner(margin, dataset, seed, content))
 
 
 MIN_REFERENCE_PX, MAX_REFERENCE_ASPECT = 64, 8
@@ -104,12 +104,12 @@ def has_aspect_of(size: Size, other_size: Size) -> bool:
     return abs(size[0] * other_size[1] - size[1] * other_size[0]) <= max(*size, *other_size)
 
 
-def downsample_is_idle(size: Size, geometry: Geometry, picture_set: FolderDataset) -> bool:
+def downsample_is_idle(size: Size, geometry: Geometry, dataset: FolderDataset) -> bool:
     """Whether `maximum_image_size` has no effect on this image because its target would not be covered."""
-    limit = _limit(picture_set)
-    if limit is None or not _exceeds(size, limit, picture_set.resolution_type):
+    limit = _limit(dataset)
+    if limit is None or not _exceeds(size, limit, dataset.resolution_type):
         return False
-    return _downsampled(size, _cover(size, geometry.target), picture_set) is None
+    return _downsampled(size, _cover(size, geometry.target), dataset) is None
 
 
 def enlargement(size: Size, target: Size) -> Fraction:
@@ -117,32 +117,32 @@ def enlargement(size: Size, target: Size) -> Fraction:
     return max(Fraction(target[0], size[0]), Fraction(target[1], size[1]))
 
 
-def _check_size(size: Size, picture_set: FolderDataset) -> None:
+def _check_size(size: Size, dataset: FolderDataset) -> None:
     width, height = size
     aspect = Fraction(width, height)
     dimensions = f"{width}x{height}"
-    minimum, unit = picture_set.minimum_image_size, picture_set.resolution_type
+    minimum, unit = dataset.minimum_image_size, dataset.resolution_type
     if minimum is not None and _measured(size, unit) < _area(minimum, unit):
         raise Rejected("below minimum_image_size", f"{dimensions}, the minimum is {describe(minimum, unit)}")
-    lowest, highest = picture_set.minimum_aspect_ratio, picture_set.maximum_aspect_ratio
+    lowest, highest = dataset.minimum_aspect_ratio, dataset.maximum_aspect_ratio
     if lowest is not None and aspect < Fraction(lowest):
         raise Rejected("below minimum_aspect_ratio", f"{dimensions} is {float(aspect):.3f}, the minimum is {lowest:g}")
     if highest is not None and aspect > Fraction(highest):
         raise Rejected("above maximum_aspect_ratio", f"{dimensions} is {float(aspect):.3f}, the maximum is {highest:g}")
 
 
-def _check_enlargement(size: Size, target: Size, picture_set: FolderDataset) -> None:
-    if not _is_near_enough(size, target, picture_set):
+def _check_enlargement(size: Size, target: Size, dataset: FolderDataset) -> None:
+    if not _is_near_enough(size, target, dataset):
         factor = float(enlargement(size, target))
         raise Rejected(
             "above max_upscale_threshold",
             f"{size[0]}x{size[1]} would be enlarged ×{factor:.2f} to cover {target[0]}x{target[1]}, "
-            f"the maximum is ×{1 + (picture_set.max_upscale_threshold or 0):g}",
+            f"the maximum is ×{1 + (dataset.max_upscale_threshold or 0):g}",
         )
 
 
-def _is_near_enough(size: Size, target: Size, picture_set: FolderDataset) -> bool:
-    threshold = picture_set.max_upscale_threshold
+def _is_near_enough(size: Size, target: Size, dataset: FolderDataset) -> bool:
+    threshold = dataset.max_upscale_threshold
     return threshold is None or enlargement(size, target) <= 1 + Fraction(threshold)
 
 
@@ -167,17 +167,17 @@ def _exceeds(size: Size, limit: float, unit: ResolutionType) -> bool:
     return _measured(size, unit) > _area(limit, unit)
 
 
-def _target(size: Size, picture_set: FolderDataset, seed: int, content: str) -> Size:
+def _target(size: Size, dataset: FolderDataset, seed: int, content: str) -> Size:
     aspect = Fraction(*size)
-    if not picture_set.crop or picture_set.crop_aspect == "preserve":
-        return aligned(aspect, picture_set)
-    if picture_set.crop_aspect == "square":
-        return aligned_square(picture_set)
-    aspects = [_ratio(value) for value in picture_set.crop_aspect_buckets or DEFAULT_ASPECTS]
-    reachable = [a for a in aspects if _is_near_enough(size, aligned(a, picture_set), picture_set)] or aspects
-    if picture_set.crop_aspect == "closest":
-        return aligned(min(reachable, key=lambda bucket: _distance(bucket, aspect)), picture_set)
-    return aligned(reachable[draw_seed(seed, "crop", content, "aspect") % len(reachable)], picture_set)
+    if not dataset.crop or dataset.crop_aspect == "preserve":
+        return aligned(aspect, dataset)
+    if dataset.crop_aspect == "square":
+        return aligned_square(dataset)
+    aspects = [_ratio(value) for value in dataset.crop_aspect_buckets or DEFAULT_ASPECTS]
+    reachable = [a for a in aspects if _is_near_enough(size, aligned(a, dataset), dataset)] or aspects
+    if dataset.crop_aspect == "closest":
+        return aligned(min(reachable, key=lambda bucket: _distance(bucket, aspect)), dataset)
+    return aligned(reachable[draw_seed(seed, "crop", content, "aspect") % len(reachable)], dataset)
 
 
 def _ratio(value: float) -> Fraction:
@@ -190,23 +190,23 @@ def _distance(first: Fraction, second: Fraction) -> Fraction:
     return max(first / second, second / first)
 
 
-def aligned_square(picture_set: FolderDataset) -> Size:
+def aligned_square(dataset: FolderDataset) -> Size:
     """(edge, edge), the edge rounded to the nearest multiple of 16."""
-    area = _area(picture_set.resolution, picture_set.resolution_type)
+    area = _area(dataset.resolution, dataset.resolution_type)
     cells = math.isqrt(area) // ALIGNMENT
     cells += 4 * area >= (2 * ALIGNMENT * cells + ALIGNMENT) ** 2
     return (max(cells, 1) * ALIGNMENT,) * 2
 
 
-def aligned(aspect: Fraction, picture_set: FolderDataset) -> Size:
+def aligned(aspect: Fraction, dataset: FolderDataset) -> Size:
     """The target size for an aspect a: edge·√a × edge/√a, or for `pixel` edge on the shorter side and edge·a on the
     longer.
 
     Each side is rounded down or up to a multiple of 16. Of the possible pairs, the one with the nearest area is
     returned, and of equal ones the one with the nearest aspect.
     """
-    unit = picture_set.resolution_type
-    area = Fraction(_area(picture_set.resolution, unit))
+    unit = dataset.resolution_type
+    area = Fraction(_area(dataset.resolution, unit))
     widths, heights = map(_nearest_multiples, _squared_sides(area, aspect, unit))
     if unit == "pixel":
         area *= _distance(aspect, Fraction(1))
@@ -250,29 +250,27 @@ def _nearest_root(square: Fraction) -> int:
     return root + (4 * square >= (2 * root + 1) ** 2)
 
 
-def _limit(picture_set: FolderDataset) -> float | None:
-    return (
-        picture_set.target_downsample_size if picture_set.maximum_image_size is None else picture_set.maximum_image_size
-    )
+def _limit(dataset: FolderDataset) -> float | None:
+    return dataset.target_downsample_size if dataset.maximum_image_size is None else dataset.maximum_image_size
 
 
-def _downsampled(size: Size, cover: Size, picture_set: FolderDataset) -> Size | None:
+def _downsampled(size: Size, cover: Size, dataset: FolderDataset) -> Size | None:
     """The size to which an image above the maximum is downsampled; None if it must be resized to `cover` instead."""
-    limit, unit = _limit(picture_set), picture_set.resolution_type
-    if not picture_set.crop or limit is None or not _exceeds(size, limit, unit):
+    limit, unit = _limit(dataset), dataset.resolution_type
+    if not dataset.crop or limit is None or not _exceeds(size, limit, unit):
         return None
-    goal = picture_set.target_downsample_size
+    goal = dataset.target_downsample_size
     area = Fraction(_area(limit if goal is None else goal, unit))
     squares = _squared_sides(area, Fraction(*size), unit)
     width, height = (min(_nearest_root(square), side) for square, side in zip(squares, size, strict=True))
     return (width, height) if width > cover[0] and height > cover[1] else None
 
 
-def _corner(margin: tuple[int, int], picture_set: FolderDataset, seed: int, content: str) -> tuple[int, int]:
+def _corner(margin: tuple[int, int], dataset: FolderDataset, seed: int, content: str) -> tuple[int, int]:
     """Left and top of the crop. Without `crop`, the few excess pixels are cropped equally on all sides."""
-    if not picture_set.crop or picture_set.crop_style == "center":
+    if not dataset.crop or dataset.crop_style == "center":
         return margin[0] // 2, margin[1] // 2
-    if picture_set.crop_style == "corner":
+    if dataset.crop_style == "corner":
         return 0, 0
     left, top = (draw_seed(seed, "crop", content, axis) % (space + 1) for axis, space in zip("xy", margin, strict=True))
     return left, top

@@ -61,7 +61,7 @@ class Manifest:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides the training data, and of nothing else: not of the files' location."""
+        """Hash of everything that decides the training data, and of nothing else (such as the files' location)."""
         dataset = self.image_set
         samples = [
             (s.name, s.content, s.geometry.__dict__, s.captions, *self._condition_fingerprint(s)) for s in self.samples
@@ -189,8 +189,8 @@ def scan(
     are read every time. With `max_num_samples`, the images are drawn by the seed and their contents: the selection is
     the same when the folder is scanned again, and a new image displaces at most one other image.
 
-    An image is rejected if its reference or mask cannot be used. An image without one is trained without it, or
-    rejected with `conditioning_required`.
+    An image is rejected if its reference or mask cannot be used. An image without one is used without it, or
+    rejected if `conditioning_required` is set.
 
     Args:
         conditions: the datasets of `conditioning_data`, in its order.
@@ -199,8 +199,8 @@ def scan(
         report: called with (images done, all images) of one folder after the other.
 
     Raises:
-        DataError: a folder does not exist, no image can be trained (the message counts the rejections), or a
-            conditioning set has no partner of any image.
+        DataError: a folder does not exist, no image can be used (the message counts the rejections), or a
+            conditioning set has no partner for any image.
     """
     images = image_storage(image_set)
     files = discover(images)
@@ -272,7 +272,7 @@ def _partners(image: Crop, image_set: ImageSet, pairing: Pairing, seed: int) -> 
 
 
 def _check_pairings(image_set: ImageSet, files: FolderFiles, pairings: Sequence[Pairing]) -> None:
-    """Raise a DataError if a conditioning set has no partner of any image in the dataset."""
+    """Raise a DataError if a conditioning set has no partner for any image in the dataset."""
     problems = []
     for pairing in pairings:
         if files.pictures and not pairing.partners:
@@ -312,14 +312,14 @@ def _limited(samples: list[Sample], limit: int | None, seed: int) -> tuple[list[
 def _nothing_left(image_set: ImageSet, rejections: Sequence[Rejection]) -> DataError:
     folder = image_set.instance_data_dir
     if not rejections:
-        return DataError.of(f"{image_set.id}: {folder} holds no images", "at least one")
+        return DataError.of(f"{image_set.id}: {folder} contains no images", "at least one")
     counts = "; ".join(
         f"{count} {reason} ({_named([r.name for r in rejections if r.reason == reason], 3)})"
         for reason, count in rejection_counts(rejections).items()
     )
     first = rejections[0]
     nothing = Problem(
-        f"{image_set.id}: nothing in {folder} can be trained. Rejected: {counts}",
+        f"{image_set.id}: no image in {folder} can be trained on. Rejected: {counts}",
         remedy=f"For example, {first.name}: {first.detail}. `simpletuner dataset scan` lists all.",
     )
     return DataError(nothing, *map(Problem, _uncaptioned(image_set, rejections)))

@@ -153,7 +153,7 @@ class Order:
     @classmethod
     def of(cls, manifests: Sequence[Manifest], *, seed: int, cuts: Sequence[Cut], now: Cut) -> "Order":
         """The order of a run with the batch sizes `cuts`, one after the other, and `now` after them. Indices of
-        micro-batches count as if `now` applied from the start: with n steps before it, a step begins at index
+        micro-batches count as if `now` applied from the start: step n, counted from 0, begins at index
         n · `batches_per_step`.
         """
         first, *later = [*cuts, now]
@@ -234,7 +234,7 @@ class Order:
         ]
 
     def visits(self, end: int) -> float:
-        """Number of images in the micro-batches before `end`, as the matching share of whole epochs."""
+        """Number of images in the micro-batches before `end`. A partial epoch counts as its share of a whole one."""
         return sum(epochs * int(self.epoch(span.epoch).batch_sizes().sum()) for span, epochs in self._epochs(end))
 
     def by_bucket(self) -> list[MicroBatch]:
@@ -246,8 +246,10 @@ class Order:
         ]
 
     def batches_shown(self, end: int) -> Iterator[tuple[MicroBatch, float]]:
-        """A micro-batch of each bucket of each dataset, and the number of the bucket's micro-batches before `end`, as
-        the matching share of whole epochs. A bucket is repeated for each span in which its dataset is active.
+        """A micro-batch of each bucket of each dataset, and the number of the bucket's micro-batches before `end`.
+
+        A partial epoch counts as its share of a whole one. A bucket is repeated for each span in which its dataset is
+        active.
         """
         for span, epochs in self._epochs(end):
             for micro_batch, count in self.epoch(span.epoch).by_bucket():
@@ -405,7 +407,7 @@ def permutation(count: int, seed: int) -> Int64[np.ndarray, " count"]:
     """A permutation of 0 … count - 1 drawn from `seed`: sorted by the numbers of `random.Random(seed).random()`.
 
     numpy's `random_sample` returns the same numbers from the same state. Python and numpy (`RandomState`) both
-    guarantee this sequence between versions; Python does not guarantee it for `shuffle`.
+    guarantee this sequence across versions; Python does not guarantee it for `shuffle`.
     """
     _, (*key, position), _ = random.Random(seed).getstate()
     generator = np.random.RandomState(0)

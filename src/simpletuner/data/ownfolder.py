@@ -48,11 +48,11 @@ def inside(folder: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def own_folder(folder: Path) -> Iterator[Path]:
-    """Lock and return our hidden folder inside `folder`, which is made if missing. Other processes wait for the lock.
+    """Lock our hidden folder inside `folder`, created if missing, and yield it. Other processes wait for the lock.
 
     Raises:
         DataError: a link or a file has its name.
-        DiskError: it cannot be made.
+        DiskError: it cannot be created.
     """
     hidden = folder / SIMPLETUNER_FOLDER
     with file_errors_reported(hidden):

@@ -1,4 +1,4 @@
-"""Pair an image with its files of a conditioning set: the files with the same path without suffix."""
+"""Pair images with the files of a conditioning set that have the same path, apart from the suffix."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -59,11 +59,11 @@ class Pairing:
         if dataset.conditioning_type == "reference_loose":
             geometry = reference_geometry(size, dataset, seed=seed, content=entry.content)
         elif has_aspect_of(size, (image.width, image.height)):
-            # With the same resize and crop, both contain the same part.
+            # With the same resize and crop, both show the same part.
             geometry = image.geometry
         else:
             shapes = f"{size[0]}x{size[1]}, its image is {image.width}x{image.height}"
-            raise Rejected("another aspect than its image", f"{shapes}; make them of one shape")
+            raise Rejected("aspect differs from its image's", f"{shapes}; give both the same shape")
         return Crop(dataset.id, self.files, name, entry.content, *size, geometry)
 
 
@@ -74,8 +74,8 @@ def pair(
     workers: int,
     report: Callable[[int, int], None],
 ) -> Pairing:
-    """Scan the files of `conditioning_set`, and pair them with the images `names` by `find_partners`. Masks have no
-    numbers.
+    """Scan the files of `conditioning_set`, and pair them with the images `names` by `find_partners`. Only
+    references may be numbered.
 
     Raises:
         DataError: no such folder.

@@ -68,7 +68,7 @@ DECODE_ERRORS = (
     RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 """Exceptions that Pillow's decoders raise on damaged files, collected from their sources; they have no common class.
-Catch them only around calls of Pillow: in our own code the same exceptions are bugs."""
+Catch them only around calls to Pillow: in our own code the same exceptions are bugs."""
 
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -361,7 +361,7 @@ def _profile_use_of(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | L
     try:
         parsed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if ImageCms.getProfileDescription(parsed).startswith("sRGB"):
-            return "none"  # the stored values: a conversion and back could be off by one
+            return "none"  # use the stored values: converting sRGB to sRGB could be off by one
         described = PROFILE_MODES.get(parsed.profile.xcolor_space.strip())
         if described is None or mode not in (described, {"RGB": "L"}.get(described)):
             return "odd"
@@ -378,7 +378,7 @@ def _profile_use_of(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | L
 
 
 def _is_animated(image: ImageFile.ImageFile) -> bool:
-    """Whether the image has a second frame. Seeks to that frame, so call it last. (A camera's MPO holds previews.)"""
+    """Whether the image has a second frame. Seeks to it, so call this last. An MPO's other frames are previews."""
     if image.format in ("MPO", "JPEG"):
         return False
     try:

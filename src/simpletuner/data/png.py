@@ -1,5 +1,5 @@
-"""Strip a PNG's metadata before decoding: keep the chunks that decide pixels, so that other chunks cannot fail a
-decoder."""
+"""Strip a PNG's metadata before decoding: keep only the chunks that decide pixels, so that damage in other
+chunks cannot fail the decoder."""
 
 import zlib
 

@@ -1,4 +1,4 @@
-"""Preservation prompts: the prompts whose predictions `preservation` holds at the base model's."""
+"""Preservation prompts: the prompts whose predictions `preservation` keeps close to the base model's."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class PreservedPrompts:
         if options.preservation == "blank":
             return BLANK
         name = image_set.class_prompt or options.preservation_class
-        assert options.preservation_trigger is not None  # config.rules asks for both
+        assert options.preservation_trigger is not None  # config.rules requires both
         assert name is not None
         return with_trigger_replaced(caption, options.preservation_trigger, name)
 

@@ -34,7 +34,7 @@ class Crop:
         return self.images.text(self.name)
 
     def read(self, limit: int | None = None) -> bytes:
-        """Read the file's present bytes, or only the first `limit` bytes.
+        """Read the file's current bytes, or only the first `limit` bytes.
 
         Raises:
             OSError: it does not exist, or cannot be read.

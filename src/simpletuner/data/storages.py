@@ -24,8 +24,8 @@ _SHARD = re.compile(r"[0-9a-f]{2}")
 
 
 def own_folder_kind(names: Collection[str]) -> str | None:
-    """Kind of a folder of ours with these file names, which must not be trained on: a run directory or a cache; else
-    None."""
+    """What a folder with these file names is, if this program wrote it: "a run directory" or "a cache of latents or
+    text", which must not be trained on. None for any other folder."""
     run = RunDirectory(Path())
     if run.events.name in names and run.checkpoints.name in names:
         return "a run directory"
@@ -35,14 +35,14 @@ def own_folder_kind(names: Collection[str]) -> str | None:
     return None
 
 
-def image_storage(picture_set: FolderDataset) -> Storage:
+def image_storage(dataset: FolderDataset) -> Storage:
     """The storage of a dataset's images and caption files."""
-    return storage_of(picture_set.instance_data_dir)
+    return storage_of(dataset.instance_data_dir)
 
 
-def latent_storage(picture_set: FolderDataset) -> Storage:
+def latent_storage(dataset: FolderDataset) -> Storage:
     """The storage of a dataset's latents and scan index."""
-    return storage_of(picture_set.cache_dir_vae)
+    return storage_of(dataset.cache_dir_vae)
 
 
 def text_storage(store: TextStore) -> Storage:

@@ -238,6 +238,6 @@ def test_mistakes(flags: list[str], message: str) -> None:
 
 def test_a_folder_without_images_is_named(own_folder: Path) -> None:
     Path("empty").mkdir()
-    with pytest.raises(DataError, match="empty holds no images"):
+    with pytest.raises(DataError, match="empty contains no images"):
         run(["--images=empty", "--card=none", "--yes"])
     assert written(own_folder) == []

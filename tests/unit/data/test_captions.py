@@ -108,7 +108,7 @@ def test_a_missing_or_empty_caption_is_rejected_unless_there_is_an_instance_prom
 ) -> None:
     with pytest.raises(Rejected, match=r"expected a\.txt or a\.caption beside it") as missing:
         captions_of("sub/a.png", make_set(caption_strategy="textfile"), NO_FILES, {})
-    with pytest.raises(Rejected, match=r"a\.txt holds no visible text") as empty:
+    with pytest.raises(Rejected, match=r"a\.txt contains no visible text") as empty:
         of_text(b"\xef\xbb\xbf \n\n")
     assert (missing.value.reason, empty.value.reason) == ("no caption", "empty caption")
     assert of_text(b"", instance_prompt="a zorblat") == ("a zorblat",)

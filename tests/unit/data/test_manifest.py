@@ -103,7 +103,7 @@ def test_two_pictures_with_one_stem_share_a_caption_and_nothing_else(
 
 
 def test_a_set_that_ends_empty_shows_the_counts(folder: Path, scanned: Scanned) -> None:
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         scanned()
     for name in ("a.png", "b.png", "c.png", "d.png"):
         (folder / name).touch()

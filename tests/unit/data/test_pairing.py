@@ -163,8 +163,8 @@ def test_a_partner_that_cannot_be_used_rejects_its_image(tmp_path: Path, save: S
         ("broken.png", "before: not an image", "broken.png: no supported image format"),
         (
             "shape.png",
-            "before: another aspect than its image",
-            "shape.png: 80x100, its image is 100x80; make them of one shape",
+            "before: aspect differs from its image's",
+            "shape.png: 80x100, its image is 100x80; give both the same shape",
         ),
         ("two.png", "more than one partner", "before has two.jpg and two.png: keep one of them"),
         ("small.png", "style: reference is too small", "small.png: 100x63, the minimum side is 64 pixels"),

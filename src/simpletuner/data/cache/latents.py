@@ -79,16 +79,16 @@ def all_batches(manifests: Sequence[Manifest], batch_size: int) -> Iterator[tupl
     yielded: set[tuple[str, str]] = set()
     for manifest in manifests:
         images = [[manifest.samples[index] for index in members] for members in manifest.buckets.values()]
-        for picture_set, buckets in ((manifest.image_set, images), *_reference_buckets(manifest)):
+        for dataset, buckets in ((manifest.image_set, images), *_reference_buckets(manifest)):
             for members in buckets:
                 distinct = []
                 for crop in members:
-                    folder_and_key = (picture_set.cache_dir_vae, latent_key(crop, ""))
+                    folder_and_key = (dataset.cache_dir_vae, latent_key(crop, ""))
                     if folder_and_key not in yielded:
                         yielded.add(folder_and_key)
                         distinct.append(crop)
                 for start in range(0, len(distinct), batch_size):
-                    yield picture_set, distinct[start : start + batch_size]
+                    yield dataset, distinct[start : start + batch_size]
 
 
 def _reference_buckets(manifest: Manifest) -> Iterator[tuple[FolderDataset, Iterable[Sequence[Crop]]]]:
@@ -137,9 +137,9 @@ def fill_latents(
 
     def plan() -> tuple[list[int], int, int]:
         """Indices of the batches to encode, and the numbers of sound and damaged latents."""
-        for store in {store_of(picture_set) for picture_set, _ in batches}:
+        for store in {store_of(dataset) for dataset, _ in batches}:
             store.sweep()
-        entries = [(store_of(picture_set), crop) for picture_set, batch in batches for crop in batch]
+        entries = [(store_of(dataset), crop) for dataset, batch in batches for crop in batch]
         states = check_all(((store, latent_key(crop, encoder)) for store, crop in entries), verify=verify)
         missing: dict[Store, list[Crop]] = {}
         for (store, crop), state in zip(entries, states, strict=True):
@@ -184,10 +184,10 @@ def _encode(
         ahead=max(len(batch) for _, batch in batches) + 2 * workers,
     )
     with closing(pixels):
-        for picture_set, batch in batches:
+        for dataset, batch in batches:
             latents = encode(_tensor([next(pixels) for _ in batch]))
             for crop, latent in zip(batch, latents.float().cpu(), strict=True):
-                write_latent(store_of(picture_set), crop, encoder, latent)
+                write_latent(store_of(dataset), crop, encoder, latent)
             encoded += len(batch)
             report(encoded)
 

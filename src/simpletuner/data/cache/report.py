@@ -31,6 +31,6 @@ def share_of(batches: Sequence[B], world: World) -> Sequence[B]:
 
 def whole_progress(report: Callable[[int, int], None], share_size: int, total: int) -> Callable[[int], None]:
     """Scale this rank's progress, in entries of `share_size`, to the `total` entries of all ranks. The estimate assumes
-    that the other ranks are equally far; it needs no communication.
+    that the other ranks are equally far along; it needs no communication.
     """
     return lambda done: report(total * done // share_size, total)

@@ -107,12 +107,13 @@ class Store:
         cpu_tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         header = json.dumps({**metadata, "sha256": _checksum(cpu_tensors, metadata)}, sort_keys=True)
         pieces = file_pieces({name: tensor_data(tensor) for name, tensor in cpu_tensors.items()}, {HEADER_KEY: header})
-        # No fsync per file: it is slow, and the checksum detects files that a power cut damages.
+        # No fsync per file: it is slow, and the checksum detects files that a power failure damages.
         self.storage.write(self.name(key), b"".join(pieces), sync=False)
 
     def check_room(self, size: int, subject: str, key: str) -> None:
-        """Raise a DiskError if the disk has less than `size` bytes free for `what`, the plural subject of the message.
-        `key` is the dataset's option for the folder.
+        """Raise a DiskError if the disk has less than `size` bytes free.
+
+        `subject` is the plural subject of the message, `key` the dataset's option for the folder.
         """
         folder = self.storage.local_path()
         if folder is None:
@@ -172,7 +173,7 @@ class _Ledger:
         """Stamps of the files verified since loading, by key; threads add to it."""
 
     def check(self, key: str, *, verify: bool) -> CacheState:
-        """The state of `key`. The file is read if the ledger lacks its present stamp, or with `verify`."""
+        """The state of `key`. The file is read if the ledger lacks its current stamp, or with `verify`."""
         try:
             file = self._store.storage.stat(self._store.name(key))
         except OSError:
