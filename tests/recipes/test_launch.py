@@ -123,7 +123,7 @@ def test_a_rank_that_stops_answering_is_named_within_the_timeout(cached_workplac
         os.kill(children(process.pid)[1], signal.SIGSTOP)
         code, last = ended(process)
     assert code == RanksError.exit_code
-    assert last.startswith(("rank 1 does not answer", "rank 1 gave no sign of life for 6 s"))
+    assert last.startswith(("rank 1 does not answer", "rank 1 sent no heartbeat for 6 s"))
     assert time.monotonic() - began < 30
     assert place.events("error")[-1]["text"] == last
 

@@ -1,7 +1,7 @@
-"""Compile transformer blocks: one compiled graph for all blocks of a kind. Compilations are counted and limited.
+"""Compile transformer blocks. Blocks of a class share their compiled graphs, whose number is counted and limited.
 
-Blocks of a class share one compiled function that takes the block as an argument, so its weights are inputs, not
-constants. Few properties vary between calls, which limits the number of compilations. There is no silent fallback.
+One compiled function per class takes the block as an argument, so its weights are inputs, not constants. Few properties
+vary between calls, which limits the number of compilations. If compilation fails, the command ends with an error.
 """
 
 import contextlib
@@ -21,9 +21,10 @@ from simpletuner.base.errors import ConfigError
 VARIANTS = 16
 """Maximum number of compiled graphs per kind of block: 4 × 2 × 2.
 
-4 kinds of passes: with gradients, whose inputs require a gradient or do not (those of the first block do not); without
-gradients, with the adapter on or off. 2 batch sizes: one or more. 2 position tables: one for all, or one per sample.
-Sizes are symbols in the graph, so resolutions and routes add none. References, masked or not, double the number."""
+4 kinds of pass: with gradients, where the inputs require a gradient or not (those of the first block do not); and
+without gradients, with the adapter on or off. 2 batch sizes: one or more. 2 position tables: one for all samples, or
+one per sample. Sizes are symbolic, so resolutions and routes add none. With references, the number doubles: they come
+with or without a padding mask."""
 
 PROBE_LIMIT_S = 120.0
 """Seconds; longer than the first start of Triton and its compiler takes on a slow disk."""
@@ -46,7 +47,7 @@ torch.compile(lambda x: torch.tanh(2 * x).sum(), backend="inductor", fullgraph=T
 def compiler_problem(device_type: str) -> str | None:
     """Why inductor cannot compile for a device type on this machine, in one line; None if it can.
 
-    For a GPU, a separate process, which may crash or hang, compiles and differentiates a tiny function. It needs
+    For a GPU, a separate process, which may crash or hang, compiles and differentiates a tiny function. That needs
     Triton, a C compiler and the CUDA assembler. For a CPU, only the C++ compiler is searched for.
     """
     compiler = os.environ.get("CXX", "g++")
@@ -57,7 +58,7 @@ def compiler_problem(device_type: str) -> str | None:
 
 @functools.cache
 def probe_compiler(device_type: str, limit_s: float) -> str | None:
-    """`compiler_problem` by trying it in a separate process, for any device type."""
+    """As `compiler_problem`, by a test compilation in a separate process for any device type."""
     command = [sys.executable, "-P", "-W", "ignore", "-c", _PROBE, device_type]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
@@ -68,12 +69,12 @@ def probe_compiler(device_type: str, limit_s: float) -> str | None:
 
 
 class CompiledBlocks:
-    """State of the blocks that `install` prepares; the first pass through each kind compiles it."""
+    """Counts and settings of compiled blocks, made by `install`. The first pass through a kind of block compiles it."""
 
     def __init__(self, backend: str, kinds: int, bound: int) -> None:
         self.backend = backend
         self.kinds = kinds
-        """Number of kinds of blocks: classes, and within a class the different layouts."""
+        """Number of kinds of block: the distinct layouts of each class."""
         self.bound = bound
         """Maximum number of compiled graphs."""
         self.count = 0

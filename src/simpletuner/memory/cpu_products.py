@@ -2,8 +2,8 @@
 
 Without AVX-512 torch multiplies bf16 on a CPU one element at a time: products take up to 60 times as long as in fp32,
 convolutions 95 times (docs/log.md, 2026-11-29). Most desktop CPUs have no AVX-512. This module replaces torch's bf16
-products by fp32 products that are rounded once at the end, as oneDNN computes them on CPUs with AVX-512. fp32 products
-stay bit-identical.
+products with fp32 products that are rounded once at the end, as oneDNN computes them on CPUs with AVX-512. fp32
+products stay bit-identical.
 """
 
 import functools
@@ -48,7 +48,9 @@ def multiply_bf16_in_fp32() -> torch.library.Library | None:
 
 
 def _in_fp32(kernel: Callable[..., Tensor], out: str) -> Callable[..., Tensor]:
-    """Wrap `kernel`, an operator's variant that writes to its argument `out`: return the result, in the factors' dtype.
+    """Wrap `kernel`, the variant of an operator that writes to its argument named `out`: return the result instead.
+
+    bf16 arguments are computed in fp32, and the result is rounded to bf16.
 
     The out variant itself is not replaced, so this does not recurse.
     """

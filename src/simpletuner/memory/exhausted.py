@@ -13,7 +13,7 @@ DEVICE_FAILURES = (
     "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED",
     "Triton Error [CUDA]: out of memory",
 )
-"""Texts in the first line of a RuntimeError that mean a failed allocation of the runtime, the driver or a library.
+"""Texts in the first line of a RuntimeError that mean that the runtime, the driver or a library failed to allocate.
 
 Torch's allocator raises its own class instead. The runtime's error is the same if pinned host memory ran out. Errors
 such as CUBLAS_STATUS_NOT_INITIALIZED are not listed: they may have other causes than full memory."""
@@ -31,7 +31,7 @@ def exhausted_memory(error: BaseException) -> Literal["accelerator", "ram"] | No
         return "accelerator"
     if isinstance(error, MemoryError):
         return "ram"
-    # Not subclasses, even if they quote such a text: a NotImplementedError is not about memory.
+    # Not subclasses such as NotImplementedError: they are not about memory, even if they quote such a text.
     if type(error) in (RuntimeError, torch.AcceleratorError):
         message = first_line(error)
         if any(text in message for text in DEVICE_FAILURES):

@@ -62,7 +62,7 @@ def create_missing(folder: Path) -> list[Path]:
 
 
 def remove_created(folders: Iterable[Path]) -> None:
-    """Remove the empty ones of `folders`, which `create_missing` returned."""
+    """Remove those of `folders`, as returned by `create_missing`, that are empty."""
     for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -108,9 +108,9 @@ def send_folder(world: World, folder: Path, into: Path) -> None:
         RanksError: a rank is gone or timed out.
     """
     firsts = [rank for rank, is_first in enumerate(world.gather_json(world.on_machine.is_main)) if is_first]
-    assert world.signs is not None  # there are several ranks
+    assert world.heartbeats is not None  # there are several ranks
     with collective_errors_reported("sending files to other machines"):
-        timeout = datetime.timedelta(seconds=world.signs.timeout_s)
+        timeout = datetime.timedelta(seconds=world.heartbeats.timeout_s)
         group = dist.new_group(firsts, timeout=timeout, backend="gloo")
     if world.rank in firsts:
         first_ranks = World(firsts.index(world.rank), len(firsts), torch.device("cpu"), group=group)

@@ -15,11 +15,11 @@ from simpletuner.memory.precision import check_range
 
 @runtime_checkable
 class SteppedParameters(Protocol):
-    """Parameters on which an optimizer steps instead of a model's own: `Masters`, or the `RankShards` of one rank."""
+    """Parameters that an optimizer steps in place of the model's own: `Masters`, or the `RankShards` of one rank."""
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters by the names of the model's."""
+        """The stepped parameters, by the names of the model's parameters."""
 
     def take_gradients(self) -> None:
         """Take over the gradients of the model's parameters and clear them. Call it after each backward pass."""
@@ -29,19 +29,19 @@ class SteppedParameters(Protocol):
 
 
 class Masters:
-    """fp32 parameters on which the optimizer steps instead of a model's weights.
+    """fp32 parameters that the optimizer steps in place of the model's weights.
 
     The model computes with the same numbers, rounded to nearest in its own dtype.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
-        """Make masters from the memory of fp32 `weights`, and replace the weights' data by a copy in `dtype`.
+        """Make masters from the memory of fp32 `weights`, and replace the weights' data with a copy in `dtype`.
 
         Raises:
             ConfigError: `dtype` is fp16 and cannot hold a weight.
         """
         if any(weight.dtype != torch.float32 for weight in weights.values()):
-            raise TypeError("masters are made of fp32 weights")
+            raise TypeError("masters are made from fp32 weights")
         self._weights: list[Tensor] = list(weights.values())
         self.parameters = {name: nn.Parameter(weight.detach()) for name, weight in weights.items()}
         for name, weight in weights.items():

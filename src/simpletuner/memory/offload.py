@@ -143,7 +143,7 @@ def _view(memory: Tensor, offset: int, like: Tensor) -> Tensor:
 class _Placeholder(Tensor):
     """Placeholder for a tensor that is not on the device. It has the shape and dtype; computing with it raises.
 
-    (A product of torch's meta tensor on a CPU does not raise; it returns garbage.)
+    A meta tensor would not do: on the CPU, torch's products with one return garbage instead of raising.
     """
 
     @staticmethod
@@ -191,7 +191,7 @@ class _Group:
                 tensor, leaves = ref.tensor, []
                 for leaf in _leaves(tensor):
                     if type(leaf) not in (Tensor, nn.Parameter):
-                        raise TypeError(f"{ref.name}: a {type(leaf).__name__} cannot be taken apart")
+                        raise TypeError(f"{ref.name}: a {type(leaf).__name__} cannot be split into plain tensors")
                     _view(packed, offset, leaf).copy_(leaf.detach())
                     leaves.append(_view(slot.memory, offset, leaf))
                     offset += _padded_bytes(leaf)
@@ -213,9 +213,9 @@ class _Group:
 
 
 def _pin(memory: Tensor) -> None:
-    """Page-lock `memory`, so that copies from it to the GPU run without the CPU.
+    """Page-lock `memory`, so that copies from it to the GPU are asynchronous.
 
-    Exactly its bytes: torch's own pinned memory is rounded up to powers of two.
+    It locks exactly these bytes, whereas torch rounds its own pinned memory up to powers of two.
     """
     address = memory.data_ptr()
     runtime = torch.cuda.cudart()
@@ -238,7 +238,7 @@ def _buffers(size: int, count: int, device: torch.device) -> list[Tensor]:
 
 
 def _on_disk(packed: Tensor, folder: Path) -> Path:
-    """Write `packed` to a file of `folder` that is named by its SHA-256. A file that has these bytes already is reused.
+    """Write `packed` to a file in `folder` that is named after its SHA-256, unless the file already has these bytes.
 
     Raises:
         DiskError: no space.
@@ -343,7 +343,7 @@ class Streaming:
     def _output(self, group: _Group, tensor: Tensor) -> Tensor:
         """An output of a module of `group`: never a view into a slot, and with a hook that loads the group in backward.
 
-        The hook serves tensors that a library hides from saved-tensor hooks; it runs before any of those.
+        The hook covers tensors that a library saves without saved-tensor hooks: it runs before backward uses them.
         """
         if self._group_of(tensor) is not None:
             tensor = tensor.clone()
@@ -359,7 +359,7 @@ class Streaming:
     def _saved_tensor_hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
         """Hooks that make autograd save (group, view) for tensors in a slot.
 
-        Other tensors go to the enclosing hooks, those of activation checkpointing, which torch would skip.
+        Other tensors go to the enclosing hooks, those of activation checkpointing, which torch would otherwise skip.
         """
         outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)  # None if no hooks are active
 
@@ -419,7 +419,7 @@ class Streaming:
 
     def _prefetch(self) -> None:
         """Begin to copy the next group. Called after the current group's work is launched: a copy from disk blocks the
-        CPU, but not the accelerator.
+        CPU, but the accelerator keeps computing.
         """
         if len(self._slots) < 2 or self._current is None:
             return
@@ -466,7 +466,7 @@ class Streaming:
             is_cuda = self._device.type == "cuda"
             target.copy_(self._reader.content(group.file, group.size), non_blocking=is_cuda)
             if is_cuda:
-                copy_end = torch.cuda.Event(blocking=True)  # the reader thread sleeps until it
+                copy_end = torch.cuda.Event(blocking=True)  # blocking: the reader thread sleeps while it waits
                 copy_end.record(torch.cuda.current_stream(self._device))
                 self._reader.copy_ends(copy_end)
         slot.group = group
@@ -517,8 +517,8 @@ def install(
     """Stream the frozen tensors of `groups` to `device` when their modules run; move the rest of `model` to `device`.
 
     Trainable parameters must already have `requires_grad`. Call this before `recompute.install`, so that recompute
-    loads its groups. Results and gradients are bit-identical. On CUDA that takes kernels that always add in the same
-    order, which the backward kernels of fused attention do not.
+    loads its groups. Results and gradients are bit-identical. On CUDA this requires kernels that always add in the
+    same order; the backward kernels of fused attention do not.
 
     Args:
         groups: modules of `model` that are copied together, none inside another; see `block_groups`, `leaf_groups`.

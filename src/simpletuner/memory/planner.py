@@ -25,7 +25,7 @@ ENGINES: Mapping[Engine, str] = {
     "zero2": "ZeRO-2",
     "zero3": "ZeRO-3",
 }
-"""Names of the engines for people."""
+"""Display names of the engines."""
 
 GPU_OVERHEAD_BYTES = 1.5 * GIB
 SYSTEM_OVERHEAD_BYTES = 4 * GIB
@@ -256,7 +256,7 @@ def smallest_change(plan: MemoryPlan, ladder: Sequence[OptionValue], replan: Rep
 
 
 def with_less_memory(plan: MemoryPlan, phase: PlannedPhase, tier: MemoryTier, available: int) -> MemoryPlan:
-    """`plan` reduced to `phase`, on a machine with `available` bytes in `tier`: for a failed allocation."""
+    """`plan` reduced to `phase`, on a machine with `available` bytes in `tier`. For explaining a failed allocation."""
     only = tuple(each for each in plan.phases if each.phase == phase)
     limits = {"accelerator": plan.machine.accelerator, "ram": plan.machine.ram, tier: available}
     return replace(plan, phases=only, machine=MachineMemory(limits["accelerator"], limits["ram"] or 0, None))
@@ -308,7 +308,7 @@ def engine_table(plans: Mapping[Engine, MemoryPlan]) -> list[str]:
         tiers = [tier for tier in MEMORY_TIERS[:2] if plan.machine.available(tier) is not None]
         wire = plan.wire or Wire(0, 0)
         if not rows:
-            rows.append(("engine", *(TIER_TITLES[tier] for tier in tiers), "sent a step", *wire.links))
+            rows.append(("engine", *(TIER_TITLES[tier] for tier in tiers), "sent per step", *wire.links))
         times = map(format_seconds, wire.seconds().values())
         rows.append(
             (ENGINES[engine], *(format_size(plan.peak(tier)) for tier in tiers), format_size(wire.total), *times)

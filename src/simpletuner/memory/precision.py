@@ -72,7 +72,7 @@ class WeightLayout:
     shape: tuple[int, int]
 
     def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        """Shape and dtype of each tensor by name, in the order of `unpacked`. The dtype None is that of the weights.
+        """Shape and dtype of each tensor by name, in the order of `unpacked`. None stands for the dtype of the weights.
 
         Raises:
             ValueError: the precision does not support this shape.
@@ -88,7 +88,7 @@ class WeightLayout:
                 "data": ((-(-rows * columns // 2),), torch.uint8),
                 "scale": ((blocks,), torch.uint8),
                 "nested": ((-(-blocks // _NESTED_BLOCK),), torch.float32),
-                # One dimension: a tensor without any cannot be sharded.
+                # Not a scalar: a tensor without dimensions cannot be sharded.
                 "offset": ((1,), torch.float32),
                 "code": ((256,), torch.float32),
             }
@@ -108,9 +108,9 @@ class WeightLayout:
         """Why the precision does not support this shape; None if it does."""
         rows, columns = self.shape
         if self.precision == "fp8-torchao" and (rows % _TILE or columns % _TILE):
-            return f"{rows} outputs and {columns} inputs are no multiples of {_TILE}"
+            return f"{rows} outputs and {columns} inputs are not multiples of {_TILE}"
         is_grouped = PRECISIONS[self.precision].group is not None and self.precision != "nf4-bnb"
-        return f"{columns} inputs are no multiple of {GROUP_SIZES[-1]}" if is_grouped and not self.group else None
+        return f"{columns} inputs are not a multiple of {GROUP_SIZES[-1]}" if is_grouped and not self.group else None
 
     @property
     def is_by_rows(self) -> bool:
@@ -220,7 +220,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        tensors = ctx.saved_tensors  # read once: a checkpointed block returns them only one time
+        tensors = ctx.saved_tensors  # read once: under checkpointing a second read raises
         weight = ctx.layout.unpacked(tensors, gradient.dtype)
         return gradient @ weight, None, *(None for _ in tensors)
 
@@ -259,7 +259,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "rows columns"]:
-        """The dequantized weight in the dtype from before quantization; a new tensor at each access."""
+        """The dequantized weight, in the dtype it had before quantization; a new tensor at each access."""
         return self.layout.unpacked(self.tensors, self.dtype)
 
     def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
@@ -268,8 +268,8 @@ class QuantizedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device_type))
         tensors = self.tensors
         if not (x.requires_grad and torch.is_grad_enabled()):
-            # No Function without a gradient: the compiler traces its forward itself, and drops `ctx` if the number of
-            # values equals that of the parameters.
+            # No autograd.Function without a gradient: the compiler would trace its `forward` directly, and omit `ctx`
+            # if the number of arguments equals the number of parameters.
             return self.layout.product(x, tensors)
         out: Tensor
         if torch.compiler.is_compiling():
@@ -309,7 +309,7 @@ def quantizable_linears(module: nn.Module, within: Sequence[str], precision: str
 
 
 def replace_by_empty(module: nn.Module, linears: Mapping[str, nn.Linear], precision: str, dtype: torch.dtype) -> None:
-    """Replace `linears` of `module` by quantized Linears with uninitialized tensors on torch's default device."""
+    """Replace `linears` of `module` with quantized Linears with uninitialized tensors on torch's default device."""
     for name, linear in linears.items():
         shape = linear.out_features, linear.in_features
         module.set_submodule(name, QuantizedLinear(shape, precision, dtype))
@@ -347,7 +347,7 @@ def quantized_tensors(weight: Float[Tensor, "rows columns"], precision: str) -> 
     if precision == "nf4-bnb":
         tensors |= _nested(tensors.pop("absmax"))
     elif PRECISIONS[precision].group is None:
-        # A row of zeros has the scale 0, and was divided by it.
+        # A row of zeros has the scale 0, by which it was divided.
         is_empty = tensors["scale"] == 0
         tensors["scale"].masked_fill_(is_empty, 1)
         tensors["data"].view(torch.uint8).masked_fill_(is_empty, 0)
@@ -402,7 +402,7 @@ def _with_bitsandbytes(weight: Tensor, layout: WeightLayout) -> dict[str, Tensor
         from bitsandbytes import functional
 
     if layout.precision == "int8-bnb":
-        # Its kernels take fp16, which has more digits than bf16; weights are within its range.
+        # Its kernels take fp16, which has more mantissa bits than bf16; weights are within its range.
         data, highest, _ = functional.int8_vectorwise_quant(weight.half())
         return {"data": data, "scale": highest[:, None] / 127}
     data, state = functional.quantize_4bit(weight, blocksize=_NF4_BLOCK, quant_type="nf4")

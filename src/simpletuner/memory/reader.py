@@ -20,12 +20,12 @@ class CopyEnd(Protocol):
 
 
 class FileReader:
-    """Read whole files into alternating buffers: a thread reads the next file while the last one is copied to a device.
+    """Read whole files into alternating buffers: a thread reads one file while the previous one is copied to a device.
 
     The thread ends with this object, or with the process.
 
     Args:
-        buffers: uint8 tensors in host memory, each as large as the largest file; pinned if copies from them shall
+        buffers: uint8 tensors in host memory, each as large as the largest file; pinned if copies from them should
             overlap with compute.
     """
 
@@ -41,10 +41,10 @@ class FileReader:
         self.reads = 0
         """Number of calls of `content`."""
         self.reads_ahead = 0
-        """Number of calls of `content` whose file was begun before."""
+        """Number of calls of `content` for whose file `begin` had been called."""
 
     def begin(self, file: Path, size: int) -> None:
-        """Begin to read the `size` bytes of `file` in the thread. Drops a file that was begun and never requested."""
+        """Begin to read the `size` bytes of `file` in the thread. Drops a file that was begun but not requested."""
         if self._pending is not None:
             if self._pending[0] == file:
                 return

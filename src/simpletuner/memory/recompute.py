@@ -20,10 +20,10 @@ def install(
 ) -> None:
     """Checkpoint each block whenever gradients are enabled. Results and gradients are bit-identical.
 
-    On CUDA that takes kernels that always add in the same order, which the backward kernels of fused attention do not.
+    On CUDA this requires kernels that always add in the same order; the backward kernels of fused attention do not.
 
     Args:
-        keep_every: n leaves every n-th block uncheckpointed, which takes more memory and recomputes less.
+        keep_every: n leaves every n-th block uncheckpointed, which uses more memory and recomputes less.
         inputs: decides where checkpointed inputs are kept; by default on the device.
         draws: whether blocks draw random numbers, as dropout does. If so, the generators' states are saved before a
             block and restored for its recompute. If not, a block that draws nevertheless gets wrong gradients.

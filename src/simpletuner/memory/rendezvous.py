@@ -27,8 +27,8 @@ from simpletuner.memory.device import choose_device
 from simpletuner.memory.world import (
     LOOK_FOR_RANKS_EVERY_S,
     ErrorKeys,
+    Heartbeats,
     KeyStore,
-    LifeSigns,
     PatientStore,
     World,
     collective_errors_reported,
@@ -51,7 +51,7 @@ def join(environ: Mapping[str, str], timeout_s: float) -> World:
     use its store, or if it has none, a store of rank 0.
 
     Raises:
-        ConfigError: the environment is incomplete or contradicts itself, or the network's interface is unknown.
+        ConfigError: the environment is incomplete or contradicts itself, or no network interface is known.
         RanksError: the other ranks did not join within `timeout_s`.
     """
     rank_place = read_rank_place(environ)
@@ -74,17 +74,17 @@ def join(environ: Mapping[str, str], timeout_s: float) -> World:
             world_size=rank_place.size,
             timeout=timeout,
         )
-        # A separate connection: signs of life must not queue behind a collective that blocks in the store.
+        # A separate connection: heartbeats must not queue behind a collective that blocks in the store.
         if not isinstance(store, FileStore):
             store = store.clone()  # type: ignore[attr-defined]  # torch's own stubs
-        sign_store: KeyStore = PrefixStore("signs", store)
+        heartbeat_store: KeyStore = PrefixStore("signs", store)
     if rank_place.machines > 1:
-        sign_store = PatientStore(sign_store, timeout_s)
-    errors = rank_place.errors or ErrorKeys(rank_place.rank, rank_place.size, sign_store, address)
-    signs = LifeSigns(sign_store, rank_place.rank, range(rank_place.size), timeout_s, errors)
-    signs.start()
+        heartbeat_store = PatientStore(heartbeat_store, timeout_s)
+    errors = rank_place.errors or ErrorKeys(rank_place.rank, rank_place.size, heartbeat_store, address)
+    heartbeats = Heartbeats(heartbeat_store, rank_place.rank, range(rank_place.size), timeout_s, errors)
+    heartbeats.start()
     atexit.register(destroy_group)
-    world = World(rank_place.rank, rank_place.size, device, signs, rank_place.machine, rank_place.machines)
+    world = World(rank_place.rank, rank_place.size, device, heartbeats, rank_place.machine, rank_place.machines)
     return world if rank_place.machines == 1 else replace(world, machine_world=_of_machine(world, rank_place, timeout))
 
 
@@ -95,13 +95,15 @@ def _of_machine(world: World, rank_place: RankPlace, timeout: datetime.timedelta
             range(first, first + rank_place.local_size) for first in range(0, rank_place.size, rank_place.local_size)
         ]
         groups = [dist.new_group([*ranks], timeout) for ranks in machines]  # every rank must create all groups
-    assert world.signs is not None
-    signs = replace(world.signs, ranks=machines[rank_place.machine], key_prefix=f"wait of machine {rank_place.machine}")
+    assert world.heartbeats is not None
+    heartbeats = replace(
+        world.heartbeats, ranks=machines[rank_place.machine], key_prefix=f"wait of machine {rank_place.machine}"
+    )
     return World(
         rank_place.local_rank,
         rank_place.local_size,
         world.device,
-        signs,
+        heartbeats,
         rank_place.machine,
         group=groups[rank_place.machine],
     )
@@ -133,7 +135,7 @@ def restrict_to_interface(address: str) -> None:
     if unset_names and interface is None:
         target = "each other" if address == LOOPBACK_ADDRESS else f"the machine at {address}"
         raise ConfigError.of(
-            f"no interface of this machine is known to reach {target}; there are {', '.join(sorted(interfaces))}",
+            f"no network interface is known to reach {target}; there are {', '.join(sorted(interfaces))}",
             "one through which the processes talk to each other",
             f"Set {' and '.join(unset_names)} to the name of an interface.",
         )
@@ -177,7 +179,7 @@ def _store(rank_place: RankPlace, environ: Mapping[str, str], address: str, time
     port = int(environ["MASTER_PORT"])
     if rank_place.rank > 0:
         return TCPStore(address, port, rank_place.size, is_master=False, timeout=timeout)
-    # By default a store of torch listens on every interface.
+    # By default torch's store listens on every interface.
     descriptor = environ.get(RANKS_LISTENER) if rank_place.folder else None
     try:
         listener = int(descriptor) if descriptor else socket.create_server((address, port)).detach()
@@ -192,8 +194,8 @@ def _store(rank_place: RankPlace, environ: Mapping[str, str], address: str, time
 def start_name(store: Store, rank_place: RankPlace, timeout: datetime.timedelta) -> str:
     """A key prefix that all ranks of this start share, and no earlier start has.
 
-    torchrun's store outlives a restart, and has keys of ranks that are gone. Rank 0 creates the name, and confirms it
-    with the list of the random numbers that the other ranks have answered.
+    torchrun's store outlives a restart, and has keys of ranks that are gone. Rank 0 creates the name. Each other rank
+    writes a random number under that name, and rank 0 confirms the name by writing the list of these numbers.
     """
     number = secrets.token_hex(8)
     if rank_place.rank == 0:

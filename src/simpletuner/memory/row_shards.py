@@ -12,7 +12,7 @@ from simpletuner.memory.world import World
 
 
 class RankShards(abc.ABC):
-    """This rank's shards of a model's trainable parameters, on which the optimizer steps (`SteppedParameters`).
+    """This rank's shards of a model's trainable parameters, which the optimizer steps (`SteppedParameters`).
 
     Their gradients are sums over the ranks.
     """
@@ -57,7 +57,7 @@ class RowShards(RankShards):
     """
 
     def __init__(self, module: nn.Module, world: World) -> None:
-        """`module` must have been sharded by `shard` with `trained_as`, and must have its weights."""
+        """`module` must have been sharded by `shard` with a `gather_dtype`, and its weights loaded."""
         from torch.distributed.fsdp import FSDPModule
 
         self.world = world

@@ -13,11 +13,11 @@ from simpletuner.base.files import file_errors_reported
 
 
 class Scratch:
-    """Places for CPU tensors of known shapes, all in `dtype`. A context manager that discards them on exit.
+    """Storage for CPU tensors of known shapes, all in `dtype`. A context manager that discards them on exit.
 
     In the order of `shapes`, a tensor is kept in memory if it still fits into `memory_bytes`. The others share one
     file in `folder` that has no name, so it vanishes with the process. Its space is reserved at once, so that a full
-    disk is noticed before the work.
+    disk is noticed before the work begins.
 
     Raises:
         DiskError: no space for the file.

@@ -74,10 +74,10 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], sharding: Sharding) -> 
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if sharding.cpu_offload else OffloadPolicy()
     # No param_dtype for a frozen model: torch 2.11 would cast every parameter to it, int8 too. No cast_forward_inputs:
     # the model casts its inputs itself, and keeps rotary angles in fp32.
-    trained_as = sharding.gather_dtype
+    gather_dtype = sharding.gather_dtype
     policy = MixedPrecisionPolicy()
-    if trained_as is not None:
-        policy = MixedPrecisionPolicy(param_dtype=trained_as, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if gather_dtype is not None:
+        policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(
             block,
@@ -88,7 +88,7 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], sharding: Sharding) -> 
         )
     # Backward begins with the parameters that forward used last: resharding them would gather them twice in a row.
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
-    for module in model.modules() if trained_as is not None else ():
+    for module in model.modules() if gather_dtype is not None else ():
         if isinstance(module, FSDPModule):
             # No averaging: the loss of a micro-batch is already divided by the size of the global batch.
             module.set_gradient_divide_factor(1.0)
@@ -98,7 +98,7 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], sharding: Sharding) -> 
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `model` is sharded, by `shard` or DeepSpeed's stage 3, so that all ranks must make each pass together."""
+    """Whether `model` is sharded, by `shard` or DeepSpeed's stage 3. If so, all ranks must run each pass together."""
     return model in _sharded or model in _sharded_by_deepspeed
 
 

@@ -44,8 +44,8 @@ class RankTensor:
 def distribute(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
     """Distribute tensors of `sizes` bytes over `ranks`; returns names by rank.
 
-    Deterministic: the largest first, each to the rank with least bytes. The last ranks, if they get no tensor, are left
-    out.
+    Deterministic: the largest first, each to the rank with the fewest bytes. Ranks that get no tensor, always the last
+    ones, are left out.
     """
     shares: list[list[str]] = [[] for _ in range(ranks)]
     totals = [0] * ranks

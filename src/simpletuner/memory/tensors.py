@@ -106,7 +106,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 
     Raises:
         FileNotFoundError: the file is missing.
-        CheckpointError: it is no safetensors file, or an incomplete one.
+        CheckpointError: it is not a safetensors file, or an incomplete one.
     """
     # safetensors reports every file that it cannot open as missing.
     with path.open("rb"):
@@ -131,7 +131,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: the file is missing.
-        CheckpointError: it is no safetensors file, or an incomplete one.
+        CheckpointError: it is not a safetensors file, or an incomplete one.
     """
     with open_tensors(path) as file:
         return dict(file)
@@ -139,4 +139,4 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def unreadable_file_error(path: Path, error: Exception) -> CheckpointError:
     """The CheckpointError for a weight file that cannot be read."""
-    return CheckpointError.of(f"{path} cannot be read ({error})", "a whole .safetensors file")
+    return CheckpointError.of(f"{path} cannot be read ({error})", "a complete .safetensors file")

@@ -72,7 +72,8 @@ class MemoryCost:
 class _FusedAttention(torch.autograd.Function):
     """Saves what a fused kernel saves: its inputs, its output, and the log-sum-exp of each row.
 
-    On the meta device torch takes the unfused path with the whole attention matrix, which no device we train on takes.
+    On the meta device torch takes the unfused path, which stores the whole attention matrix. No device that we train on
+    takes that path.
     """
 
     @staticmethod

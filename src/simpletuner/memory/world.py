@@ -26,10 +26,10 @@ BUCKET_BYTES = 64 * 2**20
 """Maximum bytes of tensors that one reduction combines: few calls for small tensors, and little extra memory."""
 
 LOOK_FOR_RANKS_EVERY_S = 0.05
-"""Seconds between two checks of a rank that waits at a barrier."""
+"""Seconds between the checks that a rank makes while it waits at a barrier."""
 
 STOP_WITHIN_S = 5.0
-"""Seconds that an ending rank waits at most until its last sign of life is written."""
+"""Maximum number of seconds that an ending rank waits for its last heartbeat to be written."""
 
 T = TypeVar("T")
 
@@ -48,8 +48,8 @@ class World:
     rank: int
     size: int
     device: torch.device
-    signs: "LifeSigns | None" = None
-    """The ranks' signs of life; None with one process."""
+    heartbeats: "Heartbeats | None" = None
+    """The ranks' heartbeats; None with one process."""
     machine: int = 0
     """Number of this rank's machine, from 0."""
     machines: int = 1
@@ -88,7 +88,7 @@ class World:
     @property
     def errors(self) -> RankErrors | None:
         """The store of errors that ended ranks; None with one process."""
-        return None if self.signs is None else self.signs.errors
+        return None if self.heartbeats is None else self.heartbeats.errors
 
     def reporting_errors(self) -> contextlib.AbstractContextManager[None]:
         """Report errors raised inside this context to the other ranks (`RankErrors.reporting_errors`)."""
@@ -104,15 +104,15 @@ class World:
             self.errors.check()
 
     def barrier(self, work: str) -> None:
-        """Wait until every rank has called this. `work` describes for messages what ranks do before the call.
+        """Wait until every rank has called this. `work` says, for messages, what the ranks do before the call.
 
-        The work may take any time as long as every rank gives signs of life.
+        The work may take any time as long as every rank sends heartbeats.
 
         Raises:
-            RanksError: a rank has given no sign of life for the timeout. The message names it.
+            RanksError: a rank has sent no heartbeat for the timeout. The message names it.
         """
-        if self.signs is not None:
-            self.signs.await_all(work)
+        if self.heartbeats is not None:
+            self.heartbeats.await_all(work)
 
     def run_on_main(
         self,
@@ -124,7 +124,7 @@ class World:
     ) -> T:
         """Call `make` on rank 0 only and return its value on every rank.
 
-        It serves downloads, scans, and results that depend on files that ranks write. The other ranks wait as at
+        Used for downloads, scans, and results that depend on files that ranks write. The other ranks wait as at
         `barrier(work)`. Rank 0 sends `record(value)`, a JSON value, and they return `restore` of it.
 
         Raises:
@@ -300,7 +300,7 @@ def collective_errors_reported(doing: str) -> Iterator[None]:
 
 @runtime_checkable
 class KeyStore(Protocol):
-    """The methods of torch's stores that `LifeSigns` uses."""
+    """The methods of torch's stores that `Heartbeats` uses."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -348,7 +348,7 @@ class PatientStore:
 
 @dataclass(frozen=True)
 class ErrorKeys(RankErrors):
-    """Errors of ranks, in a store on rank 0's machine. If it is out of reach, `read` returns that as an error."""
+    """Errors of ranks, in a store on rank 0's machine. If it cannot be reached, `read` returns that as an error."""
 
     store: KeyStore
     address: str
@@ -379,8 +379,8 @@ class ErrorKeys(RankErrors):
 
 
 @dataclass
-class LifeSigns:
-    """Signs of life of the ranks, and the barriers that each has reached, in a store that all of them can access."""
+class Heartbeats:
+    """Heartbeats of the ranks, and the barriers that each has reached, in a store that all of them can access."""
 
     store: KeyStore
     rank: int
@@ -395,9 +395,9 @@ class LifeSigns:
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
-        """Give a sign of life now, and repeat it several times per timeout until this process ends."""
+        """Send a heartbeat now, and then several per timeout until this process ends."""
         self._beat(0)
-        thread = threading.Thread(target=self._beats, name="signs of life", daemon=True)
+        thread = threading.Thread(target=self._beats, name="heartbeats", daemon=True)
         thread.start()
         # A thread that calls the store while the interpreter shuts down would abort the process.
         atexit.register(self._stop, thread)
@@ -420,13 +420,13 @@ class LifeSigns:
         """Wait until all ranks have called this as often as this rank.
 
         Raises:
-            RanksError: a rank has given no sign of life for the timeout.
+            RanksError: a rank has sent no heartbeat for the timeout.
             UserError: the error that ended another rank, of its own class.
             Stopped: a signal asked rank 0 to stop, before the training.
         """
         self._waits += 1
         self.store.set(f"{self.key_prefix}/{self._waits}/{self.rank}", work)
-        last_signs: dict[int, tuple[bytes, float]] = {}
+        last_heartbeats: dict[int, tuple[bytes, float]] = {}
         missing = {*self.ranks} - {self.rank}
         while missing:
             if self.errors is not None:
@@ -436,14 +436,14 @@ class LifeSigns:
             now = time.monotonic()
             silent = []
             for rank in missing:
-                sign = self.store.get(f"alive/{rank}") if self._has(f"alive/{rank}") else b""
-                if rank not in last_signs or last_signs[rank][0] != sign:
-                    last_signs[rank] = sign, now
-                elif now - last_signs[rank][1] > self.timeout_s:
+                heartbeat = self.store.get(f"alive/{rank}") if self._has(f"alive/{rank}") else b""
+                if rank not in last_heartbeats or last_heartbeats[rank][0] != heartbeat:
+                    last_heartbeats[rank] = heartbeat, now
+                elif now - last_heartbeats[rank][1] > self.timeout_s:
                     silent.append(rank)
             if silent:
                 raise RanksError.of(
-                    f"{ranks_text(silent)} gave no sign of life for {self.timeout_s:.0f} s, while this process waited "
+                    f"{ranks_text(silent)} sent no heartbeat for {self.timeout_s:.0f} s, while this process waited "
                     f"for {work}"
                 )
             if missing:

@@ -67,7 +67,7 @@ def landing_device(options: RankOptions, world: World) -> torch.device:
 class ZeroShards(RankShards):
     """This rank's shards of the trainable parameters of a model in DeepSpeed's engine.
 
-    The optimizer steps on `parameters`: flat views of this rank's part of the engine's fp32 masters; some are empty.
+    The optimizer steps `parameters`: flat views of this rank's part of the engine's fp32 masters; some are empty.
 
     Call the model through `forward`. At stage 3, calling the model itself would skip the engine's hooks and give wrong
     gradients; with gradients enabled it raises.
@@ -199,7 +199,7 @@ class _ForwardingOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002  torch's signature
-        """Called by DeepSpeed, which has replaced the weights in the parameter group by the flat shard."""
+        """Called by DeepSpeed, which has replaced the weights in the parameter group with the flat shard."""
         ((flat,),) = (group["params"] for group in self.param_groups)
         self._step_flat(flat)
 
@@ -211,9 +211,9 @@ class _AllRanks:
     """
 
     def __init__(self, world: World) -> None:
-        assert world.signs is not None  # there are several ranks
+        assert world.heartbeats is not None  # there are several ranks
         self._world = world
-        timeout = datetime.timedelta(seconds=world.signs.timeout_s)
+        timeout = datetime.timedelta(seconds=world.heartbeats.timeout_s)
         self._group: torch.distributed.ProcessGroup = torch.distributed.new_group(timeout=timeout)
 
     def get_data_parallel_group(self) -> torch.distributed.ProcessGroup:

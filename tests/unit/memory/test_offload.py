@@ -435,7 +435,7 @@ class Opaque(Tensor):
 def test_a_weight_that_cannot_be_taken_apart_is_named() -> None:
     linear = nn.Linear(4, 4).requires_grad_(False)
     linear.weight = nn.Parameter(linear.weight.data.as_subclass(Opaque), requires_grad=False)
-    with pytest.raises(TypeError, match="weight: a Opaque cannot be taken apart"):
+    with pytest.raises(TypeError, match="weight: a Opaque cannot be split into plain tensors"):
         offload.install(linear, [[linear]], device=CPU)
 
 

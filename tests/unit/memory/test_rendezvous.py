@@ -54,5 +54,5 @@ def test_interfaces_that_the_user_names_are_kept(monkeypatch: pytest.MonkeyPatch
     assert [os.environ[name] for name in names] == ["lo", "eth1", "1"]
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "eth0")])
-    with pytest.raises(ConfigError, match="no interface of this machine is known to reach each other; there are eth0"):
+    with pytest.raises(ConfigError, match="no network interface is known to reach each other; there are eth0"):
         rendezvous.restrict_to_interface(rendezvous.LOOPBACK_ADDRESS)

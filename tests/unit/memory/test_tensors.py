@@ -73,7 +73,7 @@ def test_half_a_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "file"
     save_tensors(path, TENSORS, {})
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"file cannot be read \(.+\): expected a whole \.safetensors file"):
+    with pytest.raises(CheckpointError, match=r"file cannot be read \(.+\): expected a complete \.safetensors file"):
         load_tensors(path)
     with pytest.raises(FileNotFoundError):
         load_tensors(tmp_path / "nothing")

@@ -41,8 +41,8 @@ def sums_exactly(world: World) -> bool:
 
 def error_beside_silent_ranks(world: World) -> str:
     """Of rank 0, that waits for the others by the run's timeout: torch's own is half an hour."""
-    assert world.signs is not None
-    shards = sharded(replace(world, signs=replace(world.signs, timeout_s=2.0)))
+    assert world.heartbeats is not None
+    shards = sharded(replace(world, heartbeats=replace(world.heartbeats, timeout_s=2.0)))
     message = ""
     if world.is_main:
         try:

@@ -272,7 +272,7 @@ def test_what_a_killed_rank_leaves_is_finished_by_another_number(project: Path) 
     first, second = together(2, command, PYTHONPATH=os.pathsep.join(FOUND_IN))
     assert second.exit_code == -signal.SIGKILL
     assert first.exit_code != 0
-    assert "rank 1 gave no sign of life for 30 s, while this process waited for" in first.err
+    assert "rank 1 sent no heartbeat for 30 s, while this process waited for" in first.err
     left = files(project / "cache")
     assert 2 < len(left) < 9
     filled(ALONE, str(project), [])
