@@ -23,7 +23,7 @@ _REPLACED = ".tmp-replaced-"
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """A checkpoint folder and its damage: None if it can be used."""
+    """A verified checkpoint folder. `damage` is None if it can be used."""
 
     step: int
     path: Path
@@ -55,10 +55,10 @@ def unfinished(final: Path) -> Path:
 
 
 def begin(final: Path) -> Path:
-    """Make the empty temporary folder of the checkpoint `final`. End it with `finish` or `delete_path`.
+    """Create the empty temporary folder of the checkpoint `final`. End it with `finish` or `delete_path`.
 
     Raises:
-        DiskError: it cannot be made.
+        DiskError: it cannot be created.
     """
     folder = unfinished(final)
     with file_errors_reported(final):
@@ -108,7 +108,7 @@ def _seal(folder: Path, hashes: Mapping[str, str]) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """The first damage of a checkpoint; None if every file of its manifest exists and has its hash."""
+    """The first damage found in a checkpoint; None if every file of its manifest exists and has its hash."""
     try:
         manifest = read_json(folder / MANIFEST)
         files = {str(name): str(entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -124,7 +124,7 @@ def damage(folder: Path) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if sha256_file(path) != expected:
-            return f"{name} does not have the hash of its manifest"
+            return f"{name} does not have the hash in its manifest"
     return None
 
 

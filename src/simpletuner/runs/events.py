@@ -86,7 +86,7 @@ class PhaseEvent(Event):
     """Peak memory of the phase, without phases inside it, in GiB, at its end: memory that the allocator reserved on the
     accelerator or, on a CPU, resident memory of the process."""
     memory_allocated_gib: float | None = None
-    """Peak of its part that tensors used, in GiB; null on a CPU."""
+    """Peak of the memory that tensors used, in GiB; null on a CPU."""
 
 
 class ProgressEvent(Event):
@@ -130,7 +130,7 @@ class StepEvent(Event):
     """Peak memory of the training phase so far, in GiB: memory that the allocator reserved on the accelerator or, on a
     CPU, resident memory of the process."""
     memory_allocated_gib: float | None = None
-    """Peak of its part that tensors used, in GiB; null on a CPU."""
+    """Peak of the memory that tensors used, in GiB; null on a CPU."""
     images_per_s: float | None = None
     """Training images per second, over all processes. [performance.md](performance.md) explains this and the following
     fields."""
@@ -261,11 +261,11 @@ EVENTS: dict[str, type[Event]] = {
 class EventLog:
     """Appends events to `path`. The caller must hold the run's lock.
 
-    An incomplete last line of a killed process or a power cut is removed. Damaged lines are left in place: ids and
-    attempts continue from the last readable line.
+    An incomplete last line, left by a killed process or a power failure, is removed. Damaged lines are left in place:
+    ids and attempts continue from the last readable line.
 
     Args:
-        is_new_start: False to end the events of a start whose process no longer exists.
+        is_new_start: False to append to the last start, whose process no longer exists.
 
     Raises:
         DiskError: the file cannot be read or written.
@@ -315,7 +315,7 @@ class EventLog:
 
 
 def parse_event(line: bytes | str) -> dict[str, Any] | None:
-    """Parse the event in a line. None if the line is blank, incomplete or damaged, or holds no event."""
+    """Parse the event in a line. None if the line is blank, incomplete or damaged, or is not an event."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
@@ -389,7 +389,7 @@ def read_events(path: Path, after: int = 0, kinds: Collection[str] = EVENTS) -> 
 
 
 def read_appended(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
-    """The events from byte `place` on, and the byte at which to continue reading. Damaged lines are skipped."""
+    """The events from byte `offset` on, and the byte at which to continue reading. Damaged lines are skipped."""
     if not path.exists():
         return [], offset
     with path.open("rb") as file:

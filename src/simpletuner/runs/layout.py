@@ -135,12 +135,12 @@ class RunDirectory:
                     delete_path(path)
 
     def create(self) -> None:
-        """Make the directory.
+        """Create the directory.
 
         Raises:
-            ConfigError: `output_dir` is a file or cannot be made.
+            ConfigError: `output_dir` is a file or cannot be created.
             DiskError: the disk is full or read-only.
         """
-        with file_errors_reported(self.root, ConfigError, doing="make"):
+        with file_errors_reported(self.root, ConfigError, doing="create"):
             for folder in (self.root, self.control, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from simpletuner.runs.process import stop_if_asked
 LOOK_FOR_MACHINES_EVERY_S = 0.05
 CONNECT_AGAIN_S = 1.0
 HELLO_WITHIN_S = 2.0
-"""Time in which a new connection must send its machine number."""
+"""Seconds in which a new connection must send its machine number."""
 MAX_LINE_BYTES = 2**20
 """Maximum length of a line: a peer that sends a longer line is not a supervisor."""
 EXTERNAL_ADDRESS = "192.0.2.1"
@@ -32,7 +32,7 @@ EXTERNAL_ADDRESS = "192.0.2.1"
 
 
 @dataclass
-class MachineLine:
+class MachineLink:
     """A connection to another machine's supervisor. Its calls do not block, apart from `answer`."""
 
     connection: socket.socket
@@ -110,30 +110,30 @@ class Machines:
     """Port of rank 0's store on machine 0."""
     store_listener: socket.socket | None = None
     """The listening socket of that port, on machine 0, until rank 0 has inherited it."""
-    lines: list[MachineLine] = field(default_factory=list)
+    links: list[MachineLink] = field(default_factory=list)
     """On machine 0, connections to all other machines; on the others, only the connection to machine 0."""
 
     def close(self, exit_code: int) -> None:
         """Send this machine's exit code to the others and close the connections."""
-        for line in self.lines:
-            line.send(ended=exit_code)
-            line.receive()  # closing a connection with unread data would discard the sent message
-            line.close()
+        for link in self.links:
+            link.send(ended=exit_code)
+            link.receive()  # closing a connection with unread data would discard the sent message
+            link.close()
         if self.store_listener is not None:
             self.store_listener.close()
 
     def unreachable(self) -> Iterator[tuple[int, str]]:
         """Yield machines that are unreachable although they have not ended, with the reason; each only once."""
-        for line in self.lines:
-            silent_s = time.monotonic() - line.heard_at
-            if line.exit_code is None and (line.is_closed or silent_s > self.timeout_s):
-                line.exit_code = RanksError.exit_code
-                reason = "closed its connection" if line.is_closed else f"sent no message for {self.timeout_s:.0f} s"
-                yield line.machine, reason
+        for link in self.links:
+            silent_s = time.monotonic() - link.heard_at
+            if link.exit_code is None and (link.is_closed or silent_s > self.timeout_s):
+                link.exit_code = RanksError.exit_code
+                reason = "closed its connection" if link.is_closed else f"sent no message for {self.timeout_s:.0f} s"
+                yield link.machine, reason
 
     def send_heartbeats(self) -> None:
-        for line in self.lines:
-            line.send_heartbeat(min(10.0, self.timeout_s / 5))
+        for link in self.links:
+            link.send_heartbeat(min(10.0, self.timeout_s / 5))
 
 
 def meet(machine: int, count: int, host: str, port: int, terms: Mapping[str, Any], timeout_s: float) -> Machines:
@@ -148,7 +148,7 @@ def meet(machine: int, count: int, host: str, port: int, terms: Mapping[str, Any
     Raises:
         ConfigError: `host` is not a usable address, or machine 0 has other options.
         RanksError: the other machines did not connect in time.
-        Stopped: a signal arrived before.
+        Stopped: a signal arrived meanwhile.
     """
     address = _address(host)
     return (_listen if machine == 0 else _connect)(Machines(machine, count, address, timeout_s), port, terms)
@@ -191,7 +191,7 @@ def _listen(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machines
             "a free port",
             "Give another --main_process_port on all machines.",
         ) from None
-    connected: dict[int, MachineLine] = {}
+    connected: dict[int, MachineLink] = {}
     deadline = time.monotonic() + machines.timeout_s
     say(f"Machine 0 of {machines.count} waits for the others at {machines.address}, port {port}.")
     with listener, contextlib.ExitStack() as on_failure:
@@ -207,28 +207,28 @@ def _listen(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machines
                 )
             with contextlib.suppress(TimeoutError):
                 connection, (peer, *_) = listener.accept()
-                line = MachineLine(connection, peer)
-                on_failure.callback(line.close)
-                _admit(line, connected, terms, machines.count)
+                link = MachineLink(connection, peer)
+                on_failure.callback(link.close)
+                _admit(link, connected, terms, machines.count)
         on_failure.pop_all()
-    machines.lines = [connected[number] for number in sorted(connected)]
+    machines.links = [connected[number] for number in sorted(connected)]
     machines.store_listener = socket.create_server((machines.address, 0), family=family)
     machines.store_port = machines.store_listener.getsockname()[1]
-    for line in machines.lines:
-        line.heard_at = time.monotonic()
-        line.send(store_port=machines.store_port)
+    for link in machines.links:
+        link.heard_at = time.monotonic()
+        link.send(store_port=machines.store_port)
     return machines
 
 
-def _admit(line: MachineLine, connected: dict[int, MachineLine], terms: Mapping[str, Any], count: int) -> None:
+def _admit(link: MachineLink, connected: dict[int, MachineLink], terms: Mapping[str, Any], count: int) -> None:
     """Add a new connection to the `connected` machines, or refuse it."""
-    hello = line.answer(HELLO_WITHIN_S)
+    hello = link.answer(HELLO_WITHIN_S)
     number = None if hello is None else hello.get("machine")
     # A peer without a valid hello is not a machine of this run.
     if hello is None or type(number) is not int or not 0 < number < count or not isinstance(hello.get("terms"), dict):
-        line.close()
+        link.close()
         return
-    line.machine = number
+    link.machine = number
     for each in [*connected.values()]:
         each.receive()
         if each.is_closed:  # it was stopped, and may connect again
@@ -250,11 +250,11 @@ def _admit(line: MachineLine, connected: dict[int, MachineLine], terms: Mapping[
             )
         )
     if problems:
-        line.send(refused=[(problem.found, problem.expected) for problem in problems])
-        say(f"{line.address} was refused: {' '.join(map(str, problems))}")
-        line.close()
+        link.send(refused=[(problem.found, problem.expected) for problem in problems])
+        say(f"{link.address} was refused: {' '.join(map(str, problems))}")
+        link.close()
     else:
-        connected[number] = line
+        connected[number] = link
 
 
 def _connect(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machines:
@@ -276,16 +276,16 @@ def _connect(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machine
             reason = error.strerror or str(error)
             time.sleep(0.2)
             continue
-        line = MachineLine(connection, machines.address)
-        line.send(machine=machines.number, terms=dict(terms))
-        answer = line.answer(deadline - time.monotonic())
+        link = MachineLink(connection, machines.address)
+        link.send(machine=machines.number, terms=dict(terms))
+        answer = link.answer(deadline - time.monotonic())
         if answer is not None and ("refused" in answer or isinstance(answer.get("store_port"), int)):
             break
-        line.close()
-        reason = "it closed the connection" if line.is_closed else "other machines are missing"
+        link.close()
+        reason = "it closed the connection" if link.is_closed else "other machines are missing"
         time.sleep(CONNECT_AGAIN_S)
     if "refused" in answer:
-        line.close()
+        link.close()
         raise ConfigError(*(Problem(finding, expected) for finding, expected in answer["refused"]))
-    machines.lines, machines.store_port = [line], int(answer["store_port"])
+    machines.links, machines.store_port = [link], int(answer["store_port"])
     return machines

@@ -50,8 +50,7 @@ class QueueEntry(BaseModel):
     output_dir: str
     """The run directory, relative to the workspace."""
     state: EntryState = "waiting"
-    """State of the entry. After stopped and failed the queue does not run it again; the same command resumes the run.
-    """
+    """State of the entry. The queue does not run a stopped or failed entry again; the same command resumes its run."""
     exit_code: int | None = None
     """Exit code once it has ended; 128 plus the signal's number if it was killed."""
     pid: int | None = None
@@ -294,7 +293,7 @@ class Queue:
         run = RunDirectory(directory)
         if run.lock().is_held():
             raise ConfigError.of(
-                f"output_dir = {output_dir} is being trained by process {run.lock().pid() or 'unknown'}",
+                f"output_dir = {output_dir} is in use by process {run.lock().pid() or 'unknown'}",
                 "a separate directory",
                 "Give another --output_dir, or wait.",
             )
@@ -332,7 +331,7 @@ class Queue:
         return [entry for entry in map(self._parsed, numbers) if entry is not None]
 
     def _current(self, entry: QueueEntry) -> QueueEntry:
-        """The entry with its present state: a running entry without worker and process waits again."""
+        """The entry with its current state: a running entry without worker and process waits again."""
         if entry.state != "running" or self.process_lock(entry.id).is_held() or self.worker(entry.devices).is_held():
             return entry
         return _waiting(entry)

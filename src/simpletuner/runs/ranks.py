@@ -36,7 +36,7 @@ from simpletuner.base.signals import (
 )
 from simpletuner.runs.events import EndEvent, ErrorEvent, EventLog
 from simpletuner.runs.layout import RunDirectory
-from simpletuner.runs.machines import MachineLine, Machines
+from simpletuner.runs.machines import MachineLink, Machines
 from simpletuner.runs.status import status_of
 
 RANKS_FOLDER = "RANKS_FOLDER"
@@ -46,16 +46,16 @@ RANKS_LIFELINE = "RANKS_LIFELINE"
 RANKS_LISTENER = "RANKS_LISTENER"
 """Environment variable of rank 0 on several machines: the file descriptor on which its store listens."""
 GRACE_S = 15.0
-"""Time for rank 0 to fail by itself and write its events, after another rank has failed."""
+"""Seconds that rank 0 has to fail by itself and write its events, after another rank has failed."""
 REST_S = 2.0
-"""Time for the other ranks to end after rank 0 has ended: they have nothing left to write."""
+"""Seconds that the other ranks have to end after rank 0 has ended: they have nothing left to write."""
 LEAVE_S = 5.0
-"""Time for rank 0 to react to a second Ctrl-C before all ranks are killed."""
+"""Seconds that rank 0 has to react to a second Ctrl-C before all ranks are killed."""
 BLAME_PATIENCE_S = 3.0
-"""Time for which a rank whose collective failed waits for the error of the rank that caused it."""
+"""Seconds that a rank whose collective failed waits for the error of the rank that caused it."""
 LOOK_AT_RANKS_EVERY_S = 0.05
 RANK_TAIL_BYTES = 16 * 1024
-"""Number of the last bytes of a rank's output that are kept."""
+"""How many bytes from the end of a rank's output are kept."""
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _DIST_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
@@ -319,7 +319,7 @@ class _Rank:
     tail: bytearray = field(default_factory=bytearray)
     """The end of its output; empty for rank 0, which prints to the terminal."""
     reader: threading.Thread | None = None
-    was_ended: bool = False
+    was_killed: bool = False
     """Whether the supervisor killed it."""
 
     @property
@@ -368,11 +368,7 @@ class Supervisor:
         """On the other machines: exit code of machine 0."""
 
     def __call__(self, command: Sequence[str], environ: Mapping[str, str]) -> int:
-        """Run `command` as every rank and return the run's exit code. The first failed rank's error is printed last.
-
-        Raises:
-            Stopped: a signal arrived before.
-        """
+        """Run `command` as every rank and return the run's exit code. The first failed rank's error is printed last."""
         starts, began = status_of(self.run).starts, time.monotonic()
         with tempfile.TemporaryDirectory(prefix="simpletuner-ranks-") as name, self._signals():
             errors = ErrorFiles(-1, self.first_rank + self.size, Path(name))
@@ -380,7 +376,7 @@ class Supervisor:
             try:
                 for local_rank in range(self.size):
                     self._ranks.append(self._start(local_rank, command, environ, Path(name), lifeline))
-                if deferred_signals.first is not None:  # it arrived between the last safe point and our handlers
+                if deferred_signals.first is not None:  # it arrived before our handlers were installed
                     self._forward(deferred_signals.first, None)
                 self._wait(errors)
             finally:
@@ -477,19 +473,19 @@ class Supervisor:
                 self._forwarded[failure.rank] = failure
                 of_machine = failure.rank // self.size
                 if machines.number in (0, of_machine):
-                    for line in machines.lines:
-                        if line.machine != of_machine:
-                            line.send(failure=failure.model_dump())
+                    for link in machines.links:
+                        if link.machine != of_machine:
+                            link.send(failure=failure.model_dump())
         if failures.keys() - {rank.number for rank in self._ranks}:
             self._end_within(GRACE_S)
         if self._stop_is_due:
             self._stop_is_due = False
-            for line in machines.lines:
-                line.send(stop=True)
-            complain("Asked machine 0 to stop the run. A second signal stops this machine at once.")
-        for line in machines.lines:
-            for message in line.receive():
-                self._handle_message(message, line, errors)
+            for link in machines.links:
+                link.send(stop=True)
+            complain("Asked machine 0 to stop the run; a second SIGINT (Ctrl-C) or SIGTERM exits at once.")
+        for link in machines.links:
+            for message in link.receive():
+                self._handle_message(message, link, errors)
         for machine, reason in machines.unreachable():
             first = machine * self.size
             text = f"rank {first} does not answer: machine {machine} {reason}."
@@ -499,24 +495,24 @@ class Supervisor:
             self._end_within(GRACE_S)
         machines.send_heartbeats()
 
-    def _handle_message(self, message: Mapping[str, Any], line: MachineLine, errors: ErrorFiles) -> None:
+    def _handle_message(self, message: Mapping[str, Any], link: MachineLink, errors: ErrorFiles) -> None:
         if "failure" in message:
             # The machines' clocks differ: order failures by their arrival.
             errors.write(RankFailure.model_validate(message["failure"]).model_copy(update={"time": time.time()}))
         elif "stop" in message and self._asked_at is None and not self._is_asked_elsewhere:
             self._is_asked_elsewhere = True
-            complain(f"Machine {line.machine} was asked to stop.")
+            complain(f"Machine {link.machine} was asked to stop.")
             self._ranks[0].process.send_signal(STOP_FROM_OTHER_MACHINE)
         elif "ended" in message:
-            line.exit_code = int(message["ended"])
-            if line.machine == 0:
-                self._main_exit_code = line.exit_code
-                self._end_within(REST_S if line.exit_code in (0, STOPPED) else GRACE_S)
+            link.exit_code = int(message["ended"])
+            if link.machine == 0:
+                self._main_exit_code = link.exit_code
+                self._end_within(REST_S if link.exit_code in (0, STOPPED) else GRACE_S)
 
     def _report_silent_end(self, rank: _Rank, errors: ErrorFiles) -> None:
         """Report the failure of a rank that ended without reporting it."""
         code = rank.process.returncode
-        if code in (0, STOPPED) or rank.was_ended or self._was_ended_by_signal(rank) or rank.number in errors.read():
+        if code in (0, STOPPED) or rank.was_killed or self._was_ended_by_signal(rank) or rank.number in errors.read():
             return
         if code < 0:
             text = f"rank {rank.number} was killed by signal {-code} ({_signal_name(-code)})."
@@ -537,7 +533,7 @@ class Supervisor:
         # SIGKILL, because rank 0 continues after SIGTERM until it has saved. Files are written atomically.
         for rank in self._ranks:
             if rank.is_alive:
-                rank.was_ended = True
+                rank.was_killed = True
                 rank.signal_group(signal.SIGKILL)
         for rank in self._ranks:
             rank.process.wait()
@@ -551,7 +547,7 @@ class Supervisor:
             return code
         main, failures = self._ranks[0], errors.read()
         code = main.process.returncode
-        if self._was_ended_by_signal(main) or (main.was_ended and self._kill_at < float("inf")):
+        if self._was_ended_by_signal(main) or (main.was_killed and self._kill_at < float("inf")):
             return STOPPED
         if code in (0, STOPPED):
             return code
@@ -560,7 +556,7 @@ class Supervisor:
             return code if code > 0 else RanksError.exit_code
         is_reported = code > 0 and 0 in failures and first.text in failures[0].text
         self._report(first, is_reported=is_reported)
-        if main.was_ended:
+        if main.was_killed:
             self._record(first, starts, time.monotonic() - began)
         return code if code > 0 else first.exit_code
 
@@ -601,7 +597,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Forward signals to stop to rank 0, and Ctrl-Z of the terminal to all ranks, inside the context."""
+        """Inside the context, forward stop signals to rank 0, and the terminal's Ctrl-Z to all ranks."""
         handlers: dict[int, Callable[[int, FrameType | None], None]]
         handlers = {
             **dict.fromkeys((*EXIT_SIGNALS, *WARNING_SIGNALS, STOP_FROM_OTHER_MACHINE), self._forward),

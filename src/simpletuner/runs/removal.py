@@ -119,7 +119,7 @@ def delete_run(run: RunDirectory, workspace: Path) -> RunContents:
 
 
 def check_deletable(run: RunDirectory, workspace: Path) -> None:
-    """Raise the error with which `delete_run` would refuse, if any."""
+    """Raise the error with which `delete_run` would refuse to delete `run`, if any."""
     root = run.root
     if root.is_symlink():
         raise ConfigError.of(f"{root} is a link", "the folder itself", f"Name {root.resolve()}.")

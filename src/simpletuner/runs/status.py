@@ -29,7 +29,7 @@ class RunStatus:
     pid: int | None
     """Id of its process while it is starting or running."""
     phase: Phase | None
-    """The present phase, or the phase in which the last attempt ended."""
+    """The current phase, or the phase in which the last attempt ended."""
     progress: tuple[int, int] | None
     """Number of finished items and of all items, in a phase other than training."""
     step: int
@@ -71,7 +71,7 @@ class RunStatus:
 
 
 def status_of(run: RunDirectory) -> RunStatus:
-    """Read the present status of `run`. Takes milliseconds even if its events take many megabytes.
+    """Read the current status of `run`. Takes milliseconds even if its events take many megabytes.
 
     A run directory that is missing or empty is "new". Damaged lines are skipped.
     """
@@ -156,7 +156,7 @@ class _Tail:
     progress: tuple[int, int] | None = None
     held_out: tuple[float, float] | None = None
     read_from: int = 0
-    """Byte of the file from which on all events were read."""
+    """Byte of the file after which all events were read."""
 
 
 def _read_tail(file: BinaryIO) -> _Tail:

@@ -53,7 +53,7 @@ def test_verify_names_the_damage_and_exits_6(directory: RunDirectory, capsys: py
     assert capsys.readouterr().out == "step 5: good\nstep 10: good\nstep 15: good\n"
     damaged(directory, 10)
     assert run(["verify", RUN, "--all"]) == 6
-    assert "step 10: damaged: state.json does not have the hash of its manifest" in capsys.readouterr().out
+    assert "step 10: damaged: state.json does not have the hash in its manifest" in capsys.readouterr().out
     assert run(["verify", RUN, "--step=5,15"]) == 0
     capsys.readouterr()
     assert run(["verify", RUN, "--step", "10", "--step", "5", "--json"]) == 6

@@ -59,21 +59,21 @@ def test_three_machines_meet_whoever_else_comes(
     (second,) = twins - {later}
     assert not first.done()
     together = [first.result(20) for first in (first, come(pool, 1, port), second)]
-    assert [len(each.lines) for each in together] == [2, 1, 1]
+    assert [len(each.links) for each in together] == [2, 1, 1]
     assert len({each.store_port for each in together}) == 1
     assert f"{HERE} was refused: learning_rate = 0.2 on machine 1" in capsys.readouterr().out
     with pytest.raises(ConnectionRefusedError):  # nobody can come any more
         socket.create_connection((HERE, port))
 
-    together[1].lines[0].send(stop=True)
-    together[0].lines[1].send(failure={"rank": 0})
+    together[1].links[0].send(stop=True)
+    together[0].links[1].send(failure={"rank": 0})
     for number, expected in ((0, [[{"stop": True}], []]), (2, [[{"failure": {"rank": 0}}]])):
-        assert [wait_for(line, len(each)) for line, each in zip(together[number].lines, expected, strict=True)] == (
+        assert [wait_for(link, len(each)) for link, each in zip(together[number].links, expected, strict=True)] == (
             expected
         )
     assert [*together[0].unreachable()] == []
     together[1].close(8)
-    assert wait_for(together[0].lines[0], 1) == [{"ended": 8}]
+    assert wait_for(together[0].links[0], 1) == [{"ended": 8}]
     assert [*together[0].unreachable()] == [(1, "closed its connection")]
     assert [*together[0].unreachable()] == []
     together[0].timeout_s = -1
@@ -82,11 +82,11 @@ def test_three_machines_meet_whoever_else_comes(
         each.close(0)
 
 
-def wait_for(line: machines.MachineLine, count: int) -> list[dict[str, Any]]:
-    """So many messages of a line."""
+def wait_for(link: machines.MachineLink, count: int) -> list[dict[str, Any]]:
+    """So many messages of a link."""
     found: list[dict[str, Any]] = []
     while len(found) < count:
-        found += line.receive()
+        found += link.receive()
     return found
 
 

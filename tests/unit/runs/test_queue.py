@@ -158,7 +158,7 @@ def test_two_that_have_not_ended_may_not_share_a_directory(queue: Queue) -> None
 def test_nor_may_one_go_where_a_run_is_going_on(queue: Queue) -> None:
     run = RunDirectory(queue.workspace / "output" / "one")
     run.create()
-    with run.lock(), pytest.raises(ConfigError, match=f"is being trained by process {os.getpid()}"):
+    with run.lock(), pytest.raises(ConfigError, match=f"is in use by process {os.getpid()}"):
         queue.add(DONE, "output/one")
 
 
@@ -223,7 +223,7 @@ def test_a_directory_that_cannot_be_made_fails_and_the_next_is_taken(queue: Queu
     queue.add(DONE, "output/two")
     queue.work("", say_nothing)
     assert states(queue) == [(1, "failed"), (2, "done")]
-    assert "cannot make" in (queue.entries()[0].error or "")
+    assert "cannot create" in (queue.entries()[0].error or "")
 
 
 def test_a_damaged_entry_says_so_and_is_passed_over(queue: Queue) -> None:

@@ -452,5 +452,5 @@ raise Stopped.of(f"stopped by {deferred_signals.first}")
     assert [first.returncode, second.returncode] == [STOPPED, STOPPED]
     assert printed[0][0] == "Machine 1 was asked to stop."
     assert printed[0][-1] == f"stopped by {signal.SIGTERM.value}."
-    asked = "Asked machine 0 to stop the run. A second signal stops this machine at once."
+    asked = "Asked machine 0 to stop the run; a second SIGINT (Ctrl-C) or SIGTERM exits at once."
     assert printed[1] == [asked, STOPPED_WITH_MACHINE_0]

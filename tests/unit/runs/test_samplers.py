@@ -12,8 +12,8 @@ from simpletuner.runs.samplers import SAMPLERS_FOLDER, first_gpu, registered_as_
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from simpletuner.runs.samplers import known_as_sampler
-with known_as_sampler(Path.cwd(), os.environ):
+from simpletuner.runs.samplers import registered_as_sampler
+with registered_as_sampler(Path.cwd(), os.environ):
     print("held", flush=True)
     time.sleep(600)
 """

@@ -55,7 +55,7 @@ def test_a_verdict_holds_until_a_file_changes(client: TestClient, run: RunDirect
     found = verify(client, 5)
     assert (found["state"], found["damage"]) == (
         "damaged",
-        "weights.safetensors does not have the hash of its manifest",
+        "weights.safetensors does not have the hash in its manifest",
     )
     assert listed(client) == [(5, "damaged"), (10, "unverified")]
 

@@ -351,7 +351,7 @@ def test_a_missing_or_damaged_share_is_found(saved: tuple[Path, Any]) -> None:
     victim = folder / "optimizer-00002-of-00003.safetensors"
     content = victim.read_bytes()
     victim.write_bytes(content[:-1] + b"?")
-    assert checkpoints.damage(folder) == f"{victim.name} does not have the hash of its manifest"
+    assert checkpoints.damage(folder) == f"{victim.name} does not have the hash in its manifest"
     victim.unlink()
     assert checkpoints.damage(folder) == f"{victim.name} is missing"
     with pytest.raises(CheckpointError, match=r"lacks optimizer-00002-of-00003"):
