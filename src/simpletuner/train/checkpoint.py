@@ -219,7 +219,7 @@ def read_state(folder: Path) -> TrainState:
         value = read_json(path)
         if isinstance(value, dict) and value.get("version") != STATE_VERSION:
             raise CheckpointError.of(
-                f"{path} is of version {value.get('version')}",
+                f"{path} has version {value.get('version')}",
                 f"version {STATE_VERSION}",
                 "Another release of this program wrote it: resume with that release, or start over with "
                 "--resume_from_checkpoint='' and another --output_dir.",
