@@ -132,7 +132,7 @@ def _check_size(size: Size, dataset: FolderDataset) -> None:
 
 
 def _check_enlargement(size: Size, target: Size, dataset: FolderDataset) -> None:
-    if not _is_near_enough(size, target, dataset):
+    if not _is_enlargement_allowed(size, target, dataset):
         factor = float(enlargement(size, target))
         raise Rejected(
             "above max_upscale_threshold",
@@ -141,7 +141,7 @@ def _check_enlargement(size: Size, target: Size, dataset: FolderDataset) -> None
         )
 
 
-def _is_near_enough(size: Size, target: Size, dataset: FolderDataset) -> bool:
+def _is_enlargement_allowed(size: Size, target: Size, dataset: FolderDataset) -> bool:
     threshold = dataset.max_upscale_threshold
     return threshold is None or enlargement(size, target) <= 1 + Fraction(threshold)
 
@@ -174,7 +174,7 @@ def _target(size: Size, dataset: FolderDataset, seed: int, content: str) -> Size
     if dataset.crop_aspect == "square":
         return aligned_square(dataset)
     aspects = [_ratio(value) for value in dataset.crop_aspect_buckets or DEFAULT_ASPECTS]
-    reachable = [a for a in aspects if _is_near_enough(size, aligned(a, dataset), dataset)] or aspects
+    reachable = [a for a in aspects if _is_enlargement_allowed(size, aligned(a, dataset), dataset)] or aspects
     if dataset.crop_aspect == "closest":
         return aligned(min(reachable, key=lambda bucket: _distance(bucket, aspect)), dataset)
     return aligned(reachable[draw_seed(seed, "crop", content, "aspect") % len(reachable)], dataset)
@@ -235,11 +235,11 @@ def _cover(size: Size, target: Size) -> Size:
     """The smallest size with the image's aspect that covers the target."""
     width, height = size
     if target[0] * height >= target[1] * width:
-        return target[0], max(target[1], _divided(height * target[0], width))
-    return max(target[0], _divided(width * target[1], height)), target[1]
+        return target[0], max(target[1], _rounded_quotient(height * target[0], width))
+    return max(target[0], _rounded_quotient(width * target[1], height)), target[1]
 
 
-def _divided(numerator: int, denominator: int) -> int:
+def _rounded_quotient(numerator: int, denominator: int) -> int:
     """The quotient rounded to the nearest integer, halves up."""
     return (2 * numerator + denominator) // (2 * denominator)
 

@@ -277,7 +277,7 @@ def _check_pairings(image_set: ImageSet, files: FolderFiles, pairings: Sequence[
     for pairing in pairings:
         if files.pictures and not pairing.partners:
             partner_set, image = pairing.conditioning_set, next(iter(files.pictures))
-            has = f"it has {_named(pairing.unpaired, 3)}" if pairing.unpaired else "it has no images"
+            has = f"it has {_name_list(pairing.unpaired, 3)}" if pairing.unpaired else "it has no images"
             expected = f"files of the same names, such as {PurePosixPath(image).with_suffix('.png')} for {image}"
             problems.append(Problem(f"{image_set.id}: no image has a partner in {partner_set.id}: {has}", expected))
     DataError.raise_if(problems)
@@ -294,11 +294,11 @@ def _condition_notices(image_set: ImageSet, samples: Sequence[Sample], pairings:
         unpartnered = [sample.name for sample in samples if caption_key(sample.name) not in pairing.partners]
         if unpartnered:
             count = f"{len(unpartnered)} of {len(samples)} images"
-            named = _named(unpartnered)
+            named = _name_list(unpartnered)
             yield f"{image_set.id}: {count} have no partner in {partner_set.id} and are trained without one ({named})."
         if pairing.unpaired:
             count = f"{len(pairing.unpaired)} of {len(pairing.entries)} files"
-            yield f"{partner_set.id}: {count} belong to no image of {image_set.id} ({_named(pairing.unpaired)})."
+            yield f"{partner_set.id}: {count} belong to no image of {image_set.id} ({_name_list(pairing.unpaired)})."
 
 
 def _limited(samples: list[Sample], limit: int | None, seed: int) -> tuple[list[Sample], list[Rejection]]:
@@ -314,7 +314,7 @@ def _nothing_left(image_set: ImageSet, rejections: Sequence[Rejection]) -> DataE
     if not rejections:
         return DataError.of(f"{image_set.id}: {folder} contains no images", "at least one")
     counts = "; ".join(
-        f"{count} {reason} ({_named([r.name for r in rejections if r.reason == reason], 3)})"
+        f"{count} {reason} ({_name_list([r.name for r in rejections if r.reason == reason], 3)})"
         for reason, count in rejection_counts(rejections).items()
     )
     first = rejections[0]
@@ -334,12 +334,12 @@ def _uncaptioned(image_set: ImageSet, rejections: Sequence[Rejection]) -> list[s
     text_file = PurePosixPath(names[0]).with_suffix(".txt")
     remedy = f"Write one caption file per image ({text_file} for {names[0]}), or one caption for all images"
     return [
-        f"{image_set.id}: {lack} left out ({_named(names)}). {remedy}: put the line "
+        f"{image_set.id}: {lack} left out ({_name_list(names)}). {remedy}: put the line "
         f'"instance_prompt": "what they show", into the entry {json.dumps(image_set.id)} of the dataset file.'
     ]
 
 
-def _named(names: Sequence[str], limit: int = 5) -> str:
+def _name_list(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
 
 
@@ -350,7 +350,7 @@ def _notices(
 
     def add(names: Sequence[str], text: str) -> None:
         if names:
-            notices.append(f"{image_set.id}: {len(names)} of {len(samples)} images {text} ({_named(names)}).")
+            notices.append(f"{image_set.id}: {len(names)} of {len(samples)} images {text} ({_name_list(names)}).")
 
     def remarks_of(sample: Sample) -> tuple[Remark, ...]:
         entry = entries[sample.name]
@@ -393,12 +393,12 @@ def _notices(
         )
         if folder_files.unused_captions:
             count = len(folder_files.unused_captions)
-            named = _named(folder_files.unused_captions)
+            named = _name_list(folder_files.unused_captions)
             notices.append(
                 f"{image_set.id}: {count} .caption files are not read, since .txt files replace them ({named})."
             )
         orphans = sorted(set(folder_files.captions) - {caption_key(name) for name in folder_files.pictures})
         if orphans:
             files = [folder_files.captions[key] for key in orphans]
-            notices.append(f"{image_set.id}: {len(files)} caption files have no image ({_named(files)}).")
+            notices.append(f"{image_set.id}: {len(files)} caption files have no image ({_name_list(files)}).")
     return tuple(notices)
