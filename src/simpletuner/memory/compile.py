@@ -171,10 +171,10 @@ def install(
 
 
 def _in_training(
-    block: nn.Module, plain: Callable[..., Any], compiled_forward: Callable[..., Any], compiled: CompiledBlocks
+    block: nn.Module, plain_forward: Callable[..., Any], compiled_forward: Callable[..., Any], compiled: CompiledBlocks
 ) -> Callable[..., Any]:
     def run(*inputs: Any) -> Any:
-        return compiled_forward(block, *inputs) if block.training and compiled.is_on else plain(*inputs)
+        return compiled_forward(block, *inputs) if block.training and compiled.is_on else plain_forward(*inputs)
 
     return run
 

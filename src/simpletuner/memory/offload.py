@@ -468,7 +468,7 @@ class Streaming:
             if is_cuda:
                 copy_end = torch.cuda.Event(blocking=True)  # blocking: the reader thread sleeps while it waits
                 copy_end.record(torch.cuda.current_stream(self._device))
-                self._reader.copy_ends(copy_end)
+                self._reader.keep_until(copy_end)
         slot.group = group
         self.copies += 1
         self.copied_bytes += group.size

@@ -341,7 +341,7 @@ def quantized_tensors(weight: Float[Tensor, "rows columns"], precision: str) -> 
     rows, columns = weight.shape
     layout = WeightLayout(precision, (rows, columns))
     step = max(_ROWS, SLICE // columns // _ROWS * _ROWS)
-    quantize_slice = _MAKERS[PRECISIONS[precision].library]
+    quantize_slice = _QUANTIZERS[PRECISIONS[precision].library]
     parts = [quantize_slice(weight[start : start + step].contiguous(), layout) for start in range(0, rows, step)]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if precision == "nf4-bnb":
@@ -409,7 +409,7 @@ def _with_bitsandbytes(weight: Tensor, layout: WeightLayout) -> dict[str, Tensor
     return {"data": data.reshape(-1), "absmax": state.absmax}
 
 
-_MAKERS = {"optimum.quanto": _with_quanto, "torchao": _with_torchao, "bitsandbytes": _with_bitsandbytes}
+_QUANTIZERS = {"optimum.quanto": _with_quanto, "torchao": _with_torchao, "bitsandbytes": _with_bitsandbytes}
 
 
 def _nested(absmax: Float[Tensor, " blocks"]) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class FileReader:
     def content(self, file: Path, size: int) -> Tensor:
         """Wait for the `size` bytes of `file` and return them, as a view of a buffer.
 
-        With n buffers, the n-th file begun after this one overwrites them. `copy_ends` makes it wait for a copy.
+        With n buffers, the n-th file begun after this one overwrites them. `keep_until` makes it wait for a copy.
 
         Raises:
             DiskError: the file is missing, cannot be read, or has another size.
@@ -72,7 +72,7 @@ class FileReader:
         self._next_buffer = (self._next_buffer + 1) % len(self._buffers)
         return buffer
 
-    def copy_ends(self, end: CopyEnd) -> None:
+    def keep_until(self, end: CopyEnd) -> None:
         """Keep the bytes that `content` returned last until `end`."""
         self._copy_ends[self._next_buffer - 1] = end
 

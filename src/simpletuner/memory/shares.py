@@ -160,7 +160,7 @@ class _ShareWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._sum = hashlib.sha256()
+        self._hash = hashlib.sha256()
         self._error: OSError | None = None
         try:
             self._file = path.open("xb")
@@ -173,7 +173,7 @@ class _ShareWriter:
             return
         try:
             piece = next(pieces)
-            self._sum.update(piece)
+            self._hash.update(piece)
             self._file.write(piece)
         except OSError as error:
             self._error = error
@@ -191,7 +191,7 @@ class _ShareWriter:
             raise self._error
         self._file.close()
         digest = sha256_file(self.path)
-        if digest != self._sum.hexdigest():
+        if digest != self._hash.hexdigest():
             raise DiskError.of(
                 f"{self.path} reads back differently from what was written", remedy="Check the disk, then save again."
             )

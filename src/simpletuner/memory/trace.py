@@ -30,16 +30,16 @@ class Ledger(TorchDispatchMode):
         self.peak = 0
         self._counted: set[int] = set()
         for tensor in uncounted:
-            self._note(tensor, counts=False)
+            self._register(tensor, counts=False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._note(leaf, counts=True)
+                self._register(leaf, counts=True)
         return result
 
-    def _note(self, tensor: Tensor, *, counts: bool) -> None:
+    def _register(self, tensor: Tensor, *, counts: bool) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._counted:

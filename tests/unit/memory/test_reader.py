@@ -83,7 +83,7 @@ class Copy:
 def test_a_buffer_is_not_overwritten_before_its_copy_has_ended(files: list[Path], count: int) -> None:
     ours, copy = reader(count), Copy()
     first = ours.content(files[0], SIZES[0])
-    ours.copy_ends(copy)
+    ours.keep_until(copy)
     if count == 2:
         assert is_content(ours.content(files[1], SIZES[1]), files[1])
     ours.begin(files[2], SIZES[2])
