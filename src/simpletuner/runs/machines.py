@@ -201,8 +201,8 @@ def _listen(machines: Machines, port: int, terms: Mapping[str, Any]) -> Machines
             if time.monotonic() > deadline:
                 missing = [number for number in range(1, machines.count) if number not in connected]
                 raise RanksError.of(
-                    f"machine {', '.join(map(str, missing))} did not connect to {machines.address}, port {port}, for "
-                    f"{machines.timeout_s:.0f} s",
+                    f"machine {', '.join(map(str, missing))} did not connect to {machines.address}, port {port}, "
+                    f"within {machines.timeout_s:.0f} s",
                     remedy=f"Start the same command there with --machine_rank={missing[0]}.",
                 )
             with contextlib.suppress(TimeoutError):

@@ -154,7 +154,7 @@ class Queue:
         with self._changing():
             stored = self._parsed(number)
             if stored is None:
-                raise ConfigError.of(f"queue entry {number}: there is none", self._known())
+                raise ConfigError.of(f"queue entry {number}: there is none", self._expected_numbers())
             entry = self._current(stored)
             if entry.state == "running":
                 raise ConfigError.of(
@@ -320,7 +320,7 @@ class Queue:
         """Lock held by an entry's training process, from before its first line to its end."""
         return DirectoryLock(self.folder / f"{number:06d}.lock")
 
-    def _known(self) -> str:
+    def _expected_numbers(self) -> str:
         numbers = [str(entry.id) for entry in self.entries()]
         return f"one of {', '.join(numbers)}" if numbers else ""
 

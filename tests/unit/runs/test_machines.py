@@ -102,7 +102,7 @@ def test_who_does_not_come_is_named(pool: ThreadPoolExecutor, port: int) -> None
     with pytest.raises(RanksError) as error:
         come(pool, 0, port, timeout_s=0.3).result(20)
     assert str(error.value) == (
-        f"machine 1, 2 did not connect to {HERE}, port {port}, for 0 s. "
+        f"machine 1, 2 did not connect to {HERE}, port {port}, within 0 s. "
         "Start the same command there with --machine_rank=1."
     )
     with pytest.raises(RanksError, match=r"port \d+ did not answer for 0 s \(Connection refused\)"):
