@@ -28,7 +28,7 @@ FILE_FAULTS = (
     | {errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ETXTBSY, errno.EBUSY}
     | {errno.EXDEV, errno.EMLINK, errno.EINVAL}
 )
-"""Errors that are due to the user's files or file system, not to a bug of ours."""
+"""Errors that are due to the user's files or file system, not to a bug in this program."""
 
 
 def file_problem(error: OSError, path: Path | None = None, *, doing: str = "access") -> Problem | None:

@@ -35,7 +35,7 @@ class DeferredSignals:
         self.is_training = False
         """Whether the training loop handles the request, so that no other code may end the process."""
         self.is_obeying = True
-        """False in a process whose end another process decides: signals are then ignored."""
+        """False in a process that another process stops (every rank but 0): signals are then ignored."""
         self.notify: Callable[[str], None] = lambda _: None
         """Prints a message from a signal handler; does nothing until the console is loaded."""
         self.first: int | None = None
