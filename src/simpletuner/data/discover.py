@@ -28,7 +28,7 @@ def discover(images: Storage) -> FolderFiles:
 
     Hidden files and folders (a leading dot: `.DS_Store`, `._x.jpg`, `.git`) are skipped silently. `.txt` and
     `.caption` files are captions. Every other file that is not an image is rejected, as are entries that the storage
-    cannot list, and subfolders that are a run directory or a cache of ours.
+    cannot list, and subfolders that are a run directory or a cache of this program.
 
     Raises:
         DataError: the folder does not exist, cannot be read, or is itself a run directory or a cache.
@@ -65,7 +65,7 @@ def discover(images: Storage) -> FolderFiles:
 
 
 def _not_a_dataset(images: Storage, folder: UnlistedFile) -> DataError:
-    """The dataset's folder itself cannot be listed, or is a run directory or a cache of ours."""
+    """The dataset's folder itself cannot be listed, or is a run directory or a cache of this program."""
     finding = f"instance_data_dir = {images.text()!r}: "
     if folder.detail != SKIPPED_FOLDER:
         remedy = "Give the user who runs this command permission to list it, or name another folder."

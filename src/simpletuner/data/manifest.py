@@ -26,9 +26,9 @@ from simpletuner.data.sample import Crop, Rejection, Sample
 from simpletuner.data.storages import image_storage, latent_storage
 
 ORDER_KEYS = ("repeats", "probability", "train_batch_size")
-"""Keys of an image dataset that decide which samples share a batch. Part of its fingerprint."""
+"""Keys of an image dataset that determine which samples share a batch. Part of its fingerprint."""
 LOSS_KEYS = ("is_regularisation_data", "class_prompt", "loss_weight", "timestep_sampling_offset")
-"""Keys of an image dataset that decide how its samples are trained. Part of its fingerprint."""
+"""Keys of an image dataset that determine how its samples enter the loss. Part of its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Manifest:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides the training data, and of nothing else (such as the files' location)."""
+        """Hash of everything that determines the training data, and of nothing else (such as the files' location)."""
         dataset = self.image_set
         samples = [
             (s.name, s.content, s.geometry.__dict__, s.captions, *self._condition_fingerprint(s)) for s in self.samples
@@ -152,7 +152,7 @@ def rejection_counts(rejections: Iterable[Rejection]) -> dict[str, int]:
 
 
 def reference_counts(samples: Sequence[Sample]) -> list[tuple[int, int]]:
-    """Pairs (number of references, number of images with so many), sorted."""
+    """Pairs (number of references, number of images with that many), sorted."""
     return sorted(Counter(len(sample.references) for sample in samples).items())
 
 

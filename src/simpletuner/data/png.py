@@ -1,5 +1,5 @@
-"""Strip a PNG's metadata before decoding: keep only the chunks that decide pixels, so that damage in other
-chunks cannot fail the decoder."""
+"""Strip a PNG's metadata before decoding: keep only the chunks that affect the pixels, so that damage in
+other chunks cannot fail the decoder."""
 
 import zlib
 
@@ -20,7 +20,7 @@ DAMAGED_PROFILE = b"damaged"
 """Stands for a profile that cannot be read; color management rejects it."""
 
 PIXEL_CHUNKS = (b"tRNS", b"acTL", b"fcTL", b"fdAT")
-"""Ancillary chunks that decide pixels: transparency and frames."""
+"""Ancillary chunks that affect the pixels: transparency and frames."""
 
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 

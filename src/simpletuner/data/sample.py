@@ -44,7 +44,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Sample(Crop):
-    """A training image with everything that decides its pixels, its prompt and its conditions."""
+    """A training image with everything that determines its pixels, its prompt and its conditions."""
 
     captions: tuple[str, ...]
     """The exact prompts; one is drawn each time the image is used."""

@@ -36,7 +36,7 @@ def latent_key(crop: Crop, encoder: str) -> str:
 
 
 def crop_key(crop: Crop, **facts: str | int) -> str:
-    """A cache key of a result computed from a crop: a hash of everything that decides its pixels, and of `facts`."""
+    """A cache key of a result computed from a crop: a hash of everything that determines its pixels, and of `facts`."""
     return sha256_json({"pixels": PIXELS_VERSION, "content": crop.content, **vars(crop.geometry), **facts})
 
 
