@@ -318,7 +318,7 @@ def replace_by_empty(module: nn.Module, linears: Mapping[str, nn.Linear], precis
 def quantized(linear: nn.Linear, precision: str, device: torch.device | str | None = None) -> QuantizedLinear:
     """Quantize `linear` on the device of its weight; return it, frozen, on `device`, by default the same device."""
     if "bias" in dict(linear.named_parameters()):
-        raise ValueError("a Linear with a bias: no block of ours has one")
+        raise ValueError("a Linear with a bias: no block of a supported model has one")
     weight = linear.weight.detach()
     device = weight.device if device is None else device
     return quantized_from_tensors(linear, precision, quantized_tensors(weight, precision), weight.dtype, device)
