@@ -22,7 +22,7 @@ _REPLACED = ".tmp-replaced-"
 
 
 @dataclass(frozen=True)
-class FoundCheckpoint:
+class VerifiedCheckpoint:
     """A verified checkpoint folder. `damage` is None if it can be used."""
 
     step: int
@@ -141,11 +141,11 @@ def steps(run: RunDirectory) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def newest_first(run: RunDirectory) -> Iterator[FoundCheckpoint]:
+def newest_first(run: RunDirectory) -> Iterator[VerifiedCheckpoint]:
     """Yield each checkpoint with its damage, newest first. It is verified when it is yielded, since hashing is slow."""
     for step in reversed(steps(run)):
         folder = run.checkpoint(step)
-        yield FoundCheckpoint(step, folder, damage(folder))
+        yield VerifiedCheckpoint(step, folder, damage(folder))
 
 
 def prune(run: RunDirectory, keep: int, protect: frozenset[int]) -> list[int]:
