@@ -234,7 +234,7 @@ def test_what_a_precision_cannot_hold_is_named() -> None:
     with pytest.raises(ConfigError) as caught:
         quantizable_linears(module, ("",), "int4-quanto")
     text = str(caught.value)
-    assert "int4-quanto cannot hold first and 1 more: 80 inputs are no multiple of 32" in text
+    assert "int4-quanto cannot hold first and 1 more: 80 inputs are not a multiple of 32" in text
     assert "int8-quanto" in text
     with pytest.raises(ConfigError, match="cannot hold third: 24 outputs and 64 inputs are not multiples of 16"):
         quantizable_linears(module, ("",), "fp8-torchao")
