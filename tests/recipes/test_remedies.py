@@ -43,7 +43,7 @@ def test_a_loss_that_is_not_finite_names_commands_that_go_on(
     assert main(slower) == 3, "the batch is as bad as before"
     assert workplace.events("checkpoint", "a run")[-2]["state"] != "damaged"
     assert f"Resuming from step {saved - 1} of 6" in (told := capsys.readouterr().out)
-    assert f"From step {saved} on this run is trained with learning_rate = 0.0001 (was 0.001)" in told
+    assert f"From step {saved} on, this run is trained with learning_rate = 0.0001 (was 0.001)" in told
 
     assert main(past) == 0
     skipped = [event["text"] for event in workplace.events("notice", "a run") if "is skipped" in event["text"]]
@@ -65,7 +65,7 @@ def test_a_run_goes_on_with_another_learning_rate_and_says_so(
     assert workplace.train("--max_train_steps=2", "--learning_rate=5e-4", "--max_grad_norm=1") == 0
     told = capsys.readouterr().out
     assert "Changed since step 1: max_train_steps = 2 (was 1)." in told
-    text = "From step 2 on this run is trained with learning_rate = 0.0005 (was 0.001), max_grad_norm = 1.0 (was 2.0)"
+    text = "From step 2 on, this run is trained with learning_rate = 0.0005 (was 0.001), max_grad_norm = 1.0 (was 2.0)"
     assert text in told
     assert any(event["text"].startswith(text) for event in workplace.events("notice"))
     assert [event["lr"] for event in workplace.events("step")] == [1e-3, 5e-4]

@@ -107,7 +107,9 @@ def test_another_batch_size_cuts_the_rest_of_the_epoch_anew_and_stays_so(
     assert place.train("--max_train_steps=1") == 0
     other = ("--train_batch_size=2", "--gradient_accumulation_steps=1", "--max_train_steps=4")
     assert place.train(*other[:2], "--max_train_steps=2") == 0
-    said = "Note: From step 2 on this run is trained with train_batch_size = 2 (was 1), gradient_accumulation_steps = 1"
+    said = (
+        "Note: From step 2 on, this run is trained with train_batch_size = 2 (was 1), gradient_accumulation_steps = 1"
+    )
     assert said in (out := capsys.readouterr().out)
     assert "A step still has 2 images, in another order; this epoch continues with its remaining images." in out
     assert place.train(*other) == 0

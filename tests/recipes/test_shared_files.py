@@ -104,5 +104,5 @@ def test_torchrun_restarts_from_the_last_checkpoint_with_another_number_of_proce
     assert [(cut.steps, cut.batches_per_step) for cut in state.cuts] == [(4, 3)]
     assert state.config["gradient_accumulation_steps"] == 2
     notices = [event["text"] for event in place.events("notice")]
-    said = "From step 5 on 2 processes with gradient_accumulation_steps = 2: a step has 4 images instead of 3."
+    said = "From step 5 on, 2 processes with gradient_accumulation_steps = 2: a step has 4 images instead of 3."
     assert sum(said in text for text in notices) == 1

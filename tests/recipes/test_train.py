@@ -216,7 +216,7 @@ def test_too_little_space_is_told_before_any_work(workplace: Workplace, capsys: 
     assert workplace.train("--disk_low_threshold=900000GB") == 7
     error = capsys.readouterr().err
     assert "free for output/run, below disk_low_threshold" in error
-    assert "free some space, or lower --disk_low_threshold, and give the same command again" in error
+    assert "free some space, or lower --disk_low_threshold, and run the same command again" in error
     assert not workplace.events("phase")
     assert workplace.events("end")[-1]["exit_code"] == 7
 

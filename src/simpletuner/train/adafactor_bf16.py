@@ -12,12 +12,12 @@ from simpletuner.train.adamw_bf16 import chunk_size, noise_bits, stochastically_
 
 
 class AdafactorBf16(torch.optim.Optimizer):
-    """Adafactor (arXiv 1804.04235) without momentum, as in torch, for vectors and matrices.
+    """Torch's Adafactor (arXiv 1804.04235), which has no momentum, for vectors and matrices.
 
     Arithmetic and state are fp32; the state is a row and a column per matrix, and a full tensor per vector. fp32
-    parameters are stepped exactly, bf16 ones with stochastic rounding. The random bits of an element depend only on
-    (`seed`, step, parameter index, element), so a resumed run rounds as an uninterrupted one. Nothing waits for the
-    device.
+    parameters are updated exactly, bf16 ones with stochastic rounding. The random bits of an element depend only on
+    (`seed`, step, parameter index, element), so a resumed run rounds like an uninterrupted one. The host never waits
+    for the device.
 
     A parameter is read and written in groups of rows, so temporary memory does not grow with its size.
     """
@@ -50,32 +50,32 @@ class AdafactorBf16(torch.optim.Optimizer):
     def step_parameter(
         self, parameter: Tensor, group: dict[str, Any], index: int, is_finite: Tensor | None = None
     ) -> None:
-        """Step `parameter` of `group` on its gradient. `index`, its position among all parameters, keys the random
-        bits. Where `is_finite` is false, only its step count changes.
+        """Update `parameter` of `group` with its gradient. `index`, its position among all parameters, keys the random
+        bits. If `is_finite` is given and false, only the step count changes.
         """
         values = parameter if parameter.ndim == 2 else parameter.view(1, -1)
         gradient = parameter.grad.view(values.shape)  # type: ignore[union-attr]
         state = self._state_with_step(parameter)
         step, lr = state["step"], group["lr"]
-        eps, least_scale = group["eps"]
+        eps, least_rms = group["eps"]
         eps = torch.finfo(torch.float32).eps if eps is None else eps
 
         # First pass: the moments and the RMS of the weights.
-        share = step ** group["beta2_decay"]
-        squares = torch.zeros((), device=parameter.device)
+        one_minus_beta2 = step ** group["beta2_decay"]
+        weight_squares = torch.zeros((), device=parameter.device)
         column_squares = torch.zeros(values.shape[1], device=parameter.device)
         row_squares = torch.zeros(values.shape[0], device=parameter.device)
         for rows in _row_chunks(values):
-            part = gradient[rows].float().square()
-            row_squares[rows] = part.sum(1)
-            column_squares += part.sum(0)
-            squares += values[rows].float().square().sum()
+            gradient_squares = gradient[rows].float().square()
+            row_squares[rows] = gradient_squares.sum(1)
+            column_squares += gradient_squares.sum(0)
+            weight_squares += values[rows].float().square().sum()
         if parameter.ndim == 2:
             means = {"row_var": row_squares / values.shape[1], "col_var": column_squares / values.shape[0]}
         else:
             means = {"variance": column_squares.view_as(parameter)}
         for name, mean in means.items():
-            moment = state[name].lerp(mean, share)
+            moment = state[name].lerp(mean, one_minus_beta2)
             state[name].copy_(moment if is_finite is None else torch.where(is_finite, moment, state[name]))
         if parameter.ndim == 2:
             row, column = state["row_var"] / state["row_var"].mean().clamp_(min=eps), state["col_var"]
@@ -90,7 +90,7 @@ class AdafactorBf16(torch.optim.Optimizer):
         for rows in _row_chunks(values):
             update_squares += updates(rows).square_().sum()
         count = max(1, parameter.numel())
-        rate = (squares / count).sqrt_().clamp_(min=least_scale) * min(lr, 1 / math.sqrt(step))
+        rate = (weight_squares / count).sqrt_().clamp_(min=least_rms) * min(lr, 1 / math.sqrt(step))
         rate /= ((update_squares / count).sqrt_() / group["d"]).clamp_(min=1)
         seed = draw_seed(self.seed, "rounding", step, index)
         for rows in _row_chunks(values):

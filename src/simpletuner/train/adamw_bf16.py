@@ -26,15 +26,16 @@ class _Piece:
     """Seed of the parameter's random bits in this step."""
     start: int
     stop: int
-    first: int
-    """Index of the parameter's first element in the whole tensor, of which the parameter may be one rank's rows."""
+    offset: int
+    """Index of the parameter's first element in the whole tensor; above 0 only for a shard, the rows of a later rank.
+    """
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The piece's elements of `tensor`, which has the parameter's shape. Never a copy: a tensor that is not
-        contiguous is a single piece.
+        """A view of the piece's elements in `tensor`, which has the parameter's shape. If `tensor` is not contiguous,
+        the piece is all of it.
         """
         return tensor.view(-1)[self.start : self.stop] if tensor.is_contiguous() else tensor
 
@@ -47,8 +48,8 @@ class AdamWBf16(torch.optim.Optimizer):
     Parameters keep their dtype: fp32 ones, such as adapters, are updated exactly; bf16 ones are rounded
     stochastically.
 
-    The random bits of an element depend only on (`seed`, step, tensor, element index) and are equal on every device. So
-    a resumed run rounds as an uninterrupted one, and every rank rounds alike, with whole tensors or with shards of
+    The random bits of an element depend only on (`seed`, step, tensor, element index) and are the same on every device.
+    So a resumed run rounds like an uninterrupted one, and all ranks round alike, with whole tensors or with shards of
     rows.
 
     Parameters are updated in chunks: small ones together, large ones in pieces. So neither the number of kernels nor
@@ -75,15 +76,15 @@ class AdamWBf16(torch.optim.Optimizer):
         """Step all parameters that have a gradient."""
         index = 0
         for group in self.param_groups:
-            batches: dict[tuple[object, ...], list[_Piece]] = {}
+            pieces_by_kind: dict[tuple[object, ...], list[_Piece]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     pieces = self._pieces(parameter, index)
                     step = self.state[parameter]["step"]
                     key = (parameter.device, parameter.dtype, parameter.grad.dtype, step)
-                    batches.setdefault(key, []).extend(pieces)
+                    pieces_by_kind.setdefault(key, []).extend(pieces)
                 index += 1
-            for pieces in batches.values():
+            for pieces in pieces_by_kind.values():
                 for chunk in _chunks(pieces):
                     self._update(chunk, group)
 
@@ -91,8 +92,8 @@ class AdamWBf16(torch.optim.Optimizer):
     def step_parameter(
         self, parameter: Tensor, group: dict[str, Any], index: int, is_finite: Tensor | None = None
     ) -> None:
-        """Step `parameter` of `group` on its gradient. `index`, its position among all parameters, keys the random
-        bits. Where `is_finite` is false, only its step count changes.
+        """Update `parameter` of `group` with its gradient. `index`, its position among all parameters, keys the random
+        bits. If `is_finite` is given and false, only the step count changes.
         """
         for chunk in _chunks(self._pieces(parameter, index)):
             self._update(chunk, group, is_finite)
@@ -108,34 +109,34 @@ class AdamWBf16(torch.optim.Optimizer):
         seed = draw_seed(self.seed, "rounding", state["step"], index)
         count = parameter.numel()
         size = chunk_size(parameter) if parameter.is_contiguous() else count
-        first = self.first_elements.get(parameter, 0)
+        offset = self.first_elements.get(parameter, 0)
         return [
-            _Piece(parameter, seed, start, min(start + size, count), first) for start in range(0, count, max(size, 1))
+            _Piece(parameter, seed, start, min(start + size, count), offset) for start in range(0, count, max(size, 1))
         ]
 
     def _update(self, pieces: Sequence[_Piece], group: dict[str, Any], is_finite: Tensor | None = None) -> None:
         """Update pieces that share a step count, dtype and device, unless `is_finite` is given and false."""
         step, (beta1, beta2), lr = self.state[pieces[0].parameter]["step"], group["betas"], group["lr"]
         parameters = [piece.of(piece.parameter) for piece in pieces]
-        firsts = [piece.of(self.state[piece.parameter]["exp_avg"]) for piece in pieces]
-        seconds = [piece.of(self.state[piece.parameter]["exp_avg_sq"]) for piece in pieces]
+        first_moments = [piece.of(self.state[piece.parameter]["exp_avg"]) for piece in pieces]
+        second_moments = [piece.of(self.state[piece.parameter]["exp_avg_sq"]) for piece in pieces]
         gradient = _joined([piece.of(piece.parameter.grad) for piece in pieces])  # type: ignore[arg-type]
-        first = _joined(firsts).lerp_(gradient, 1 - beta1)
-        second = _joined(seconds).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        first_moment = _joined(first_moments).lerp_(gradient, 1 - beta1)
+        second_moment = _joined(second_moments).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         del gradient
-        root = second.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+        denominator = second_moment.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
         updated = (
             _joined(parameters)
             .mul_(1 - lr * group["weight_decay"])
-            .addcdiv_(first, root, value=-lr / (1 - beta1**step))
+            .addcdiv_(first_moment, denominator, value=-lr / (1 - beta1**step))
         )
-        del root
+        del denominator
 
         bits = noise_bits(
-            [(piece.seed, piece.first + piece.start, piece.first + piece.stop) for piece in pieces], updated.device
+            [(piece.seed, piece.offset + piece.start, piece.offset + piece.stop) for piece in pieces], updated.device
         )
-        _scatter(stochastically_rounded(first, bits), firsts, is_finite)
-        _scatter(stochastically_rounded(second, bits >> 16), seconds, is_finite)
+        _scatter(stochastically_rounded(first_moment, bits), first_moments, is_finite)
+        _scatter(stochastically_rounded(second_moment, bits >> 16), second_moments, is_finite)
         if parameters[0].dtype == torch.bfloat16:
             updated = stochastically_rounded(updated, bits >> 32)
         _scatter(updated, parameters, is_finite)
@@ -147,7 +148,9 @@ def chunk_size(parameter: Tensor) -> int:
 
 
 def _chunks(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Group `pieces`, which are on one device, into chunks of at most `chunk_size` elements where possible."""
+    """Group `pieces`, which are on one device, into chunks of at most `chunk_size` elements. A larger piece is a chunk
+    by itself.
+    """
     chunk: list[_Piece] = []
     count = 0
     for piece in pieces:

@@ -14,8 +14,8 @@ from simpletuner.config.values import value_text
 UNREPAID_STEPS = 200
 """A run of at most this many steps ends before faster steps repay the compilation."""
 
-FindLack = Callable[[str], str | None]
-"""(device type) → why blocks cannot be compiled for it; None if they can. That is `memory.compile.compiler_problem`."""
+FindCompilerProblem = Callable[[str], str | None]
+"""(device type) → why blocks cannot be compiled for it; None if they can. `memory.compile.compiler_problem` is one."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class BackendChoice:
     """The reason, in a line for the user; empty on a CPU, where nobody expects compiled blocks."""
 
 
-def choose_backend(config: RunConfig, device: torch.device, steps: int, find_lack: FindLack) -> BackendChoice:
+def choose_backend(
+    config: RunConfig, device: torch.device, steps: int, find_problem: FindCompilerProblem
+) -> BackendChoice:
     """Choose the backend for a run of `steps` steps. The compiler is probed only if nothing else rules it out."""
     if device.type == "cpu":
         return BackendChoice("no")
@@ -39,9 +41,9 @@ def choose_backend(config: RunConfig, device: torch.device, steps: int, find_lac
         return uncompiled("DeepSpeed's stage 3 gathers weights inside the blocks")
     if steps <= UNREPAID_STEPS:
         return uncompiled(f"{steps} steps are too few to repay the compilation (it takes more than {UNREPAID_STEPS})")
-    lack = find_lack(device.type)
-    if lack is not None:
-        return uncompiled(f"this machine cannot compile: {lack}")
+    problem = find_problem(device.type)
+    if problem is not None:
+        return uncompiled(f"this machine cannot compile: {problem}")
     return BackendChoice("inductor", f"The blocks are compiled (dynamo_backend = auto): {steps} steps repay it.")
 
 
@@ -50,13 +52,15 @@ def uncompiled(reason: str) -> BackendChoice:
     return BackendChoice("no", f"The blocks are not compiled (dynamo_backend = auto): {reason.rstrip('.')}.")
 
 
-def check_backend(config: RunConfig, device: torch.device, find_lack: FindLack) -> None:
-    """Raise a ConfigError if the user's option or the run's record asks for compiled blocks, but compiling fails."""
+def check_backend(config: RunConfig, device: torch.device, find_problem: FindCompilerProblem) -> None:
+    """Raise a ConfigError if the user's option or the run's record asks for compiled blocks, but this machine cannot
+    compile.
+    """
     if config.dynamo_backend != "inductor":
         return
-    lack = find_lack(device.type)
-    if lack is not None:
+    problem = find_problem(device.type)
+    if problem is not None:
         raise ConfigError.of(
-            f"dynamo_backend = inductor on a machine that cannot compile: {lack}",
+            f"dynamo_backend = inductor on a machine that cannot compile: {problem}",
             remedy="Fix that, or give --dynamo_backend=no to train uncompiled.",
         )

@@ -56,23 +56,26 @@ class BatchBuilder:
         """
         batches: list[Batch] = []
         names: list[str] = []
-        all_slots: list[range] = []
+        slot_ranges: list[range] = []
         is_distilled: list[bool] = []
         first = (step - 1) * self.batches_per_step
         for index in range(self.batches_per_step):
             _, micro_batch = self.order.micro_batch(first + index)
             if index % self.world.size == self.world.rank:
                 batches.append(self.batch(micro_batch, step, len(names)))
-            all_slots.append(range(len(names), len(names) + len(micro_batch.visits)))
+            slot_ranges.append(range(len(names), len(names) + len(micro_batch.visits)))
             is_distilled.append(self._set_of(micro_batch).is_regularisation_data)
             names += names_of(self._samples(micro_batch))
         if not self.world.is_alone:
-            rounds = [range(start, start + self.world.size) for start in range(0, len(all_slots), self.world.size)]
+            # The ranks train on the micro-batches of a round at the same time.
+            rounds = [range(start, start + self.world.size) for start in range(0, len(slot_ranges), self.world.size)]
             batches = [
                 replace(
                     batch,
                     other_ranks_roll_out=any(
-                        self._rolls(step, all_slots[index]) for index in round_indices if not is_distilled[index]
+                        self._has_rollouts(step, slot_ranges[index])
+                        for index in round_indices
+                        if not is_distilled[index]
                     ),
                     other_ranks_distill=any(is_distilled[index] for index in round_indices),
                 )
@@ -96,7 +99,7 @@ class BatchBuilder:
         prompts = [self._prompt(sample, step, slot) for sample, slot in zip(samples, slots, strict=True)]
         latents = self.prepared.latents(image_set, samples)
         channels, height, width = latents.shape[1:]
-        masked = self._mask_effects(image_set, samples, step, slots, (height, width))
+        mask_effects = self._mask_effects(image_set, samples, step, slots, (height, width))
         draws = self.objective.draw(step, slots, (channels, height, width), image_set.timestep_sampling_offset)
         is_regularization = image_set.is_regularisation_data
         rollout = None if is_regularization else self.rollout
@@ -122,9 +125,9 @@ class BatchBuilder:
             is_regularization=is_regularization,
             preserved=preserved,
             preserved_weights=preserved_weights,
-            choices=draw_choices(self.routes, self.config.seed, step, slots, height * width, masked.force_keep),
-            masks=masked.weights,
-            outside_masks=masked.outside,
+            choices=draw_choices(self.routes, self.config.seed, step, slots, height * width, mask_effects.force_keep),
+            masks=mask_effects.weights,
+            outside_masks=mask_effects.outside,
         )
 
     def _mask_effects(
@@ -138,8 +141,9 @@ class BatchBuilder:
     def _preserved(
         self, image_set: ImageSet, prompts: Sequence[str]
     ) -> tuple[TextContext, Float[Tensor, " b"]] | tuple[None, None]:
-        """The contexts of the prompts whose predictions `preservation` preserves, one for each of `prompts`, and each
-        sample's weight. A sample without such a prompt gets the empty prompt and weight 0. None if all samples do.
+        """The contexts for which the option `preservation` keeps the base model's predictions, one for each of
+        `prompts`, and each sample's weight. A sample without such a context gets that of the empty prompt and weight 0.
+        (None, None) if no sample has one.
         """
         preserved = [PreservedPrompts(self.config).of(image_set, prompt) for prompt in prompts]
         if all(prompt is None for prompt in preserved):
@@ -147,7 +151,7 @@ class BatchBuilder:
         weights = [0.0 if prompt is None else self.config.preservation_weight for prompt in preserved]
         return self.prepared.contexts([prompt or BLANK for prompt in preserved], image_set), torch.tensor(weights)
 
-    def _rolls(self, step: int, slots: range) -> bool:
+    def _has_rollouts(self, step: int, slots: range) -> bool:
         return self.rollout is not None and any(self.rollout.lengths(step, slots))
 
     def _set_of(self, micro_batch: MicroBatch) -> ImageSet:
@@ -158,26 +162,26 @@ class BatchBuilder:
         return [manifest.samples[visit.sample_index] for visit in micro_batch.visits]
 
     def held_out(self, image_set: ImageSet, sample: Sample) -> dict[float, Batch]:
-        """A held-out sample with its first caption and fixed noise, as a batch for each of `HELD_OUT_SIGMAS`."""
+        """A held-out sample with its first caption and fixed noise: by sigma, a batch for each of `HELD_OUT_SIGMAS`."""
         latents = self.prepared.latents(image_set, [sample])
         names = names_of([sample])
         height, width = latents.shape[2:]
-        masked = Masking(self.config, self.config.seed).effects(self.prepared.masks([sample]), (height, width))
+        mask_effects = Masking(self.config, self.config.seed).effects(self.prepared.masks([sample]), (height, width))
         low, high = self.objective.guidance
         context = self.prepared.contexts([sample.captions[0]], image_set)
         condition = Condition.at(context, (low + high) / 2, self._references([sample]))
         batches = {}
         for sigma in HELD_OUT_SIGMAS:
-            key = draw_seed(HELD_OUT_SEED, "eval", names[0], str(sigma))
+            seed = draw_seed(HELD_OUT_SEED, "eval", names[0], str(sigma))
             batches[sigma] = Batch(
                 latents=latents,
                 condition=condition,
                 sigma=torch.tensor([sigma]),
-                noise=torch.randn(latents.shape, generator=torch.Generator().manual_seed(key)),
+                noise=torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)),
                 names=names,
                 weights=torch.ones(1),
                 slots=range(1),
-                masks=masked.weights,
+                masks=mask_effects.weights,
             )
         return batches
 
@@ -202,5 +206,5 @@ class BatchBuilder:
 
 
 def names_of(samples: Sequence[Sample]) -> tuple[str, ...]:
-    """`set/name` of each sample."""
+    """`dataset/name` of each sample."""
     return tuple(f"{sample.dataset}/{sample.name}" for sample in samples)

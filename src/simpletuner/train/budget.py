@@ -61,7 +61,9 @@ TIER_WORDS: Mapping[MemoryTier, str] = {"accelerator": "VRAM", "ram": "RAM"}
 """Names of the memory tiers in the summary sentence."""
 
 REMEDY_TARGET = 0.9
-"""After a failed allocation, suggest only changes that need at most this part of the memory: the plan was inexact."""
+"""After a failed allocation, suggest only changes that need at most this fraction of the memory that was planned or
+used, whichever is less: the plan is not exact.
+"""
 
 PLANNED: Mapping[Phase, PlannedPhase] = {
     "text": "text",
@@ -70,7 +72,7 @@ PLANNED: Mapping[Phase, PlannedPhase] = {
     "train": "train",
     "validation": "validation",
 }
-"""The planned phase that contains each phase of a run."""
+"""For each phase of a run, the phase of the memory plan that covers it."""
 
 
 def free_resources(device: torch.device, folder: Path, gpus: int = 1) -> MachineMemory:
@@ -95,15 +97,15 @@ def machine_of(world: World, folder: Path) -> MachineMemory:
     local = free_resources(world.device, folder)
     if world.is_alone:
         return local
-    machines = [MachineMemory(**each) for each in world.gather_json(asdict(local))]
+    resources_of_ranks = [MachineMemory(**each) for each in world.gather_json(asdict(local))]
 
     def least(values: Iterable[int | None]) -> int | None:
         return min((value for value in values if value is not None), default=None)
 
     return MachineMemory(
-        least(each.accelerator for each in machines),
-        min(each.ram for each in machines),
-        least(each.disk for each in machines),
+        least(each.accelerator for each in resources_of_ranks),
+        min(each.ram for each in resources_of_ranks),
+        least(each.disk for each in resources_of_ranks),
     )
 
 
@@ -111,8 +113,8 @@ def with_processes(config: RunConfig, gpus: int) -> RunConfig:
     """`config` with the number of processes that `train` would start on machines with `gpus` visible GPUs each."""
     if config.num_processes is not None:
         return config
-    on_each = max(1, gpus) if config.takes_every_gpu else 1
-    return config.model_copy(update={"num_processes": config.num_machines * on_each})
+    per_machine = max(1, gpus) if config.takes_every_gpu else 1
+    return config.model_copy(update={"num_processes": config.num_machines * per_machine})
 
 
 def configured_workload(loaded: LoadedConfig) -> Workload:
@@ -120,27 +122,34 @@ def configured_workload(loaded: LoadedConfig) -> Workload:
     sets = loaded.datasets.train_sets
     run_batch = loaded.config.train_batch_size
     loads: list[_Load] = []
-    references: list[tuple[int, int]] = []
+    reference_sizes: list[tuple[int, int]] = []
     for each in sets:
         conditions = loaded.datasets.conditions_of(each)
-        loose = [aligned_square(item) for item in conditions if item.conditioning_type == "reference_loose"]
-        strict = tokens_of(_size(each)) * sum(item.conditioning_type == "reference_strict" for item in conditions)
-        loads.append(
-            _Load(_size(each), each.train_batch_size or run_batch, strict + sum(map(tokens_of, loose)), strict)
+        loose_sizes = [aligned_square(item) for item in conditions if item.conditioning_type == "reference_loose"]
+        strict_tokens = tokens_of(_size(each)) * sum(
+            item.conditioning_type == "reference_strict" for item in conditions
         )
-        references += loose
+        loads.append(
+            _Load(
+                _size(each),
+                each.train_batch_size or run_batch,
+                strict_tokens + sum(map(tokens_of, loose_sizes)),
+                strict_tokens,
+            )
+        )
+        reference_sizes += loose_sizes
     largest = max(loads, key=lambda load: load.tokens)
     max_references = max((len(prompt.references) for prompt in loaded.validation_prompts), default=0)
-    prompt_references = [LARGEST_REFERENCE] * max_references
-    encoded = max([*map(_size, sets), *references, *prompt_references], key=math.prod)
+    prompt_reference_sizes = [LARGEST_REFERENCE] * max_references
+    largest_encoded = max([*map(_size, sets), *reference_sizes, *prompt_reference_sizes], key=math.prod)
     return Workload(
         largest.size,
         largest.batch,
         references=largest.reference_tokens,
         strict_references=largest.strict_tokens,
-        largest_encoded_size=None if encoded == largest.size else encoded,
-        prompt_reference_tokens=sum(map(tokens_of, prompt_references)),
-        samples_images=_draws(loaded),
+        largest_encoded_size=None if largest_encoded == largest.size else largest_encoded,
+        prompt_reference_tokens=sum(map(tokens_of, prompt_reference_sizes)),
+        samples_images=_samples_images(loaded),
     )
 
 
@@ -154,7 +163,7 @@ class _Load:
     reference_tokens: int
     """Reference tokens of the sample with the most; the other samples are padded to it."""
     strict_tokens: int
-    """The part of them from references that have the image's size."""
+    """How many of these are tokens of strict references, which have the image's size."""
 
     @property
     def tokens(self) -> int:
@@ -192,12 +201,12 @@ def scanned_workload(
     train: Sequence[Manifest],
     held_out: Sequence[Manifest] = (),
     *,
-    drawn: Mapping[str, Crop] | None = None,
+    prompt_crops: Mapping[str, Crop] | None = None,
 ) -> Workload:
     """The workload from scanned images.
 
     Args:
-        drawn: the crops of validation prompts' references by path; None reads them.
+        prompt_crops: the crops of validation prompts' references by path; None reads them.
 
     Raises:
         ConfigError: a prompt's reference is not an image, or its size is out of range for a reference.
@@ -211,26 +220,29 @@ def scanned_workload(
     largest = max(loads, key=lambda load: load.tokens)
     samples = [sample for manifest in (*train, *held_out) for sample in manifest.samples]
     references = {crop for sample in samples for crop in sample.references}
-    if drawn is None:
-        drawn = reference_crops(path for prompt in loaded.validation_prompts for path in prompt.references)
-    references.update(drawn.values())
-    encoded = max((crop.geometry.target for crop in (*samples, *references)), key=math.prod)
+    if prompt_crops is None:
+        prompt_crops = reference_crops(path for prompt in loaded.validation_prompts for path in prompt.references)
+    references.update(prompt_crops.values())
+    largest_encoded = max((crop.geometry.target for crop in (*samples, *references)), key=math.prod)
     captions = {caption for sample in samples for caption in sample.captions}
     captions |= {prompt.text for prompt in loaded.prompts.values()} | set(loaded.config.validation_drift_prompts or ())
     captions.update(*map(PreservedPrompts(loaded.config).all_of, train))
     longest = longest_caption(captions, loaded.config)
     per_step = loaded.config.gradient_accumulation_steps * loaded.config.ranks
     order = Order(train, seed=loaded.config.seed, batch_size=run_batch, batches_per_step=per_step)
-    plan = RunSchedule.of(loaded.config, order, per_step)
+    schedule = RunSchedule.of(loaded.config, order, per_step)
     train_images = sum(len(manifest.samples) for manifest in train)
     return Workload(
         largest.size,
         largest.batch,
         references=largest.reference_tokens,
         strict_references=largest.strict_tokens,
-        largest_encoded_size=None if encoded == largest.size else encoded,
+        largest_encoded_size=None if largest_encoded == largest.size else largest_encoded,
         prompt_reference_tokens=max(
-            (_reference_tokens(drawn[path] for path in prompt.references) for prompt in loaded.validation_prompts),
+            (
+                _reference_tokens(prompt_crops[path] for path in prompt.references)
+                for prompt in loaded.validation_prompts
+            ),
             default=0,
         ),
         images=len(samples),
@@ -238,10 +250,10 @@ def scanned_workload(
         captions=len(captions) + 1,
         caption_tokens=longest.tokens,
         tokenizer=longest.tokenizer,
-        samples_images=_draws(loaded),
-        steps=plan.steps,
+        samples_images=_samples_images(loaded),
+        steps=schedule.steps,
         train_images=train_images,
-        visits=order.visits(plan.steps * per_step) / train_images,
+        visits=order.visits(schedule.steps * per_step) / train_images,
     )
 
 
@@ -263,12 +275,13 @@ def _reference_tokens(references: Iterable[Crop]) -> int:
     return sum(tokens_of(reference.geometry.target) for reference in references)
 
 
-def _draws(loaded: LoadedConfig) -> bool:
+def _samples_images(loaded: LoadedConfig) -> bool:
     return bool(loaded.prompts or loaded.config.validation_drift_prompts) and not loaded.config.validation_disable
 
 
 def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None) -> Iterator[OptionValue]:
-    """Yield changes that save memory, cheapest first: those that cost time, then precision, then the result.
+    """Yield changes that save memory, cheapest first: those that cost time, then those that cost precision, then those
+    that change what the run trains.
 
     Args:
         fitting_blocks: number of resident blocks that fit, if more are configured.
@@ -314,8 +327,8 @@ def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None)
     if not is_lora and config.optimizer != "adamw_bf16" and config.base_dtype != "fp16":
         yield OptionValue("optimizer", "adamw_bf16")
     if work.batch > 1:
-        is_set_batch = work.batch != config.train_batch_size
-        yield OptionValue("train_batch_size", 1, IN_SETS if is_set_batch else "")
+        is_batch_of_set = work.batch != config.train_batch_size
+        yield OptionValue("train_batch_size", 1, IN_SETS if is_batch_of_set else "")
     if any(math.prod(size) > 512 * 512 for size in config.sizes):
         yield OptionValue("validation_resolution", "512x512")
     for edge in (768, 512):
@@ -327,7 +340,7 @@ def ladder(config: RunConfig, work: Workload, fitting_blocks: int | None = None)
 
 @dataclass(frozen=True)
 class Budget:
-    """A run's memory plan, also with other options, and its texts for the user."""
+    """The memory plan of a run, plans of the same run with other options, and their texts for the user."""
 
     config: RunConfig
     workload: Workload
@@ -355,7 +368,7 @@ class Budget:
         if RESOLUTION in changes:
             width, height = work.bucket
             shrink = float(str(changes[RESOLUTION])) / math.sqrt(width * height)
-            bucket = (_multiple(width * shrink), _multiple(height * shrink))
+            bucket = (_multiple_of_16(width * shrink), _multiple_of_16(height * shrink))
             strict = work.strict_references * tokens_of(bucket) // tokens_of(work.bucket)
             loose = work.references - work.strict_references
             work = replace(work, bucket=bucket, references=loose + strict, strict_references=strict)
@@ -445,7 +458,7 @@ class Budget:
         lines = []
         if self.machine.accelerator is not None:
             together = plan.processes * plan.peak("accelerator")
-            lines.append(f"{plan.processes} processes take {format_size(together)} of GPU memory together.")
+            lines.append(f"{plan.processes} processes together take {format_size(together)} of GPU memory.")
         parts = {"weights": wire.gathered, "gradients": wire.reduced}
         amounts = " and ".join(f"{format_size(size)} of {name}" for name, size in parts.items() if size)
         sent = f"Each process sends {amounts} a step"
@@ -469,12 +482,13 @@ class Budget:
         """The long text: each part of each phase, caches, minimum time, whether it fits, and the remedy. With
         `has_advice`, also the engine to use.
         """
-        work, foot = self.workload, self.footprint
+        work, footprint = self.workload, self.footprint
         basis = "from the configuration, without images" if work.images is None else f"{work.images} images"
         lines = [f"{plan_title(self.plan)} ({basis}):", *plan_table(self.plan), ""]
         lines.append(
-            f"Caches: up to {format_size(foot.context_bytes)} per caption and {format_size(foot.latent_bytes)} per "
-            f"image of the largest size; a checkpoint takes about {format_size(foot.checkpoint_bytes)}."
+            f"Caches: up to {format_size(footprint.context_bytes)} per caption and "
+            f"{format_size(footprint.latent_bytes)} per image of the largest size; a checkpoint takes about "
+            f"{format_size(footprint.checkpoint_bytes)}."
         )
         lines += self._longest_caption()
         lines.append(self._time(flop_per_s))
@@ -514,8 +528,10 @@ class Budget:
     @cached_property
     def step_flop(self) -> int:
         """FLOP of an optimizer step at the largest bucket, recompute included."""
-        passing = self.footprint.transformer_pass(self.workload.bucket, self.workload.batch, self.workload.references)
-        return self.config.gradient_accumulation_steps * training_flop(passing).hardware
+        transformer_pass = self.footprint.transformer_pass(
+            self.workload.bucket, self.workload.batch, self.workload.references
+        )
+        return self.config.gradient_accumulation_steps * training_flop(transformer_pass).hardware
 
     def summary(self, flop_per_s: float | None = None, *, has_advice: bool = False) -> dict[str, Any]:
         """The plan as JSON values, in bytes and seconds; docs/plan.md explains each key.
@@ -524,7 +540,7 @@ class Budget:
             flop_per_s: FLOP/s of the machine; None if the plan is for another machine.
             has_advice: whether to include the engine to use.
         """
-        foot = self.footprint
+        footprint = self.footprint
         width, height = self.workload.bucket
         step_s = None if flop_per_s is None else self.step_flop / flop_per_s
         return {
@@ -539,10 +555,10 @@ class Budget:
                 "tokenizer": None if self.workload.tokenizer is None else str(self.workload.tokenizer),
             },
             "caches": {
-                "caption": foot.context_bytes,
-                "picture": foot.latent_bytes,
-                "checkpoint": foot.checkpoint_bytes,
-                "trained_parameters": foot.trainable_parameters,
+                "caption": footprint.context_bytes,
+                "picture": footprint.latent_bytes,
+                "checkpoint": footprint.checkpoint_bytes,
+                "trained_parameters": footprint.trainable_parameters,
             },
             "time": {
                 "flop": self.step_flop,
@@ -573,11 +589,11 @@ class Budget:
                     remedy=self._remedy_text,
                 )
 
-    def explain(self, failed: Phase | None, tier: MemoryTier, peak: PeakMemory, *, saved: bool) -> list[str]:
+    def explain(self, failed: Phase | None, tier: MemoryTier, peak: PeakMemory, *, has_checkpoint: bool) -> list[str]:
         """Explain why a run ran out of `tier` in phase `failed`: planned memory, measured peak, and a remedy.
 
         Args:
-            saved: whether there is a checkpoint; if so, changes that a resumed run may make come first.
+            has_checkpoint: whether the run has a checkpoint; if so, changes that a resumed run may make are preferred.
         """
         name = None if failed is None else PLANNED.get(failed)
         phase = None if name is None else self.plan.phase(name)
@@ -598,24 +614,24 @@ class Budget:
             measured *= self.plan.processes_per_machine
         target = int(REMEDY_TARGET * min(phase.total(tier), measured))
         reduced_plan = with_less_memory(self.plan, phase.phase, tier, target)
-        # The run that failed used `auto` values settled for the full memory; search from these with less memory.
-        smaller = replace(self, config=self.footprint.resolved_config, machine=reduced_plan.machine)
+        # `auto` values were resolved for the whole memory. Keep them while searching for a change with less memory.
+        resolved_budget = replace(self, config=self.footprint.resolved_config, machine=reduced_plan.machine)
         process_text = "" if self.plan.processes == 1 else f" in the first of {self.plan.processes} processes"
 
         def replan(changes: Mapping[str, object]) -> MemoryPlan:
-            return with_less_memory(smaller.with_changes(changes), phase.phase, tier, target)
+            return with_less_memory(resolved_budget.with_changes(changes), phase.phase, tier, target)
 
         sentences = [f"The plan was {phase_line(phase)}; the measured peak is {measured_text}{process_text}."]
-        if saved:
+        if has_checkpoint:
             remedy = smallest_change(
-                reduced_plan, [rung for rung in smaller.rungs if rung.option in MAY_CHANGE], replan
+                reduced_plan, [rung for rung in resolved_budget.rungs if rung.option in MAY_CHANGE], replan
             )
             if remedy is not None:
-                return [*sentences, f"Take less memory with {remedy}."]
-        remedy = smallest_change(reduced_plan, smaller.rungs, replan)
+                return [*sentences, f"Use less memory with {remedy}."]
+        remedy = smallest_change(reduced_plan, resolved_budget.rungs, replan)
         if remedy is not None:
-            new_run = ", in a new run: give another --output_dir too" if saved else ""
-            sentences.append(f"Take less memory with {remedy}{new_run}.")
+            new_run = ", in a new run: give another --output_dir too" if has_checkpoint else ""
+            sentences.append(f"Use less memory with {remedy}{new_run}.")
         return sentences
 
 
@@ -623,5 +639,5 @@ def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _multiple(side: float) -> int:
+def _multiple_of_16(side: float) -> int:
     return max(1, round(side / 16)) * 16

@@ -84,9 +84,10 @@ class EncoderKeys:
             earlier_autoencoder_id(source, **_encoding(config), all_bytes=all_bytes) for all_bytes in (False, True)
         )
         texts = [text_storage(store) for store in datasets.text_stores]
-        picture_sets = (*datasets.train_sets, *datasets.eval_sets, *datasets.conditioning_sets)
-        # Before the texts: in a storage of both, their claim would hide that the storage had no claims.
-        latents = key_of_latents([latent_storage(each) for each in picture_sets], prefix.latents, *earlier)
+        folder_datasets = (*datasets.train_sets, *datasets.eval_sets, *datasets.conditioning_sets)
+        # Latents first: in a storage of latents and contexts, a claim of the contexts would hide that an earlier
+        # release, which made no claims, wrote the latents.
+        latents = key_of_latents([latent_storage(each) for each in folder_datasets], prefix.latents, *earlier)
         return cls(prefix.text if claim(texts, prefix.text.key, full.text.key) else full.text, latents)
 
 
@@ -104,15 +105,16 @@ WHOLE = "whole:"
 
 
 EARLIER_VAE = "VAE"
-"""The name of the VAE's fingerprint in earlier releases, which covered its decoder too; training never uses that."""
+"""The name of the VAE's fingerprint in earlier releases. It also covered the decoder, which training never uses."""
 
 
 def base_fingerprints(
     config: RunConfig, source: Source, world: World, *, like: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """The fingerprints of the base model for a checkpoint: of the transformer, the text encoder and the VAE encoder. If
-    `like` is the record of an earlier release, they have its form. The first rank of each machine reads the weights,
-    with its own `like`.
+    """The fingerprints of the base model for a checkpoint: of the transformer, the text encoder and the VAE encoder.
+
+    They cover all bytes. If `like`, the record of a checkpoint, is given, they cover the same bytes under the same
+    names, so that they compare even if an earlier release wrote it. The first rank of each machine reads the weights.
 
     Raises:
         AccessError: another machine has a different base model.
@@ -162,7 +164,7 @@ class PreparedData:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Fingerprint of each training dataset: its images, captions and crops."""
+        """Fingerprint of each training dataset, by its id: `Manifest.fingerprint`."""
         return {manifest.image_set.id: manifest.fingerprint for manifest in self.train}
 
     @cached_property
@@ -181,8 +183,8 @@ class PreparedData:
         """The number of training images."""
         return sum(len(manifest.samples) for manifest in self.train)
 
-    def latent_store(self, picture_set: FolderDataset) -> Store:
-        return Store(latent_storage(picture_set))
+    def latent_store(self, folder_dataset: FolderDataset) -> Store:
+        return Store(latent_storage(folder_dataset))
 
     def text_store(self, image_set: ImageSet | None) -> Store:
         """The store of a dataset's captions; for None, that of prompts outside the datasets."""
@@ -231,12 +233,12 @@ class PreparedData:
         Empty if the options do not let masks force tokens.
         """
         masking = Masking(self.loaded.config, self.loaded.config.seed)
-        masks = weighing_masks(self.train) if masking.forces_tokens else []
+        masks = loss_masks(self.train) if masking.forces_tokens else []
         return [kept_positions(masking.inside(self.mask(mask))).float().mean().item() for mask in masks]
 
     @property
     def prompt_store(self) -> Store:
-        """The store for reference images of prompts: that of the first training dataset, as they belong to none."""
+        """The store for reference images of prompts, which belong to no dataset: that of the first training dataset."""
         return self.latent_store(self.loaded.datasets.train_sets[0])
 
     def references_of(self, prompt: Prompt) -> References | None:
@@ -303,12 +305,12 @@ def check_same_images(manifests: Sequence[Manifest], world: World) -> None:
     if world.machine_world is None:
         return
     for manifest in manifests:
-        samples = {row[0][1]: sha256_json(row) for row in manifest.record()[0]}
+        samples = {row[0][1]: sha256_json(row) for row in manifest.record()[0]}  # row[0][1] is the image's name
         difference = differing_machine(world, samples)
         if difference is not None:
             machine, (ours, theirs) = difference
             differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-            names = ", ".join(differing[:MOST_NAMED]) + (", …" if len(differing) > MOST_NAMED else "")
+            names = ", ".join(differing[:MAX_NAMED]) + (", …" if len(differing) > MAX_NAMED else "")
             raise DataError.of(
                 f"{manifest.image_set.id}: {len(differing)} images, or their captions, references or masks, differ "
                 f"between machine {machine} and machine 0: {names}",
@@ -320,7 +322,7 @@ def check_same_images(manifests: Sequence[Manifest], world: World) -> None:
 
 def ranks_of_cache(storages: Sequence[Storage], content: str, world: World, reporter: Reporter) -> World:
     """The ranks that together fill the caches of `content` in `storages`: all ranks if all machines share the storages,
-    else the ranks of this machine. Reports which.
+    else the ranks of this machine. Reports which case applies.
     """
     if world.machine_world is None:
         return world
@@ -339,16 +341,16 @@ def fill_caches(
 ) -> None:
     """Fill every cache that the run will read. Masks come first, so that bad masks are reported before an encoder
     loads. All ranks call it, and each makes a share of the missing entries in caches that it can access. `verify` reads
-    and hashes every cached file, also those checked earlier.
+    and hashes every cached file, even those checked earlier.
 
     Raises:
-        DataError: a mask leaves nothing of its image to train on.
+        DataError: a mask leaves no part of its image to train on.
         AccessError: an encoder cannot be loaded.
         DiskError: a cache's disk is full. Finished entries are kept.
     """
     datasets = prepared.loaded.datasets
-    picture_sets = (*datasets.train_sets, *datasets.eval_sets, *datasets.conditioning_sets)
-    image_ranks = ranks_of_cache([*map(latent_storage, picture_sets)], "images", world, reporter)
+    folder_datasets = (*datasets.train_sets, *datasets.eval_sets, *datasets.conditioning_sets)
+    image_ranks = ranks_of_cache([*map(latent_storage, folder_datasets)], "images", world, reporter)
     text_ranks = ranks_of_cache([*map(text_storage, datasets.text_stores)], "captions", world, reporter)
     fill_mask_weights(prepared, image_ranks, reporter, verify=verify)
     fill_text(prepared, source, text_ranks, reporter, verify=verify)
@@ -396,17 +398,17 @@ def prompts_to_encode(prepared: PreparedData) -> dict[TextStore, list[str]]:
     return prompts_of
 
 
-MOST_NAMED = 50
-"""Masks that an error lists."""
+MAX_NAMED = 50
+"""Maximum number of images or masks that an error lists."""
 
 
 def fill_mask_weights(prepared: PreparedData, world: World, reporter: Reporter, *, verify: bool) -> None:
     """Cache the missing masks, and report the share of the images that they train.
 
     Raises:
-        DataError: masks that leave nothing of their images to train on.
+        DataError: some masks leave no part of their images to train on.
     """
-    masks = weighing_masks((*prepared.train, *prepared.held_out))
+    masks = loss_masks((*prepared.train, *prepared.held_out))
     if not masks:
         return
     with reporter.phase("scan", "reading masks") as progress:
@@ -427,18 +429,22 @@ def fill_mask_weights(prepared: PreparedData, world: World, reporter: Reporter, 
     )
 
 
-def weighing_masks(manifests: Sequence[Manifest]) -> list[Crop]:
-    """The masks that weight losses: those of all datasets except regularization datasets for training."""
-    weighed = (
+def loss_masks(manifests: Sequence[Manifest]) -> list[Crop]:
+    """The masks that weight a loss: those of held-out datasets, and of training datasets except those for
+    regularization.
+    """
+    manifests_with_weights = (
         manifest
         for manifest in manifests
         if manifest.image_set.dataset_type == "eval" or not manifest.image_set.is_regularisation_data
     )
-    return [sample.mask for manifest in weighed for sample in manifest.samples if sample.mask is not None]
+    return [
+        sample.mask for manifest in manifests_with_weights for sample in manifest.samples if sample.mask is not None
+    ]
 
 
 def _mask_areas(prepared: PreparedData, masks: Sequence[Crop]) -> tuple[list[str], float]:
-    """The names of masks with only zero weights, and the mean weight of a position."""
+    """The names of masks whose weights are all zero, and the mean weight of a position over all masks."""
     masking = Masking(prepared.loaded.config, prepared.loaded.config.seed)
     empty, total = [], 0.0
     for mask in masks:
@@ -451,10 +457,10 @@ def _mask_areas(prepared: PreparedData, masks: Sequence[Crop]) -> tuple[list[str
 
 def _empty_masks_error(empty: Sequence[str], config: RunConfig) -> DataError:
     level, trained_level = ("white", "black") if config.masked_loss_invert else ("black", "white")
-    names = ", ".join(empty[:MOST_NAMED]) + (f" and {len(empty) - MOST_NAMED} more" if len(empty) > MOST_NAMED else "")
+    names = ", ".join(empty[:MAX_NAMED]) + (f" and {len(empty) - MAX_NAMED} more" if len(empty) > MAX_NAMED else "")
     masks = "1 mask is" if len(empty) == 1 else f"{len(empty)} masks are"
     return DataError.of(
-        f"{masks} all {level} in the trained crop, so nothing of the image would be trained: {names}",
+        f"{masks} all {level} in the trained crop, so no part of the image would be trained: {names}",
         f"some {trained_level} in each",
         f"Paint what to train {trained_level}, or take the image out of the dataset. With --masked_loss_floor=0.1 all "
         "of it is trained a little.",
@@ -470,13 +476,20 @@ def fill_text(prepared: PreparedData, source: Source, world: World, reporter: Re
     # Each rank has its own GPU. On CPUs all ranks load into the same RAM: rank 0 first, then the others together, which
     # see the RAM that rank 0 left free.
     local_world = world.on_machine
-    sharing = local_world.size - (not local_world.is_main) if world.device.type == "cpu" else 1
+    sharing_processes = local_world.size - (not local_world.is_main) if world.device.type == "cpu" else 1
 
     def load() -> TextEncoder:
         if not encoders:
             folder = prepared.text_store(None).storage.local_path() or Path(config.output_dir)
             encoder = open_text_encoder(
-                config, config, config, source, world.device, folder=folder, report=reporter.say, processes=sharing
+                config,
+                config,
+                config,
+                source,
+                world.device,
+                folder=folder,
+                report=reporter.say,
+                processes=sharing_processes,
             )
             encoders.append(encoder)
         return encoders[0]
@@ -497,8 +510,8 @@ def fill_text(prepared: PreparedData, source: Source, world: World, reporter: Re
             for store, prompts in prompts_to_encode(prepared).items()
             if prompts
         ]
-    # No name may reference the encoder when memory is freed: the encoder is in a reference cycle, and would still be in
-    # memory in the next phase. Rank 0 has counted the tokens of all prompts, those of the other ranks too.
+    # No variable may reference the encoder when memory is freed: the encoder is in a reference cycle, and would still
+    # be in memory in the next phase. Rank 0 has counted the tokens of all prompts, even those that other ranks encode.
     truncated = [text for encoder in encoders for text in encoder.truncated]
     if truncated:
         examples = "; ".join(text[:60] + "…" for text in truncated[:3])

@@ -32,6 +32,7 @@ OPTIMIZER_STEM = "optimizer"
 OPTIMIZER_NAME = f"{OPTIMIZER_STEM}.safetensors"
 STATE_NAME = "state.json"
 PARAMETER, AVERAGE = "parameter/", "average/"
+"""Prefixes of tensor names in `OPTIMIZER_NAME`: trained parameters, and their moving average."""
 T = TypeVar("T")
 
 
@@ -130,22 +131,22 @@ def on_each_machine(folder: Path, run: RunDirectory, world: World) -> Iterator[P
         return
     final = run.checkpoints / f"{folder.name}-of-machine-{world.machine}"
     copy = checkpoints.unfinished(final)
-    copies_here = world.machine > 0 and world.on_machine.is_main
-    made_folders = create_missing(run.checkpoints) if copies_here else []
+    writes_copy = world.machine > 0 and world.on_machine.is_main
+    created_folders = create_missing(run.checkpoints) if writes_copy else []
     try:
-        if copies_here:
+        if writes_copy:
             checkpoints.begin(final)
         with file_errors_reported(copy):
             send_folder(world, folder, copy)
-        if copies_here and (damage := checkpoints.damage(copy)) is not None:
+        if writes_copy and (damage := checkpoints.damage(copy)) is not None:
             raise DiskError.of(f"{copy}, sent by machine 0: {damage}", remedy="Check the disk, then start again.")
         world.barrier("the checkpoint on other machines")
         yield folder if world.machine == 0 else copy
         world.barrier("the checkpoint on other machines")
     finally:
-        if copies_here:
+        if writes_copy:
             delete_path(copy)
-            remove_created(made_folders)
+            remove_created(created_folders)
 
 
 def on_all_ranks(world: World, work: Callable[[], T], path: Path) -> list[T]:
@@ -179,11 +180,11 @@ def check_replicas(tensors: Mapping[str, Tensor], world: World) -> None:
     """Compare tensors that must be identical on all ranks, by a checksum of each.
 
     Raises:
-        CheckpointError: a rank's tensors differ from those of most ranks, or from rank 0's without a majority.
+        CheckpointError: a rank's tensors differ from those that most ranks have; in a tie, from the lowest rank's.
     """
     checksums = world.gather_json({name: checksum(tensor) for name, tensor in tensors.items()})
     texts = [json.dumps(each, sort_keys=True) for each in checksums]
-    majority = checksums[texts.index(max(texts, key=texts.count))]  # ties: the lowest rank's
+    majority = checksums[texts.index(max(texts, key=texts.count))]  # in a tie, the lowest rank's
     for rank, each in enumerate(checksums):
         differing = sorted(name for name in majority.keys() | each.keys() if majority.get(name) != each.get(name))
         if differing:
@@ -197,7 +198,7 @@ def check_replicas(tensors: Mapping[str, Tensor], world: World) -> None:
 
 
 def checksum(tensor: Tensor) -> int:
-    """The sum of the elements' bit patterns, as integers: a single flipped bit changes it."""
+    """The sum of the elements' bit patterns, read as integers: a single flipped bit changes it."""
     bits = tensor.detach().contiguous().view(-1).view(INTEGERS[tensor.element_size()])
     return int(bits.sum(dtype=torch.int64))
 

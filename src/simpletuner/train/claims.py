@@ -1,11 +1,11 @@
 """Record which weights made the tensors under a cache key, in a JSON file beside the caches.
 
-A cache key covers, for each tensor of an encoder, its name, dtype, shape and first 4 KiB; so caches of every release
-stay valid. The first encoder that uses a key in a cache claims it with a hash of all its bytes. Another encoder with
-the same key, whose tensors differ after 4 KiB, uses a different key.
+A cache key covers the name, dtype, shape and first 4 KiB of each tensor of an encoder, as in earlier releases, so their
+caches stay valid. The first encoder that uses a key in a cache claims it with a hash of all its bytes. Another encoder
+with the same key, whose tensors differ after 4 KiB, uses a different key.
 
-Keys of latents cover the whole VAE encoder, so they never collide. Earlier releases made VAE keys as text encoder keys
-are made: their latents stay in use, also with another decoder.
+Keys of latents cover all bytes of the VAE encoder, so they never collide. In earlier releases they covered the first
+4 KiB of each tensor, the decoder's too. The latents of those releases stay in use, even with another decoder.
 """
 
 import json
@@ -18,14 +18,14 @@ from simpletuner.base.storage import Storage
 from simpletuner.data.storages import LEDGER
 
 CLAIMS = "bases.json"
-"""The file of claims in each cache storage: `{key: key of the whole content}`. For latents also `{key: key in use}`:
-the same key, or that of an earlier release.
+"""The file of claims in each cache storage: `{key: content key}`, where the content key covers all bytes of the
+encoder. For latents also `{key: key in use}`: the same key, or that of an earlier release.
 """
 
 
 def claim(storages: Sequence[Storage], key: str, content_key: str) -> bool:
-    """Claim `key` in `storages` for the content of `content_key`. Returns False if other content has claimed it, or
-    if a file of claims is damaged, so that the owner is unknown.
+    """Claim `key` in `storages` for the encoder that `content_key` identifies. Returns False if another encoder has
+    claimed it, or if a file of claims is damaged, so that the owner is unknown.
     """
     all_claims = [_read(storage) for storage in storages]
     if any(claims is None or claims.get(key, content_key) != content_key for claims in all_claims):
@@ -77,6 +77,6 @@ def _read(storage: Storage) -> dict[str, Any] | None:
 
 
 def _is_writable(storage: Storage) -> bool:
-    """Whether claims can be written: not into a shared, read-only cache."""
+    """Whether claims can be written into `storage`, which may be a shared, read-only cache."""
     folder = storage.local_path()
     return folder is None or not folder.exists() or os.access(folder, os.W_OK)

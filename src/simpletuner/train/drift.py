@@ -85,14 +85,14 @@ class DriftMeter:
         """
         if step > 0 and not self.lacks_base:
             return True
-        disabled = self.trained.disabled()
-        if disabled is None and step > 0:
+        base_model = self.trained.disabled()
+        if base_model is None and step > 0:
             return False
         if self.world.is_main:
             with file_errors_reported(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-        self.world.barrier("the folder of the drift")
-        with disabled or contextlib.nullcontext():
+        self.world.barrier("the drift folder")
+        with base_model or contextlib.nullcontext():
             self._sample(self._store, report)
         self.world.barrier("the base model's latents")
         return True

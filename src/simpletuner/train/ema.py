@@ -29,14 +29,14 @@ class Ema:
             return
         averages = list(self._average.values())
         state = self._trained.state()
-        lives = [state[name].to(average.device, torch.float32) for name, average in self._average.items()]
+        trained_tensors = [state[name].to(average.device, torch.float32) for name, average in self._average.items()]
         if self._decay == 0:
-            torch._foreach_copy_(averages, lives)  # lerp would lose the sign of zeros
+            torch._foreach_copy_(averages, trained_tensors)  # lerp would lose the sign of zeros
         else:
-            torch._foreach_lerp_(averages, lives, 1 - self._decay)
+            torch._foreach_lerp_(averages, trained_tensors, 1 - self._decay)
 
     def applied(self) -> AbstractContextManager[None]:
-        """A context in which the model computes with the average. On exit its own values are back, bit for bit."""
+        """A context in which the model computes with the average. On exit its own weights are restored bit for bit."""
         return self._trained.with_weights(self._average)
 
     def state(self) -> dict[str, Tensor]:

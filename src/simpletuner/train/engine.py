@@ -13,24 +13,26 @@ from simpletuner.memory.planner import ENGINES, TIER_TITLES, Engine, MemoryPlan,
 if TYPE_CHECKING:
     from simpletuner.train.budget import Budget
 
-MOST_SOUGHT_GPUS = 64
-MOST_SOUGHT_MACHINES = 64
+MAX_SOUGHT_GPUS = 64
+MAX_SOUGHT_MACHINES = 64
 """Upper limits of the search for the smallest sufficient number of GPUs of one machine, or of equal machines."""
 
-SHARED: tuple[Engine, ...] = ("fsdp2", "zero1", "zero2", "zero3")
+SHARDING_ENGINES: tuple[Engine, ...] = ("fsdp2", "zero1", "zero2", "zero3")
 """Engines that shard tensors over processes, in the order in which they are advised. FSDP2 comes first because it needs
 no other package."""
 
 
 @dataclass(frozen=True)
 class EngineAdvice:
-    """The engine that a run should use: DDP if it fits, else the one in the options, else the first of `SHARED`."""
+    """The engine that a run should use: DDP if it fits, else the one in the options, else the first of
+    `SHARDING_ENGINES`.
+    """
 
     engine: Engine | None
-    """None if the run fits with no engine."""
+    """None if the run does not fit with any engine."""
     text: str
     fewest_gpus: int | None
-    """The fewest GPUs, over all machines, with which FSDP2 shards fit; searched only if the run fits with no engine."""
+    """The fewest GPUs, over all machines, with which FSDP2 shards fit; searched only if `engine` is None."""
     plans: Mapping[Engine, MemoryPlan]
     """The memory plan of each engine that the options allow."""
 
@@ -42,13 +44,13 @@ class EngineAdvice:
     def summary(self) -> dict[str, Any]:
         """The advice as JSON values."""
         sent = {engine: _sent(plan) for engine, plan in self.plans.items()}
-        none = dict.fromkeys(("ddp", *SHARED))
+        nulls = dict.fromkeys(("ddp", *SHARDING_ENGINES))
         return {
             "advised": self.engine,
             "text": self.text,
             "fewest_gpus": self.fewest_gpus,
-            "peaks": {**none, **self.peaks},
-            "sent": {**none, **sent},
+            "peaks": {**nulls, **self.peaks},
+            "sent": {**nulls, **sent},
         }
 
 
@@ -57,27 +59,27 @@ def advise(budget: "Budget") -> EngineAdvice:
     fits, unless the engine in the options fits too and communicates less.
     """
     config, ranks = budget.config, budget.config.ranks
-    copies = _planned(budget, _with_engine(config, "ddp"))
-    plans = {copies.engine: copies}
-    for engine in SHARED if ranks > 1 else ():
+    ddp_plan = _planned(budget, _with_engine(config, "ddp"))
+    plans = {ddp_plan.engine: ddp_plan}
+    for engine in SHARDING_ENGINES if ranks > 1 else ():
         plan = _allowed(budget, _with_engine(config, engine))
         if plan is not None:
             plans[engine] = plan
-    configured = plans.get(budget.plan.engine, copies)
-    if _fits(copies) and not (_fits(configured) and _sent(configured) < _sent(copies)):
-        return EngineAdvice(copies.engine, _copies_fit(budget, copies), None, plans)
-    for engine in (budget.plan.engine, *SHARED):
+    configured = plans.get(budget.plan.engine, ddp_plan)
+    if _fits(ddp_plan) and not (_fits(configured) and _sent(configured) < _sent(ddp_plan)):
+        return EngineAdvice(ddp_plan.engine, _ddp_text(budget, ddp_plan), None, plans)
+    for engine in (budget.plan.engine, *SHARDING_ENGINES):
         if engine in plans and _fits(plans[engine]):
             option = "--fsdp_enable" if engine == "fsdp2" else f"--deepspeed_config={engine}"
-            name, tier = "shards" if engine == "fsdp2" else ENGINES[engine], _tier(copies)
-            use = f"whole copies take {_use(copies, tier) if _fits(copies) else _lack(copies)}, "
+            name, tier = "shards" if engine == "fsdp2" else ENGINES[engine], _tier(ddp_plan)
+            use = f"whole copies take {_use(ddp_plan, tier) if _fits(ddp_plan) else _lack(ddp_plan)}, "
             use += f"{name} {_use(plans[engine], tier)}"
             return EngineAdvice(engine, f"Use {ENGINES[engine]} ({option}): {use}.", None, plans)
     fewest = _fewest(budget)
-    engines = "One process does not fit" if ranks == 1 else f"{ranks} processes fit with no engine"
+    finding = "One process does not fit" if ranks == 1 else f"{ranks} processes do not fit with any engine"
     shards = plans.get("fsdp2")
     sentences = [
-        f"{engines}: whole copies take {_lack(copies)}{'' if shards is None else f', shards {_lack(shards)}'}."
+        f"{finding}: whole copies take {_lack(ddp_plan)}{'' if shards is None else f', shards {_lack(shards)}'}."
     ]
     if fewest is not None:
         noun = "processes" if budget.machine.accelerator is None else "such GPUs"
@@ -105,11 +107,11 @@ def with_options(config: RunConfig, options: Mapping[str, object]) -> RunConfig:
     return config.model_copy(update=options)
 
 
-def _copies_fit(budget: "Budget", copies: MemoryPlan) -> str:
-    use, plan = _use(copies, _tier(copies)), budget.plan
-    if plan.wire is None or copies.wire is None:
+def _ddp_text(budget: "Budget", ddp_plan: MemoryPlan) -> str:
+    use, plan = _use(ddp_plan, _tier(ddp_plan)), budget.plan
+    if plan.wire is None or ddp_plan.wire is None:
         return f"One process holds the run: {use}."
-    sent = f"and sends {format_size(copies.wire.total)} a step"
+    sent = f"and sends {format_size(ddp_plan.wire.total)} a step"
     if plan.engine == "ddp":
         return f"Use DDP: each process holds the whole run, {use}, {sent}."
     option = "--fsdp_enable" if plan.engine == "fsdp2" else "--deepspeed_config"
@@ -123,13 +125,13 @@ def _fewest(budget: "Budget") -> int | None:
     host memory, so binary search finds the first count that fits accelerators; that count must fit host memory too.
     """
     config = budget.config
-    unit, limit, low = 1, MOST_SOUGHT_GPUS, config.ranks
+    processes_per_unit, limit, low = 1, MAX_SOUGHT_GPUS, config.ranks
     if config.num_machines > 1:
-        unit, limit, low = config.ranks_per_machine, MOST_SOUGHT_MACHINES, config.num_machines
+        processes_per_unit, limit, low = config.ranks_per_machine, MAX_SOUGHT_MACHINES, config.num_machines
 
     def planned(count: int) -> MemoryPlan | None:
         machines = 1 if config.num_machines == 1 else count
-        options = {"num_processes": count * unit, "num_machines": machines}
+        options = {"num_processes": count * processes_per_unit, "num_machines": machines}
         return _allowed(budget, _with_engine(config, "fsdp2").model_copy(update=options))
 
     def is_enough(count: int) -> bool:
@@ -146,7 +148,7 @@ def _fewest(budget: "Budget") -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if is_enough(middle) else (middle, high)
     plan = planned(high)
-    return high * unit if plan is not None and _fits(plan) else None
+    return high * processes_per_unit if plan is not None and _fits(plan) else None
 
 
 def is_possible(config: RunConfig) -> bool:

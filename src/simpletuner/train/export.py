@@ -33,14 +33,14 @@ def export_lora(
     """Write the LoRA of `checkpoint`, and that of its moving average, into the run directory, in `lora_format`."""
     products: dict[Path, Path | None] = {}
     for name in ("", EMA_FOLDER) if config.use_ema else ("",):
-        target, source = run.root / name / LORA_NAME, checkpoint / name / LORA_NAME
+        target, saved = run.root / name / LORA_NAME, checkpoint / name / LORA_NAME
         if config.lora_format == "diffusers":
-            with file_errors_reported(source, doing="read"):
-                content = source.read_bytes()
+            with file_errors_reported(saved, doing="read"):
+                content = saved.read_bytes()
             write_atomic(target, content)
-            products[target] = source
+            products[target] = saved
         else:
-            file = read_adapter(source)
+            file = read_adapter(saved)
             with file_errors_reported(target):
                 target.parent.mkdir(exist_ok=True)
             write_adapter(target, lora_modules(file), config.lora_format, file.header)
@@ -52,12 +52,12 @@ def export_lora(
 
 
 def export_full(
-    config: RunConfig, run: RunDirectory, checkpoint: Path, find: Callable[[], Source], reporter: Reporter
+    config: RunConfig, run: RunDirectory, checkpoint: Path, find_source: Callable[[], Source], reporter: Reporter
 ) -> Export:
     """Write the transformer of `checkpoint` as a diffusers folder and as a single file in BFL's layout, which ComfyUI
     loads; and its moving average likewise.
     """
-    source = find()
+    source = find_source()
     products: dict[Path, Path | None] = {}
     lines = []
     missing_reason = None

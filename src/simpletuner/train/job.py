@@ -72,7 +72,7 @@ from simpletuner.train.length import RunSchedule
 from simpletuner.train.loop import TrainingLoop, best_step, check_free_disk, shapes_of
 from simpletuner.train.placement import open_decoder, residency_text, stream_blocks
 from simpletuner.train.preservation import Preservation
-from simpletuner.train.preview import PreviewModel, SamplingModel, TrainedModel, base_tensors
+from simpletuner.train.preview import PreviewModel, SamplingModel, TrainedModel, tensors_unused_by_preview
 from simpletuner.train.product import PRODUCTS, Product, zero_shards
 from simpletuner.train.profile import StepProfiler
 from simpletuner.train.release import GradientRelease, StepsOneParameter
@@ -110,13 +110,13 @@ def build(loaded: LoadedConfig, world: World) -> Job:
         ConfigError: the device cannot train with these options.
     """
     if not world.is_alone:
-        settled = loaded.config.model_copy(update={"num_processes": world.size})
-        loaded = replace(loaded, config=settled)
+        config = loaded.config.model_copy(update={"num_processes": world.size})
+        loaded = replace(loaded, config=config)
     check_device(loaded.config, world.device)
     directory = RunDirectory(Path(loaded.config.output_dir))
     with file_errors_reported(directory.root, ConfigError):
-        machine = machine_of(world, directory.root)
-    return Job(loaded, world, directory, Budget(loaded.config, configured_workload(loaded), machine))
+        machine_memory = machine_of(world, directory.root)
+    return Job(loaded, world, directory, Budget(loaded.config, configured_workload(loaded), machine_memory))
 
 
 def run(job: Job) -> int:
@@ -136,9 +136,8 @@ def run(job: Job) -> int:
             job.world.check()
 
         reporter = Reporter(events=events, log=job.run.log, poll=poll)
-        stop_samplers(
-            Path.cwd(), os.environ, reporter.say
-        )  # started in the meantime: none may run beside a training run
+        # Samplers may have started in the meantime; none may run during training.
+        stop_samplers(Path.cwd(), os.environ, reporter.say)
         for text in job.loaded.notices:
             reporter.notice(text)
         attempt = Attempt(job, reporter, requests)
@@ -214,6 +213,7 @@ class Attempt:
         return resume.RestartCommands(self.run, self.loaded)
 
     def __call__(self) -> None:
+        """Find the checkpoint to resume from, plan memory, prepare the data, train and export."""
         self.world = with_writers(self.world, self.run.root)
         if self.world.writing_ranks < self.world.size:
             self.reporter.notice(
@@ -246,28 +246,28 @@ class Attempt:
         model = base_fingerprints(self.config, source, self.world)
         if resumed is not None and not has_full_fingerprints(resumed.state.model):
             self.reporter.notice(
-                f"{resumed.folder} has fingerprints of only the first 4 KiB of each base tensor, so only these are "
-                "compared. Checkpoints saved from now on have fingerprints of whole tensors."
+                f"{resumed.folder} has fingerprints of only the first 4 KiB of each base tensor, so only these bytes "
+                "are compared. Checkpoints saved from now on have fingerprints of whole tensors."
             )
         prepared = scan_sets(self.loaded, source, self.world, self.reporter)
         if resumed is not None:
-            recorded_model = base_fingerprints(self.config, source, self.world, like=resumed.state.model)
-            resume.check_content(resumed, self.commands, data=prepared.fingerprints, model=recorded_model)
+            comparable_model = base_fingerprints(self.config, source, self.world, like=resumed.state.model)
+            resume.check_content(resumed, self.commands, data=prepared.fingerprints, model=comparable_model)
         if self.world.is_main:
             write_json(self.run.datasets, [m.summary() for m in (*prepared.train, *prepared.held_out)])
         current_cut = Cut(self.state.step, self.config.train_batch_size, self.batches_per_step)
         order = Order.of(prepared.train, seed=self.config.seed, cuts=self.state.cuts, now=current_cut)
         if resumed is not None:
             resume.check_windows(resumed, self.commands, prepared.windows, order)
-        plan = RunSchedule.of(self.config, order, self.batches_per_step)
-        for text in (*order.notices, *plan.notices):
+        schedule = RunSchedule.of(self.config, order, self.batches_per_step)
+        for text in (*order.notices, *schedule.notices):
             self.reporter.notice(text)
-        if self.is_finished(plan.steps):
+        if self.is_finished(schedule.steps):
             return
-        ConfigError.raise_if(problem for _, problem in profile_findings(self.config, plan.steps))
+        ConfigError.raise_if(problem for _, problem in profile_findings(self.config, schedule.steps))
         fill_caches(prepared, source, self.world, self.reporter)
         if self.config.dynamo_backend == "auto":
-            choice = choose_backend(self.config, self.device, plan.steps, compilation.compiler_problem)
+            choice = choose_backend(self.config, self.device, schedule.steps, compilation.compiler_problem)
             self.may_drop_compiled = choice.backend != "no"
             self.record_backend(choice)
         self.replan_memory(prepared)
@@ -275,7 +275,7 @@ class Attempt:
         self.state.data = prepared.fingerprints
         self.state.windows = prepared.windows
         self.state.model = model
-        self.train(prepared, source, preview, order, plan, resumed)
+        self.train(prepared, source, preview, order, schedule, resumed)
 
     def train(
         self,
@@ -283,13 +283,13 @@ class Attempt:
         source: Source,
         preview: Source | None,
         order: Order,
-        plan: RunSchedule,
+        schedule: RunSchedule,
         resumed: resume.Resume | None,
     ) -> None:
         """Load the model, train it and export it."""
         with self.reporter.phase("load"):
-            settled_config = self.budget.footprint.resolved_config
-            product = PRODUCTS[self.config.model_type](settled_config, source, self.world, self.reporter)
+            resolved_config = self.budget.footprint.resolved_config
+            product = PRODUCTS[self.config.model_type](resolved_config, source, self.world, self.reporter)
             self.install(product.transformer, order)
             if self.world.is_main:
                 product.report_parameters(self.run, self.reporter)
@@ -298,7 +298,7 @@ class Attempt:
         if zero is not None:
             trained.masters = zero
             self.reporter.say(zero.description())
-        self.check_disk_space(product, plan)
+        self.check_disk_space(product, schedule)
         first_elements = None if trained.shards is None else trained.shards.first_elements
         optimizer = optim.build(product.groups(), self.config, seed=self.config.seed, first_elements=first_elements)
         average_device = torch.device("cpu") if self.config.is_average_on_cpu else self.device
@@ -310,7 +310,7 @@ class Attempt:
             scaler.load_state_dict(dict(resumed.state.scaler))
             checkpoint_path = str(resumed.folder)
             self.reporter.emit(CheckpointEvent(step=self.state.step, state="resumed", path=resumed.folder.name))
-            self.reporter.say(f"Resuming from step {self.state.step} of {plan.steps} ({checkpoint_path}).")
+            self.reporter.say(f"Resuming from step {self.state.step} of {schedule.steps} ({checkpoint_path}).")
         forward = None if zero is None else zero.forward
         denoiser = Denoiser(product.transformer, self.config.reference_attention, forward)
         routes = self.routes(product.transformer.spec.blocks, order, prepared)
@@ -355,16 +355,20 @@ class Attempt:
         )
         model: SamplingModel = TrainedModel(denoiser)
         if preview is not None and isinstance(trained, Adapter):
-            leaves, average = self.budget.footprint.offloads_base, {} if ema is None else ema.state()
+            offloads_base, average_state = self.budget.footprint.offloads_base, {} if ema is None else ema.state()
             model = PreviewModel(
                 self.budget.footprint.resolved_config,
                 preview,
                 trained,
                 self.device,
-                offloaded=lambda: base_tensors(product.transformer, trained, optimizer, average) if leaves else [],
+                offloaded=lambda: (
+                    tensors_unused_by_preview(product.transformer, trained, optimizer, average_state)
+                    if offloads_base
+                    else []
+                ),
                 notice=self.reporter.notice,
             )
-        self.announce(prepared, plan, product, resumed)
+        self.announce(prepared, schedule, product, resumed)
         if rollout is not None:
             self.reporter.say(rollout.describe())
         if self.config.profiled and self.config.profiled.stop - 1 <= self.state.step:
@@ -381,11 +385,11 @@ class Attempt:
             return self.checkpoint
 
         self.reporter.poll()
-        self.run_compiled_trial(stepper, builder, plan)
+        self.run_compiled_trial(stepper, builder, schedule)
         self.reporter.poll()
         profiled = self.config.profiled if self.world.is_main else range(0)
         loop = TrainingLoop(
-            plan=plan,
+            schedule=schedule,
             run=self.run,
             batches=builder,
             stepper=stepper,
@@ -409,7 +413,7 @@ class Attempt:
             commands=self.commands,
             world=self.world,
         )
-        if self.state.step < plan.steps and self.world.is_main:
+        if self.state.step < schedule.steps and self.world.is_main:
             self.run.finished.unlink(missing_ok=True)  # the run is no longer finished
         with self.requests.between_steps():
             with self.reporter.phase("train"), self.compiling():
@@ -417,9 +421,9 @@ class Attempt:
             if self.streaming is not None:
                 self.reporter.detail(f"Streamed: {self.streaming.description()}.")
             if not is_done:
-                raise stopped(f"stopped after step {self.state.step} of {plan.steps}; the run is saved")
+                raise stopped(f"stopped after step {self.state.step} of {schedule.steps}; the run is saved")
             if self.world.is_main:
-                self.finish(plan, source, product.noun)
+                self.finish(schedule, source, product.noun)
             self.world.barrier("the export")
 
     def record_backend(self, choice: BackendChoice) -> None:
@@ -432,7 +436,7 @@ class Attempt:
         self.record_config()
 
     def record_config(self) -> None:
-        """Write the configuration into the run directory."""
+        """Write the resolved configuration into the run directory."""
         if self.world.is_main:
             write_json(self.run.config, recorded_options(self.config))
 
@@ -448,17 +452,19 @@ class Attempt:
         self.budget.check()
 
     def replan_memory(self, prepared: PreparedData) -> None:
-        """Plan memory again with the scanned images; report it only if the largest micro-batch differs from the first
-        plan's.
+        """Plan memory again with the scanned images; report it only if the largest micro-batch differs from
+        the first plan's.
 
         Raises:
             MemoryBudgetError: the accelerator is too small to train.
         """
         before = self.budget.workload
-        work = scanned_workload(self.loaded, prepared.train, prepared.held_out, drawn=prepared.prompt_references)
+        workload = scanned_workload(
+            self.loaded, prepared.train, prepared.held_out, prompt_crops=prepared.prompt_references
+        )
         if self.config.tread_routes:
-            work = replace(work, forced_share=max(prepared.forced_shares, default=0.0))
-        self.budget = replace(self.budget, workload=work)
+            workload = replace(workload, forced_share=max(prepared.forced_shares, default=0.0))
+        self.budget = replace(self.budget, workload=workload)
         self.reporter.emit(self.budget.event())
         if (before.bucket, before.batch) != (self.budget.workload.bucket, self.budget.workload.batch):
             train = self.budget.plan.phase("train")
@@ -501,7 +507,9 @@ class Attempt:
         return step not in steps_with_sheet(self.run) or not sheet_of(self.run, step).is_file()
 
     def install(self, transformer: Flux2Transformer, order: Order) -> None:
-        """Prepare a transformer for training: compile, stream and checkpoint its blocks as configured."""
+        """Prepare a transformer for training: install compilation, streaming and activation checkpointing of its blocks
+        as configured.
+        """
         if self.config.dynamo_backend != "no":
             shapes = {(micro_batch.bucket, len(micro_batch.visits)) for micro_batch in order.by_bucket()}
             has_references = any(sample.references for manifest in order.manifests for sample in manifest.samples)
@@ -512,10 +520,10 @@ class Attempt:
                 sizes_vary=len(shapes) > 1 or bool(self.config.tread_routes) or has_references,
                 has_references=has_references,
             )
-        settled_config = self.budget.footprint.resolved_config
-        self.streaming = stream_blocks(transformer, settled_config, self.device)
+        resolved_config = self.budget.footprint.resolved_config
+        self.streaming = stream_blocks(transformer, resolved_config, self.device)
         if self.streaming is not None:
-            self.reporter.say(f"Streamed: {self.streaming}{residency_text(settled_config, transformer.spec)}.")
+            self.reporter.say(f"Streamed: {self.streaming}{residency_text(resolved_config, transformer.spec)}.")
         if self.config.gradient_checkpointing:
             ahead = self.config.prefetches(self.device.type)
             inputs = recompute.HostInputs(self.device, ahead=ahead) if self.config.activation_offload else None
@@ -533,11 +541,11 @@ class Attempt:
             )
         transformer.train()
 
-    def check_disk_space(self, product: Product, plan: RunSchedule) -> None:
+    def check_disk_space(self, product: Product, schedule: RunSchedule) -> None:
         """Raise a DiskError if one more checkpoint and the finished model do not fit on the disk. Notify the user if
         not all remaining checkpoints fit.
         """
-        if self.state.step >= plan.steps or self.world.rank >= self.world.writing_ranks:
+        if self.state.step >= schedule.steps or self.world.rank >= self.world.writing_ranks:
             return
         size, free = product.checkpoint_bytes, machine.free_disk_bytes(self.run.root)
         single = product.single_file_bytes
@@ -549,7 +557,7 @@ class Attempt:
                 remedy="Free some space, or give an --output_dir on another disk.",
             )
         limit = self.config.checkpoints_total_limit
-        remaining_saves = sum(plan.saves(step) for step in range(self.state.step + 1, plan.steps + 1))
+        remaining_saves = sum(schedule.saves(step) for step in range(self.state.step + 1, schedule.steps + 1))
         saved_count = len(checkpoints.steps(self.run))
         # A new checkpoint is written before the oldest is deleted.
         new_count = min(remaining_saves, max(1, limit + 1 - saved_count))
@@ -562,7 +570,7 @@ class Attempt:
     def routes(self, blocks: int, order: Order, prepared: PreparedData) -> tuple[Route, ...]:
         """TREAD's routes in a model of `blocks` blocks. Reports the tokens they keep, also those under masks."""
         routes = resolve(self.config.tread_routes, blocks)
-        width, height = largest(order).bucket
+        width, height = largest_micro_batch(order).bucket
         for route in routes:
             tokens = (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
             self.reporter.say(f"{route.description(tokens, blocks)}, at {width}x{height}.")
@@ -676,7 +684,7 @@ class Attempt:
         return sampling_flavour(config).guidance_scales(config.validation_guidance, config.validation_guidance_real)
 
     def announce(
-        self, prepared: PreparedData, plan: RunSchedule, product: Product, resumed: resume.Resume | None
+        self, prepared: PreparedData, schedule: RunSchedule, product: Product, resumed: resume.Resume | None
     ) -> None:
         """Emit the run event, start the trackers, and report images, steps and epochs."""
         self.reporter.emit(
@@ -684,7 +692,7 @@ class Attempt:
                 program=f"simpletuner {simpletuner.__version__}",
                 pid=os.getpid(),
                 resumed_from=None if resumed is None else self.state.step,
-                steps=plan.steps,
+                steps=schedule.steps,
                 pictures=prepared.image_count,
                 trainable=product.trained.parameter_count,
                 processes=self.world.size,
@@ -702,15 +710,17 @@ class Attempt:
                 notice=self.reporter.notice,
             )
         processes = "" if self.world.is_alone else f" on {self.world.size} processes"
-        self.reporter.say(f"{prepared.image_count} images, {plan.steps} steps{processes}: {plan.epochs:.1f} epochs.")
+        self.reporter.say(
+            f"{prepared.image_count} images, {schedule.steps} steps{processes}: {schedule.epochs:.1f} epochs."
+        )
 
-    def run_compiled_trial(self, stepper: Stepper, builder: BatchBuilder, plan: RunSchedule) -> None:
+    def run_compiled_trial(self, stepper: Stepper, builder: BatchBuilder, schedule: RunSchedule) -> None:
         """Call `run_trial`, which may compile blocks for the first time. If compilation fails and `dynamo_backend` is
         auto, the run trains uncompiled from its first step.
         """
         try:
             with self.compiling():
-                self.run_trial(stepper, builder, plan)
+                self.run_trial(stepper, builder, schedule)
         except ConfigError as error:
             self.reporter.poll()  # Ctrl-C in a terminal also ends the compiler: stop then, do not fall back
             if self.compiled is None or not self.may_drop_compiled:
@@ -719,16 +729,16 @@ class Attempt:
             self.compiled = None
             stepper.optimizer.zero_grad(set_to_none=True)
             self.record_backend(uncompiled(error.problems[0].found))
-            self.run_trial(stepper, builder, plan)
+            self.run_trial(stepper, builder, schedule)
 
-    def run_trial(self, stepper: Stepper, builder: BatchBuilder, plan: RunSchedule) -> None:
-        """Run one forward and backward pass at the largest bucket, without an update. The run thus fails now if memory
-        is too small, not in an hour, and its duration can be estimated.
+    def run_trial(self, stepper: Stepper, builder: BatchBuilder, schedule: RunSchedule) -> None:
+        """Run one forward and backward pass at the largest bucket, without an update. The run thus fails
+        now if memory is too small, not in an hour, and its duration can be estimated.
         """
-        remaining_steps = plan.steps - self.state.step
+        remaining_steps = schedule.steps - self.state.step
         if remaining_steps <= 0:
             return
-        largest_batch = largest(builder.order)
+        largest_batch = largest_micro_batch(builder.order)
         trial = builder.trial(largest_batch)
         self.reporter.activity = f"running a trial pass over {shapes_of(trial)}"
         seconds = math.inf
@@ -754,18 +764,18 @@ class Attempt:
             f"about {format_duration(total_seconds)} for {remaining_steps} steps, without validation and saving."
         )
         image_count = builder.prepared.image_count
-        visits = plan.steps * plan.batches_per_step * trial.size / image_count
+        visits = schedule.steps * schedule.batches_per_step * trial.size / image_count
         if visits > MANY_VISITS:
             self.reporter.notice(
-                f"{plan.steps} steps on {image_count} images show each image about {visits:.0f} times. "
-                "A model usually copies its training images long before: watch the validation images and the "
+                f"{schedule.steps} steps on {image_count} images show each image about {visits:.0f} times. "
+                "A model usually copies its training images long before that: watch the validation images and the "
                 "held-out loss, or give a lower --max_train_steps."
             )
         elif visits < 1:
-            once = math.ceil(plan.steps / visits)
+            steps_for_all = math.ceil(schedule.steps / visits)
             self.reporter.notice(
-                f"{plan.steps} steps show only {round(visits * image_count)} of {image_count} images: "
-                f"--max_train_steps={once} shows each about once."
+                f"{schedule.steps} steps show only {round(visits * image_count)} of {image_count} images: "
+                f"--max_train_steps={steps_for_all} shows each about once."
             )
 
     def header(self, prepared: PreparedData, source: Source, step: int) -> dict[str, str]:
@@ -792,24 +802,24 @@ class Attempt:
         is_lora = config.model_type == "lora"
         return fields | modelspec(source.flavour, is_lora=is_lora, resolution=size, comment=comment, trigger=trigger)
 
-    def export(self, find: Callable[[], Source]) -> tuple[str, ...]:
-        """Export the trained weights to the files that other programs load; `find` returns the base model. Returns
-        lines for the user.
+    def export(self, find_source: Callable[[], Source]) -> tuple[str, ...]:
+        """Export the trained weights to the files that other programs load. Returns lines for the user.
+        `find_source` locates the base model.
         """
         assert self.checkpoint is not None  # the last step is always saved
         with self.reporter.phase("export"):
             export = EXPORTS[self.config.model_type]
-            exported = export(self.config, self.run, self.checkpoint, find, self.reporter)
+            exported = export(self.config, self.run, self.checkpoint, find_source, self.reporter)
             write_finished(self.run, self.state.step, self.checkpoint, exported.products)
         return exported.lines
 
-    def finish(self, plan: RunSchedule, source: Source, noun: str) -> None:
+    def finish(self, schedule: RunSchedule, source: Source, noun: str) -> None:
         """Export, and report the held-out losses, the images and the result files."""
         lines = self.export(lambda: source)
         self.reporter.say("")
         measured = self.state.held_out
-        if 0 in measured and plan.steps in measured:
-            before, after = measured[0], measured[plan.steps]
+        if 0 in measured and schedule.steps in measured:
+            before, after = measured[0], measured[schedule.steps]
             self.reporter.say(
                 f"Held-out loss: {before:.4f} before, {after:.4f} after ({(after - before) / before:+.1%})"
             )
@@ -818,7 +828,7 @@ class Attempt:
             sheet = sheet_of(self.run, best)
             images = f", images {sheet}" if sheet.is_file() else ""
             self.reporter.say(f"Lowest held-out loss: {measured[best]:.4f}, {self.run.checkpoint(best)}{images}")
-        sheet = sheet_of(self.run, plan.steps)
+        sheet = sheet_of(self.run, schedule.steps)
         if sheet.is_file():
             self.reporter.say(f"Validation images: {sheet}")
         for line in lines:
@@ -829,7 +839,7 @@ class Attempt:
         release_memory(self.device)
 
 
-def largest(order: Order) -> MicroBatch:
+def largest_micro_batch(order: Order) -> MicroBatch:
     """The micro-batch with the most tokens. If its bucket has references, it includes the sample with the most
     reference tokens.
     """
@@ -906,7 +916,7 @@ def memory_is_explained(attempt: Attempt) -> Iterator[None]:
         reporter = attempt.reporter
         sentences = [f"It happened while {reporter.activity}."] if reporter.activity else []
         sentences += attempt.budget.explain(
-            reporter.last_phase, tier, reporter.peak_memory(), saved=checkpoints.steps(attempt.run) != []
+            reporter.last_phase, tier, reporter.peak_memory(), has_checkpoint=checkpoints.steps(attempt.run) != []
         )
         sentences.append("Caches and checkpoints are kept.")
         raise MemoryBudgetError.of(first_line(error), remedy=" ".join(sentences)) from error

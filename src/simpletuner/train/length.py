@@ -1,5 +1,5 @@
 """The number of steps of a run, and the steps at which saving and validation are due. Imports no torch, so that
-`simpletuner plan` uses it too.
+`simpletuner plan` can use it.
 """
 
 import math
@@ -23,7 +23,7 @@ class RunSchedule:
 
     @classmethod
     def of(cls, config: RunConfig, order: Order, batches_per_step: int) -> "RunSchedule":
-        """The plan for `max_train_steps`, or for as many steps as `num_train_epochs` takes, rounded up.
+        """The schedule for `max_train_steps`, or for as many steps as `num_train_epochs` takes, rounded up.
 
         Raises:
             ConfigError: no image dataset is active in some of the steps.
@@ -38,14 +38,16 @@ class RunSchedule:
 
     @property
     def epochs(self) -> float:
-        """Epochs in the whole run, the last one as a fraction. An epoch that is cut short counts as one."""
+        """Epochs in the whole run. If the run ends inside an epoch, that one counts as a fraction; an epoch that a
+        window of a dataset cuts short counts as one.
+        """
         end = self.steps * self.batches_per_step
         epoch, position = self.order.position(end)
         return float(epoch) if position == 0 else epoch + position / len(self.order.epoch(epoch))
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """A message for each dataset whose window lies outside the run."""
+        """A notice for each dataset whose window lies outside the run."""
         begun = [span for span in self.order.spans if span.start < self.steps * self.batches_per_step]
         active = {index for span in begun for index in span.active}
         first = begun[0].start // self.batches_per_step + 1 if begun else 1
@@ -66,20 +68,22 @@ class RunSchedule:
         return after // every_epochs > before // every_epochs
 
     def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step`."""
         options = self.config
         return step == self.steps or self.is_due(
             step, options.checkpoint_step_interval, options.checkpoint_epoch_interval
         )
 
     def validates(self, step: int) -> bool:
+        """Whether validation images are due after `step`."""
         options = self.config
         return not options.validation_disable and (
             step == self.steps or self.is_due(step, options.validation_step_interval, options.validation_epoch_interval)
         )
 
     def measures(self, step: int) -> bool:
-        """Whether the held-out loss is due after `step`: with every checkpoint, and at `eval_steps_interval`, or with
-        the validation images if that is not set.
+        """Whether the held-out loss is due after `step`: with every checkpoint, and every `eval_steps_interval` steps,
+        or with the validation images if that is not set.
         """
         interval = self.config.eval_steps_interval
         images = self.is_due(step, self.config.validation_step_interval, self.config.validation_epoch_interval)

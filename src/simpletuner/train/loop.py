@@ -40,7 +40,7 @@ from simpletuner.train.watch import Watch
 class TrainingLoop:
     """Trains a run step by step; validates, saves and reports at the steps where that is due."""
 
-    plan: RunSchedule
+    schedule: RunSchedule
     run: RunDirectory
     batches: Callable[[int], GlobalBatch]
     """Builds the global batch of a step from the caches. The result depends on the step alone."""
@@ -67,11 +67,11 @@ class TrainingLoop:
             DiskError: the disk fills up. The last good state is saved if there is room.
         """
         if self.world.is_main:
-            check_free_disk(self.run, self.plan.config, self.reporter, self.requests)
+            check_free_disk(self.run, self.schedule.config, self.reporter, self.requests)
         self.world.barrier("disk space")
         self._catch_up(state)
         losses = last_losses(self.run.events, state.step, AVERAGED_STEPS)
-        bar = TrainingBar(self.reporter, done=state.step, total=self.plan.steps, losses=losses)
+        bar = TrainingBar(self.reporter, done=state.step, total=self.schedule.steps, losses=losses)
         try:
             with self.profiler:
                 return self._steps(state, bar)
@@ -85,17 +85,17 @@ class TrainingLoop:
         self._ensure_drift_base(state.step)
         if state.step == 0:
             self._measure(state)
-            if self.plan.config.validation_on_startup or self._is_last_chance():
+            if self.schedule.config.validation_on_startup or self._lacks_base_images():
                 self._validate(0)
             return
-        if self._is_last_chance():
+        if self._lacks_base_images():
             self.reporter.notice(
                 "The base model's validation images are missing, and training has changed its weights: the contact "
                 "sheet continues without them."
             )
-        if self.plan.measures(state.step) and state.step not in state.held_out:
+        if self.schedule.measures(state.step) and state.step not in state.held_out:
             self._measure(state)
-        if self.plan.validates(state.step) and not self._is_validated(state.step):
+        if self.schedule.validates(state.step) and not self._is_validated(state.step):
             self._validate(state.step)
 
     def _is_validated(self, step: int) -> bool:
@@ -106,37 +106,37 @@ class TrainingLoop:
             return self.sampler.is_complete(step)
         return self.drift is None or self.drift.is_measured(step)
 
-    def _is_last_chance(self) -> bool:
-        """Whether the base model's images are missing and cannot be generated after the first step."""
+    def _lacks_base_images(self) -> bool:
+        """Whether the base model's images are missing and can only be generated before the first step."""
         return self.sampler is not None and not self.sampler.keeps_base and self.sampler.lacks_base
 
     def _steps(self, state: TrainState, bar: TrainingBar) -> bool:
-        options = self.plan.config
+        options = self.schedule.config
         disk_checked_at = began = time.monotonic()
-        steps = range(state.step + 1, self.plan.steps + 1)
+        steps = range(state.step + 1, self.schedule.steps + 1)
         for batch in batches_of(steps, self.batches, self.stepper.device, prefetch=options.dataloader_prefetch):
-            lr = optim.learning_rate(options, batch.step, self.plan.steps)
+            lr = optim.learning_rate(options, batch.step, self.schedule.steps)
             self.profiler.begin(batch.step)
             self.reporter.activity = f"training step {batch.step} ({shapes_of(batch)})"
             waited = time.monotonic() - began
             result = self._step(batch, lr, state)
             state.step = batch.step
-            state.micro_batches += self.plan.batches_per_step
+            state.micro_batches += self.schedule.batches_per_step
             if result is None:
                 bar.skip()
             else:
                 self._report_step(batch, lr, result, bar, waited=waited, seconds=time.monotonic() - began)
             self.profiler.end(batch.step)
 
-            is_last = batch.step == self.plan.steps
+            is_last = batch.step == self.schedule.steps
             is_disk_check_due = time.monotonic() - disk_checked_at > disk.CHECK_SPACE_EVERY_S
-            # Requests are taken at every step: a save or validation that is due anyway also answers a request for it.
+            # Take requests at every step: a save or validation that is due anyway also satisfies a request for it.
             decisions = [not is_last and self.requests.take("stop")]
             decisions += [self.requests.take("save"), self.requests.take("validate"), is_disk_check_due]
             is_stopping, is_saving, is_validating, is_checking_disk = self.world.decide(decisions)
-            is_saving = is_saving or self.plan.saves(batch.step) or is_stopping
-            is_validating = is_validating or self.plan.validates(batch.step)
-            if self.plan.measures(batch.step):
+            is_saving = is_saving or self.schedule.saves(batch.step) or is_stopping
+            is_validating = is_validating or self.schedule.validates(batch.step)
+            if self.schedule.measures(batch.step):
                 try:
                     self._measure(state)
                 except (UserError, OSError, MemoryError, RuntimeError):
@@ -158,9 +158,9 @@ class TrainingLoop:
 
     def _step(self, batch: GlobalBatch, lr: float, state: TrainState) -> StepResult | None:
         """Train on `batch`. Returns None if a loss or gradient is not finite and `skip_bad_batches` allows skipping the
-        step. `state` is that of the step before.
+        step. `state` is the state before this step.
         """
-        allowed = self.plan.config.skip_bad_batches
+        allowed = self.schedule.config.skip_bad_batches
         try:
             result = self.stepper(batch, lr)
         except NotFiniteError as error:
@@ -208,12 +208,13 @@ class TrainingLoop:
         bar.step(event)
         if math.isfinite(result.grad_norm):  # fp16's scaler skips the others
             self.watch.trained_step(lr)
-        if batch.step not in self.plan.config.profiled:
+        if batch.step not in self.schedule.config.profiled:
             self.watch.timed_step(
                 batch.step, shapes_of(batch), seconds=seconds, waited=waited, tflop_per_s=rates.tflop_per_s
             )
 
     def _measure(self, state: TrainState) -> None:
+        """Compute, store and report the held-out loss, if there are held-out samples."""
         if self.held_out is None:
             return
         with (
@@ -222,7 +223,7 @@ class TrainingLoop:
         ):
             by_sigma = self.held_out(progress)
             ema_loss = None
-            if self.ema is not None and self.plan.config.ema_validation != "none":
+            if self.ema is not None and self.schedule.config.ema_validation != "none":
                 with self.ema.applied():
                     ema_loss = mean(self.held_out(progress))
         loss = mean(by_sigma)
@@ -241,6 +242,7 @@ class TrainingLoop:
             self.reporter.say(f"Held-out loss of the moving average: {ema_loss:.4f}")
 
     def _validate(self, step: int) -> None:
+        """Generate the validation images and measure the drift, and report both."""
         event = None
         if self.sampler is not None:
             with (
@@ -271,8 +273,8 @@ class TrainingLoop:
                 )
 
     def _with_drift(self, drift: DriftMeter, event: ValidationEvent | None, step: int) -> ValidationEvent | None:
-        """`event`, or a new event of `step`, with the drift, which is measured and reported. `event` itself where the
-        drift cannot be measured.
+        """Measure and report the drift. Returns `event`, or a new event of `step`, with the drift added; the unchanged
+        `event` if the drift could not be measured.
         """
         drifts: dict[str, dict[str, float]] = {}
 
@@ -298,6 +300,7 @@ class TrainingLoop:
         return event
 
     def _save(self, state: TrainState) -> None:
+        """Save a checkpoint, report it, and delete the oldest ones beyond `checkpoints_total_limit`."""
         folder = self.save(state)
         if not self.world.is_main:
             return
@@ -308,13 +311,13 @@ class TrainingLoop:
         self.watch.saved(state.step)
         best = best_step(self.run, state)
         protect = frozenset() if best is None else frozenset({best})
-        for step in checkpoints.prune(self.run, self.plan.config.checkpoints_total_limit, protect):
+        for step in checkpoints.prune(self.run, self.schedule.config.checkpoints_total_limit, protect):
             pruned_path = str(self.run.checkpoint(step).relative_to(self.run.root))
             self.reporter.emit(CheckpointEvent(step=step, state="pruned", path=pruned_path))
 
     def _check_free_disk(self, state: TrainState) -> None:
         """Call `check_free_disk` on rank 0. Before it stops the run, all ranks save a checkpoint."""
-        options = self.plan.config
+        options = self.schedule.config
         (is_low,) = self.world.decide([machine.free_disk_bytes(self.run.root) < options.disk_low_bytes])
         if is_low and options.disk_low_action == "stop":
             self._save(state)
@@ -330,10 +333,11 @@ def check_free_disk(
     requests: Requests,
     saved_text: str = "Caches and checkpoints are kept",
 ) -> None:
-    """Act on `disk_low_threshold` before a write fails. `saved_text` tells the user what is saved when a run stops.
+    """If less than `disk_low_threshold` is free, stop the run or wait for space, as `disk_low_action` says.
+    `saved_text` tells the user what is saved if the run stops.
 
     Raises:
-        DiskError: less space is free, and `disk_low_action` is stop.
+        DiskError: too little space is free, and `disk_low_action` is stop.
     """
     limit = options.disk_low_bytes
     free = machine.free_disk_bytes(run.root)
@@ -343,7 +347,7 @@ def check_free_disk(
     if options.disk_low_action == "stop":
         raise DiskError.of(
             finding,
-            remedy=f"{saved_text}: free some space, or lower --disk_low_threshold, and give the same command again.",
+            remedy=f"{saved_text}: free some space, or lower --disk_low_threshold, and run the same command again.",
         )
     reporter.notice(f"{finding}: waiting for space.")
     waited = disk.wait_for_space(run.root, limit, until=lambda: requests.take("stop"))

@@ -1,4 +1,4 @@
-"""Loss masks: which samples of a step use their mask, and the weights that the options make of it."""
+"""Loss masks: which samples of a step use their mask, and the loss weights that the options derive from it."""
 
 import random
 from collections.abc import Sequence
@@ -82,5 +82,5 @@ class Masking:
 
 
 def kept_positions(inside: Float[Tensor, "h w"]) -> Bool[Tensor, "h w"]:
-    """The positions under a mask, which TREAD keeps; none if the mask covers the whole image, as without a mask."""
+    """The positions under a mask, which TREAD keeps; none if the mask is 1 everywhere, which is the same as no mask."""
     return (inside > 0) & ~inside.eq(1).all()

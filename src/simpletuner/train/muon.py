@@ -10,7 +10,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` on some parameter groups and `torch.optim.AdamW` on the others, as one optimizer.
 
     Muon orthogonalizes the updates of hidden matrices (https://kellerjordan.github.io/posts/muon). Its authors use
-    AdamW for embedders, last layers and vectors. This optimizer exposes the state and groups of both.
+    AdamW for embeddings, last layers and vectors. This optimizer exposes the state and groups of both.
     """
 
     def __init__(
@@ -20,7 +20,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
         muon: Mapping[str, Any],
         adamw: Mapping[str, Any],
     ) -> None:
-        """`matrices` are Muon's groups and `other_groups` AdamW's; `muon` and `adamw` are their arguments."""
+        """`matrices` are Muon's parameter groups and `other_groups` AdamW's; `muon` and `adamw` are the arguments of
+        their constructors.
+        """
         super().__init__([*matrices, *other_groups], {})
         self._optimizers: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(list(matrices), **muon),

@@ -40,15 +40,15 @@ SCHEDULES: dict[str, ScheduleShape] = {
 FLAT = ("constant", "constant_with_warmup")
 
 RATIO = "lr_ratio"
-"""Key of a parameter group: its factor of the step's learning rate."""
+"""Key of a parameter group: the factor by which the step's learning rate is multiplied."""
 
 HIDDEN = "use_muon"
-"""Key of a parameter group of a whole model: whether it has the hidden matrices, those inside the blocks. The Muon
+"""Key of a parameter group of a whole model: whether it holds the hidden matrices, those inside the blocks. The Muon
 optimizers of pytorch_optimizer read this key."""
 
 PRESET: dict[str, dict[str, Any]] = {
     "adamw": {"fused": True},  # one kernel for all the small adapter tensors, on the CPU too
-    "muon": {"adjust_lr_fn": "match_rms_adamw"},  # learning rates for adamw suit it then (arXiv 2502.16982)
+    "muon": {"adjust_lr_fn": "match_rms_adamw"},  # so that AdamW's learning rates suit it (arXiv 2502.16982)
 }
 """Arguments that differ from the library's defaults; `optimizer_config` overrides them."""
 
@@ -59,15 +59,15 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
 
     The first of n warm-up steps uses 1/n of the learning rate, the last all of it. `constant` has no warm-up.
     """
-    rate, warmup = options.learning_rate * options.rate_scale, options.lr_warmup_steps
+    peak, warmup = options.learning_rate * options.rate_scale, options.lr_warmup_steps
     if options.lr_scheduler != "constant" and step <= warmup:
-        return rate * step / warmup
+        return peak * step / warmup
     if options.lr_scheduler in FLAT:
-        return rate
+        return peak
     progress = (step - 1 - warmup) / max(1, steps - warmup)
-    share = SCHEDULES[options.lr_scheduler](min(progress, 1.0), options)
-    end = options.lr_end * options.rate_scale
-    return end + (rate - end) * share
+    factor = SCHEDULES[options.lr_scheduler](min(progress, 1.0), options)
+    lowest = options.lr_end * options.rate_scale
+    return lowest + (peak - lowest) * factor
 
 
 @runtime_checkable
@@ -80,7 +80,9 @@ class Averaging(Protocol):
 
 
 def lora_plus(named: Iterable[tuple[str, nn.Parameter]], ratio: float) -> list[dict[str, Any]]:
-    """Parameter groups that give each "….b" `ratio` times the learning rate of the others (LoRA+, arXiv 2402.12354)."""
+    """Parameter groups that give the B matrices, whose names end with ".b", `ratio` times the learning rate of the
+    others (LoRA+, arXiv 2402.12354).
+    """
     everything = list(named)
     if ratio == 1:
         return [{"params": [parameter for _, parameter in everything]}]
@@ -122,15 +124,15 @@ def build(
     """
     spec = known_optimizer(options.optimizer)
     if options.optimizer_release_gradients and options.optimizer == "adafactor":
-        make: type[torch.optim.Optimizer] = AdafactorBf16
+        optimizer_class: type[torch.optim.Optimizer] = AdafactorBf16
     else:
-        make = AdamWBf16 if spec.library == OURS else _library_class(spec)
-    arguments = _arguments(options, spec, make, seed)
+        optimizer_class = AdamWBf16 if spec.library == OURS else _library_class(spec)
+    arguments = _arguments(options, spec, optimizer_class, seed)
 
     def construct(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         groups = [{HIDDEN: True, **group} for group in groups]
-        with contextlib.redirect_stdout(io.StringIO()):  # prodigy announces its weight decay
-            optimizer = _construct(spec, make, groups, arguments)
+        with contextlib.redirect_stdout(io.StringIO()):  # Prodigy prints its weight decay
+            optimizer = _construct(spec, optimizer_class, groups, arguments)
         for group in optimizer.param_groups:
             group.setdefault(RATIO, 1.0)
             group["lr"] = arguments["lr"] * group[RATIO]
@@ -150,11 +152,14 @@ def build(
 
 
 def _construct(
-    spec: KnownOptimizer, make: type[torch.optim.Optimizer], groups: list[dict[str, Any]], arguments: dict[str, Any]
+    spec: KnownOptimizer,
+    optimizer_class: type[torch.optim.Optimizer],
+    groups: list[dict[str, Any]],
+    arguments: dict[str, Any],
 ) -> torch.optim.Optimizer:
-    """Construct a `make` of `groups`, each of which has the key `HIDDEN`."""
+    """Construct the optimizer for `groups`, each of which has the key `HIDDEN`."""
     if spec.arguments is None and spec.library == "pytorch_optimizer":
-        return make(groups, **arguments)  # its Muons read `HIDDEN`; its other optimizers ignore it
+        return optimizer_class(groups, **arguments)  # its Muons read `HIDDEN`; its other optimizers ignore it
     hidden, outer = (
         [
             {key: value for key, value in group.items() if key != HIDDEN}
@@ -163,10 +168,10 @@ def _construct(
         ]
         for is_hidden in (True, False)
     )
-    if make is torch.optim.Muon and outer:
+    if optimizer_class is torch.optim.Muon and outer:
         shared = {key: arguments[key] for key in ("lr", "weight_decay")}
         return MuonAndAdamW(hidden, outer, muon=arguments, adamw=shared | PRESET["adamw"])
-    return make([*hidden, *outer], **arguments)
+    return optimizer_class([*hidden, *outer], **arguments)
 
 
 def _rejected(options: OptimOptions, error: Exception) -> ConfigError:
@@ -196,11 +201,11 @@ def _library_class(spec: KnownOptimizer) -> type[torch.optim.Optimizer]:
 
 
 def _arguments(
-    options: OptimOptions, spec: KnownOptimizer, make: type[torch.optim.Optimizer], seed: int
+    options: OptimOptions, spec: KnownOptimizer, optimizer_class: type[torch.optim.Optimizer], seed: int
 ) -> dict[str, Any]:
     """The constructor's arguments: the options that the optimizer reads, overridden by `optimizer_config`."""
     configured = options.optimizer_config or {}
-    parameters = inspect.signature(make).parameters
+    parameters = inspect.signature(optimizer_class).parameters
     accepted = {name for name, value in parameters.items() if value.kind is not inspect.Parameter.VAR_KEYWORD}
     accepted -= {"params", "lr"}
     unknown = configured.keys() - accepted
@@ -216,7 +221,7 @@ def _arguments(
         arguments["weight_decay"] = options.adam_weight_decay
     if "adam_epsilon" in spec.reads:
         arguments["eps"] = options.adam_epsilon
-    if make in (AdamWBf16, AdafactorBf16):
+    if optimizer_class in (AdamWBf16, AdafactorBf16):
         arguments["seed"] = seed
     return arguments | PRESET.get(options.optimizer, {}) | configured
 
@@ -243,14 +248,14 @@ def _rehearse(
     """
     try:
         device = groups[0]["params"][0].device
-        straight, resumed = _rehearsed(construct, groups, device, side)
-        if device.type != "cpu" and not _are_equal(straight, resumed):
+        uninterrupted, resumed = _rehearsed(construct, groups, device, side)
+        if device.type != "cpu" and not _are_equal(uninterrupted, resumed):
             repeated, _ = _rehearsed(construct, groups, device, side)
-            if not _are_equal(straight, repeated):
-                straight, resumed = _rehearsed(construct, groups, torch.device("cpu"), side)
+            if not _are_equal(uninterrupted, repeated):
+                uninterrupted, resumed = _rehearsed(construct, groups, torch.device("cpu"), side)
     except Exception as error:  # noqa: BLE001  a library may raise anything; the optimizer is unusable then
         if side is not None and all(parameter.numel() < side**2 for group in groups for parameter in group["params"]):
-            # The run has no tensor that large. It may fail for large tensors only: its memory may be quadratic in size.
+            # The run has no tensor that large, and the optimizer may fail only there: its memory may be quadratic.
             _rehearse(name, construct, groups, side=None)
             return
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
@@ -259,7 +264,7 @@ def _rehearse(
             "an optimizer that needs only gradients, with arguments that it takes",
             "Check optimizer_config, or choose another optimizer.",
         ) from None
-    if not _are_equal(straight, resumed):
+    if not _are_equal(uninterrupted, resumed):
         raise ConfigError.of(
             f"optimizer = {name}: after saving and restoring, it does not continue exactly",
             "an optimizer whose whole state can be saved",
@@ -270,7 +275,7 @@ def _rehearse(
 def _rehearsed(
     construct: Construct, groups: Sequence[dict[str, Any]], device: torch.device, side: int | None
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """A few tensors after twice `REHEARSED_STEPS` steps: without and with a restart halfway.
+    """A few tensors after twice `REHEARSED_STEPS` steps: trained without, and with, a restart halfway.
 
     The tensors are in groups like `groups`: two small matrices in a group of matrices, a vector in a group of vectors.
     The first group of matrices also has a square one of `side`.
@@ -306,16 +311,16 @@ def _rehearsed(
             optimizer.step()
 
     torch.manual_seed(0)
-    straight, optimizer = fresh(start)
-    train(straight, optimizer, 1)
-    tensors, scalars = optimizer_state.pack(optimizer, straight)
-    resumed, resumed_optimizer = fresh(straight)
+    uninterrupted, optimizer = fresh(start)
+    train(uninterrupted, optimizer, 1)
+    tensors, scalars = optimizer_state.pack(optimizer, uninterrupted)
+    resumed, resumed_optimizer = fresh(uninterrupted)
     optimizer_state.unpack(resumed_optimizer, resumed, {key: value.clone() for key, value in tensors.items()}, scalars)
     torch.manual_seed(0)
-    train(straight, optimizer, 1 + REHEARSED_STEPS)
+    train(uninterrupted, optimizer, 1 + REHEARSED_STEPS)
     torch.manual_seed(0)
     train(resumed, resumed_optimizer, 1 + REHEARSED_STEPS)
-    return straight, resumed
+    return uninterrupted, resumed
 
 
 def _are_equal(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
@@ -334,8 +339,8 @@ def averaged_weights(optimizer: torch.optim.Optimizer, masters: SteppedParameter
     if not isinstance(optimizer, Averaging):
         yield
         return
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    training_values = [parameter.detach().clone() for parameter in trained]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    training_values = [parameter.detach().clone() for parameter in parameters]
     optimizer.eval()
     if masters is not None:
         masters.update_weights()
@@ -344,7 +349,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer, masters: SteppedParameter
     finally:
         optimizer.train()
         with torch.no_grad():
-            for parameter, value in zip(trained, training_values, strict=True):
+            for parameter, value in zip(parameters, training_values, strict=True):
                 parameter.copy_(value)
         if masters is not None:
             masters.update_weights()

@@ -41,9 +41,8 @@ def pack(
     names = {id(parameter): name for name, parameter in parameters.items()}
     state: dict[str, Any] = {}
     common: dict[str, Any] = {}
-    optimizer_states: Mapping[Any, Any] = (
-        optimizer.state
-    )  # torch declares tensors as keys, but some libraries use strings
+    # Torch declares tensors as keys, but some libraries also use strings.
+    optimizer_states: Mapping[Any, Any] = optimizer.state
     for key, values in optimizer_states.items():
         if isinstance(key, str):  # state that belongs to no parameter
             common[key] = _packed(values, f"{key}/common", torch.device("cpu"), tensors)
@@ -65,7 +64,7 @@ def unpack(
     scalars: Mapping[str, Any],
 ) -> None:
     """Load the state that `pack` returned for an equal optimizer into a freshly built `optimizer`. A paged optimizer
-    pages the moments as it would by itself, no matter on which device they were saved.
+    pages the moments that it would have paged itself, no matter on which device they were saved.
 
     Args:
         scalars: the JSON values that `pack` returned.
@@ -74,7 +73,7 @@ def unpack(
         KeyError, ValueError: the state belongs to another optimizer or to other parameters.
     """
     if len(scalars["groups"]) != len(optimizer.param_groups):
-        raise ValueError(f"{len(scalars['groups'])} groups of parameters, not {len(optimizer.param_groups)}")
+        raise ValueError(f"{len(scalars['groups'])} saved parameter groups, not {len(optimizer.param_groups)}")
     for name, values in scalars["state"].items():
         parameter = parameters[name]
         state = {entry: _unpacked(value, parameter.device, tensors) for entry, value in values.items()}
@@ -87,7 +86,7 @@ def unpack(
     for group, saved in zip(optimizer.param_groups, scalars["groups"], strict=True):
         missing = group.keys() - saved.keys() - {"params"}  # some optimizers add to a group at their first step
         if missing:
-            raise ValueError(f"different settings of the optimizer: {', '.join(sorted(missing))}")
+            raise ValueError(f"the saved optimizer lacks the settings {', '.join(sorted(missing))}")
         device = group["params"][0].device
         group.update({key: _unpacked(value, device, tensors) for key, value in saved.items()})
 

@@ -1,4 +1,4 @@
-"""Place weights between their uses: on the accelerator, or in host memory or on disk, per the offload options."""
+"""Keep weights on the accelerator, in host memory or on disk between their uses, as the offload options say."""
 
 from collections.abc import Callable
 from functools import cache
@@ -26,8 +26,8 @@ def stream_blocks(
 ) -> offload.Streaming | None:
     """Stream the frozen weights of the transformer's blocks to `device`, and move everything else there, if
     `enable_group_offload` is set. Resident blocks move too and stay plain modules. Call it after adapters are attached
-    and before activation checkpointing is installed. `group_offload_resident_blocks` auto, not yet settled by a memory
-    plan, counts as 0. Returns None if streaming is off.
+    and before activation checkpointing is installed. An unresolved `group_offload_resident_blocks` auto counts as 0.
+    Returns None if streaming is off.
 
     Raises:
         DiskError: no space in `group_offload_to_disk_path`.

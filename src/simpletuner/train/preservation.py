@@ -1,4 +1,4 @@
-"""Preserve base model behavior in training: compute the base model's predictions with the adapter disabled."""
+"""Preserve the base model's behavior in training: compute its predictions with the adapter disabled."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -25,7 +25,7 @@ class Preservation:
 
     denoise: DenoiseRouted
     disabled: Callable[[], AbstractContextManager[None] | None]
-    """A context in which `denoise` is the base model: `Trainable.disabled`."""
+    """Returns a context in which `denoise` is the base model: `Trainable.disabled`."""
     has_second_loss: bool = False
     """Whether the option `preservation` adds a separate loss."""
     prior: float = 0.0
@@ -50,9 +50,9 @@ class Preservation:
 
         Torch's generator does not advance: a disabled adapter draws no dropout.
         """
-        block = self.disabled()
-        assert block is not None  # ensured by `of` and config.rules: only adapters train with these losses
-        with block, torch.no_grad():
+        base_model = self.disabled()
+        assert base_model is not None  # ensured by `of` and config.rules: only adapters train with these losses
+        with base_model, torch.no_grad():
             return self.denoise(x, batch.sigma, condition, batch.choices).float()
 
     def prior_of(self, batch: Batch, x: Float[Tensor, "b c h w"]) -> Prior | None:

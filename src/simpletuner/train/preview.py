@@ -45,7 +45,7 @@ class PreviewModel:
     adapter: Adapter
     device: torch.device
     offloaded: Callable[[], list[Tensor]]
-    """Returns the tensors to move from the accelerator to host memory meanwhile."""
+    """Returns the tensors to move from the accelerator to host memory while this model is loaded."""
     notice: Callable[[str], None]
 
     @property
@@ -54,7 +54,9 @@ class PreviewModel:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Denoiser]:
-        """A context with the model in eval mode. On exit, also by an error, the training state is back in place."""
+        """A context with the model in eval mode. On exit, even after an error, the offloaded tensors are back on the
+        accelerator.
+        """
         with offload.moved_to_host(self.offloaded(), self.device):
             try:
                 yield self._loaded()
@@ -75,10 +77,10 @@ class PreviewModel:
         return Denoiser(transformer.eval(), self.config.reference_attention)
 
 
-def base_tensors(
+def tensors_unused_by_preview(
     transformer: torch.nn.Module, adapter: Adapter, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
 ) -> list[Tensor]:
-    """The frozen weights, the optimizer state and the moving average."""
+    """The tensors that a preview model does not use: frozen weights, optimizer state and moving average."""
     trained = {id(weight) for weight in adapter.weights.values()}
     frozen = [each for each in (*transformer.parameters(), *transformer.buffers()) if id(each) not in trained]
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
@@ -91,7 +93,7 @@ SamplingModel = TrainedModel | PreviewModel
 
 @contextlib.contextmanager
 def evaluating(denoise: Denoiser) -> Iterator[None]:
-    """A context with the transformer in eval mode; on exit, also by an error, it is in training mode."""
+    """A context with the transformer in eval mode; on exit, even after an error, it is in training mode."""
     denoise.transformer.eval()
     try:
         yield

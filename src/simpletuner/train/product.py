@@ -200,16 +200,16 @@ class FullProduct:
         """Load the transformer with all weights trainable: in fp32, in bf16 with fp32 masters, or in bf16 alone. It is
         sharded if configured.
         """
-        computes_in = DTYPES[config.base_dtype]
+        compute_dtype = DTYPES[config.base_dtype]
         has_masters = config.has_masters and not (config.zero_stage and world.size > 1)  # DeepSpeed makes its own
-        dtype = torch.float32 if has_masters else computes_in
+        dtype = torch.float32 if has_masters else compute_dtype
         sharding = Sharding.of(config, world)
         if sharding is None:
             transformer = load_transformer(source, dtype, landing_device(config, world), is_plain=True)
-            return cls(config, transformer, unfreeze(transformer, computes_in if has_masters else None))
-        trained = replace(sharding, gather_dtype=computes_in)
-        transformer = load_transformer(source, dtype, world.device, sharding=trained, is_plain=True)
-        return cls(config, transformer, unfreeze_sharded(transformer, computes_in, world))
+            return cls(config, transformer, unfreeze(transformer, compute_dtype if has_masters else None))
+        mixed_sharding = replace(sharding, gather_dtype=compute_dtype)
+        transformer = load_transformer(source, dtype, world.device, sharding=mixed_sharding, is_plain=True)
+        return cls(config, transformer, unfreeze_sharded(transformer, compute_dtype, world))
 
     @property
     def save_dtype(self) -> torch.dtype:

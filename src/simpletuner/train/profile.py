@@ -18,7 +18,7 @@ TABLE_ROWS = 30
 
 class StepProfiler:
     """Writes `steps-A-B.json.gz`, a trace for Perfetto or chrome://tracing, and `steps-A-B.txt`, a table of the
-    operations that take most time, for steps A to B of a run. Does nothing if `steps` is empty.
+    operations that take the most time, for steps A to B of a run. Does nothing if `steps` is empty.
 
     The trace has names and times, but no stacks or shapes, which would multiply its size. It covers everything between
     the start of A and the end of B, validation and checkpoints included.

@@ -20,8 +20,8 @@ class StepsOneParameter(Protocol):
     def step_parameter(
         self, parameter: Tensor, group: dict[str, Any], index: int, is_finite: Tensor | None = None
     ) -> None:
-        """Step `parameter` of `group` on its gradient. `index`, its position among all parameters, keys random bits.
-        Where `is_finite` is false, only its step count changes.
+        """Update `parameter` of `group` with its gradient. `index`, its position among all parameters, keys random
+        bits. If `is_finite` is given and false, only the step count changes.
         """
 
 

@@ -51,7 +51,7 @@ class Progress:
     def __call__(self, done: int, total: int) -> None:
         self.reporter.poll()
         self.reporter.activity = f"{self.title}, {done} of {total} done"
-        if self._first is None:  # items that existed before count as done, but not for the rate
+        if self._first is None:  # items that were done before this phase count as done, but not for the rate
             self._first = done
         now = time.monotonic()
         rate = (done - self._first) / max(now - self._began, 1e-9)
@@ -178,7 +178,7 @@ class Reporter:
         self._events = events
         self._log = log
         self.poll = poll
-        """Called at each progress; may raise `Stopped`."""
+        """Called at each progress update and before each phase; may raise `Stopped`."""
         self._is_muted = is_muted
         self.is_terminal = not is_muted and is_terminal()
         self.trackers = Trackers([], self.notice)

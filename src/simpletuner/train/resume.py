@@ -38,7 +38,7 @@ LOWER_RATE = 0.1
 USUAL_MAX_GRAD_NORM = 1.0
 """Gradient clipping in that command."""
 SKIPPED_MORE = 10
-"""Bad batches that the suggested command skips: a bad image recurs in each epoch."""
+"""Bad batches that the suggested command skips in addition: a bad image recurs in each epoch."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,15 @@ class RestartCommands:
             is_partial: the step already updated some parameters, so only a restart from a checkpoint can skip it.
         """
         config = self.loaded.config
-        slower: dict[str, object] = {"learning_rate": float(f"{config.learning_rate * LOWER_RATE:.3g}")}
+        slower_options: dict[str, object] = {"learning_rate": float(f"{config.learning_rate * LOWER_RATE:.3g}")}
         if not 0 < config.max_grad_norm <= USUAL_MAX_GRAD_NORM and not config.optimizer_release_gradients:
-            slower["max_grad_norm"] = USUAL_MAX_GRAD_NORM
-        earlier = [step for step in checkpoints.steps(self.run) if step < state.step]
-        if earlier:
-            folder = self.run.checkpoint(earlier[-1])
-            lower = f"`{self.loaded.command(resume_from_checkpoint=str(folder), **slower)}`"
+            slower_options["max_grad_norm"] = USUAL_MAX_GRAD_NORM
+        earlier_steps = [step for step in checkpoints.steps(self.run) if step < state.step]
+        if earlier_steps:
+            folder = self.run.checkpoint(earlier_steps[-1])
+            slower_command = f"`{self.loaded.command(resume_from_checkpoint=str(folder), **slower_options)}`"
         else:
-            lower = self.resume(**slower) if state.step == 0 else self.fresh(**slower)
+            slower_command = self.resume(**slower_options) if state.step == 0 else self.fresh(**slower_options)
         saved = f", and the run is saved at step {state.step}" if state.step > 0 else ""
         effect = f"The step was not taken{saved}"
         if is_partial:
@@ -114,7 +114,7 @@ class RestartCommands:
         return (
             f"{effect}. If only these images are bad, skip them: "
             f"{self.resume(skip_bad_batches=len(state.skipped_steps) + SKIPPED_MORE)}. If the loss rose before, train "
-            f"{'from an earlier step' if state.step > 0 else 'again'} with a lower learning rate: {lower}."
+            f"{'from an earlier step' if state.step > 0 else 'again'} with a lower learning rate: {slower_command}."
         )
 
 
@@ -159,7 +159,7 @@ def check_machines(run: RunDirectory, step: int, world: World) -> None:
     """
     if world.writing_ranks == world.size:
         return
-    # Machine 0 counts as 0: its newest checkpoint may be damaged and skipped.
+    # Machine 0 reports no step: its newest checkpoint may be damaged and skipped.
     latest_here = max(checkpoints.steps(run), default=0) if world.machine else 0
     latest_steps = world.gather_json([latest_here, world.machine])
     latest, machine = max(latest_steps, key=lambda each: (each[0], -each[1]))
@@ -225,12 +225,12 @@ def resumed_config(
         if values:
             reporter.notice(f"Not set, so kept at the values of {folder}: {values}.")
         loaded = replace(loaded, config=config)
-    is_cut_otherwise = "train_batch_size" in comparison.split_changes
-    if quiet := comparison.permitted_changes | ({} if is_cut_otherwise else comparison.split_changes):
-        reporter.say(f"Changed since step {state.step}: {_in_words(quiet)}.")
-    if is_cut_otherwise:
+    changes_batch_size = "train_batch_size" in comparison.split_changes
+    if routine_changes := comparison.permitted_changes | ({} if changes_batch_size else comparison.split_changes):
+        reporter.say(f"Changed since step {state.step}: {_in_words(routine_changes)}.")
+    if changes_batch_size:
         reporter.notice(
-            f"From step {state.step + 1} on this run is trained with {_in_words(comparison.split_changes)}. "
+            f"From step {state.step + 1} on, this run is trained with {_in_words(comparison.split_changes)}. "
             f"A step still has {loaded.config.effective_batch} images, in another order; this epoch continues with its "
             "remaining images."
         )
@@ -241,14 +241,14 @@ def resumed_config(
     )
     if is_elastic and new_split.effective_batch != old_split.effective_batch:
         reporter.notice(
-            f"From step {state.step + 1} on {split_text} instead of {old_split.effective_batch}. The loss is no "
+            f"From step {state.step + 1} on, {split_text} instead of {old_split.effective_batch}. The loss is no "
             "longer that of a run without the change."
         )
     elif "gradient_accumulation_steps" in comparison.adapted_values and is_elastic:
         reporter.say(f"{split_text}, as before.")
     if comparison.curve_changes:
         reporter.notice(
-            f"From step {state.step + 1} on this run is trained with {_in_words(comparison.curve_changes)}: "
+            f"From step {state.step + 1} on, this run is trained with {_in_words(comparison.curve_changes)}: "
             "its loss is no longer that of a run without the change."
         )
     return loaded
@@ -268,7 +268,7 @@ def _refused(
         name: before for name, before in previous_values.items() if before is not None
     } | comparison.restoring_values
     unset = [f"leave out {name}" for name, before in previous_values.items() if before is None]
-    steps = [*unset, *([f"type {commands.resume(**restored)}"] if restored else [])]
+    actions = [*unset, *([f"type {commands.resume(**restored)}"] if restored else [])]
     batch = ""
     if len(previous_values) < len(changes):
         count = split.effective_batch
@@ -281,7 +281,7 @@ def _refused(
     return Problem(
         f"{folder} was trained with other settings: {_in_words(changes)}{batch}",
         "values that a resumed run may change (docs/runs.md)",
-        f"To resume with the settings of the checkpoint, {' and '.join(steps)}. To start over: {commands.fresh()}.",
+        f"To resume with the settings of the checkpoint, {' and '.join(actions)}. To start over: {commands.fresh()}.",
     )
 
 
@@ -384,7 +384,7 @@ def check_content(
             Problem(
                 f"{', '.join(changed_parts)}: not the weights or settings that {resume.folder} was trained with",
                 "the same base model",
-                f"Give that base model to resume. To start over: {commands.fresh()}.",
+                f"Use that base model again to resume. To start over: {commands.fresh()}.",
             )
         )
     CheckpointError.raise_if(problems)

@@ -124,8 +124,8 @@ class Rollout:
         others.
 
         Args:
-            denoise: the denoiser of the pass with gradients, possibly routed. It makes the unrolled prediction, so that
-                this differs from the trained one only by its input.
+            denoise: the denoiser of the pass with gradients, possibly routed. It also makes the unrolled prediction, so
+                that the two differ only by their input.
             sample: the denoiser that the solver integrates, as in validation.
         """
         latents, condition, sigma, noise = batch.latents, batch.condition, batch.sigma, batch.noise

@@ -31,7 +31,7 @@ class TrainState(BaseModel):
     config: dict[str, Any] = Field(default_factory=dict)
     """The resolved configuration of the run."""
     data: dict[str, str] = Field(default_factory=dict)
-    """Fingerprint of each training dataset: its images, captions, crops, repeats and probability."""
+    """Fingerprint of each training dataset, by its id: `Manifest.fingerprint`."""
     windows: dict[str, Windows] = Field(default_factory=dict)
     """First and last "step" and "epoch" of each training dataset that is not active throughout."""
     model: dict[str, str] = Field(default_factory=dict)

@@ -122,8 +122,12 @@ class PartialStepError(NotFiniteError):
 
 @dataclass(frozen=True)
 class StepResult:
+    """Figures of a step that was taken."""
+
     loss: float
+    """Mean over the samples of the weighted loss."""
     grad_norm: float
+    """Before clipping."""
     rollout_calls: int
     """Model calls without gradient that scheduled sampling added."""
     preservation_loss: float | None = None
@@ -246,8 +250,8 @@ class Stepper:
         device_losses = self._accumulate(global_batch)
         if self.zero is not None:
             self.zero.discard()  # its gradients are only available within a step
-        losses, preserved = _split_losses(self.read(device_losses), global_batch)
-        _check_losses(global_batch, losses, preserved)
+        losses, preservation_losses = _split_losses(self.read(device_losses), global_batch)
+        _check_losses(global_batch, losses, preservation_losses)
         return losses
 
     def read(self, values: Float[Tensor, " n"]) -> list[float]:
@@ -267,7 +271,7 @@ class Stepper:
         The preservation loss has a separate backward pass, after the first, so that only one graph is in memory.
         """
         losses: list[Tensor] = []
-        preserved: list[Tensor] = []
+        preservation_losses: list[Tensor] = []
         for batch in global_batch.batches:
             batch = batch.to(self.device, non_blocking=True)  # noqa: PLW2901  the same batch
             self._seed(batch, global_batch.step)
@@ -276,10 +280,10 @@ class Stepper:
             self._backward(batch_losses.sum() / global_batch.size)
             losses.append(batch_losses.detach())
             if self._has_second_loss:
-                preserved.append(self._preserve(batch, inputs.x, global_batch.size))
+                preservation_losses.append(self._preserve(batch, inputs.x, global_batch.size))
             if self.masters is not None:
                 self.masters.take_gradients()
-        return torch.cat(losses + preserved)
+        return torch.cat(losses + preservation_losses)
 
     def _preserve(self, batch: Batch, x: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, " b"]:
         """Accumulate the gradients of the preservation loss. Returns the samples' weighted losses, 0 for samples
@@ -316,7 +320,7 @@ class Stepper:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group[optim.RATIO]
-        return self._step(global_batch) if self.release is None else self._step_inside(global_batch, self.release)
+        return self._step(global_batch) if self.release is None else self._step_in_backward(global_batch, self.release)
 
     def _step(self, global_batch: GlobalBatch) -> StepResult:
         """Run the backward passes, then the optimizer's step."""
@@ -335,8 +339,8 @@ class Stepper:
         *losses, grad_norm = self.read(torch.cat([device_losses, norm[None].to(device_losses.device)]))
         if self.world is not None:
             calls = int(losses.pop())
-        losses, preserved = _split_losses(losses, global_batch)
-        _check_losses(global_batch, losses, preserved)
+        losses, preservation_losses = _split_losses(losses, global_batch)
+        _check_losses(global_batch, losses, preservation_losses)
         if not math.isfinite(grad_norm) and not self.scaler.is_enabled():
             # With fp16 overflows are expected: the scaler skips the step and lowers its scale.
             raise NotFiniteError.for_step("gradient", global_batch.step, global_batch.names)
@@ -345,7 +349,7 @@ class Stepper:
         if self.masters is not None:
             self.masters.update_weights()
         self.optimizer.zero_grad(set_to_none=True)
-        preservation_loss = math.fsum(preserved) / global_batch.size if self._has_second_loss else None
+        preservation_loss = math.fsum(preservation_losses) / global_batch.size if self._has_second_loss else None
         return StepResult(math.fsum(losses) / global_batch.size, grad_norm, calls, preservation_loss)
 
     def _rollout_calls(self, global_batch: GlobalBatch) -> int:
@@ -364,7 +368,7 @@ class Stepper:
         slots = [slot for batch in global_batch.batches for slot in batch.slots]
         numbers[[index * global_batch.size + slot for index in range(loss_count) for slot in slots]] = losses
         numbers[-1] = calls
-        reduced = self.parameters if self.shards is None else ()  # FSDP2 or DeepSpeed sums the gradients of shards
+        reduced = self.parameters if self.shards is None else ()  # FSDP2 or DeepSpeed sums those of shards
         if isinstance(self.shards, RowShards) and self.scaler.is_enabled():
             self.shards.share_overflow()
         world.sum_([*(each.grad for each in reduced if each.grad is not None), numbers])
@@ -372,7 +376,7 @@ class Stepper:
         torch.manual_seed(draw_seed(self.objective.seed, "optimizer", global_batch.step))
         return numbers
 
-    def _step_inside(self, global_batch: GlobalBatch, release: GradientRelease) -> StepResult:
+    def _step_in_backward(self, global_batch: GlobalBatch, release: GradientRelease) -> StepResult:
         """Check the losses, then run a backward pass that steps each parameter on its gradient."""
         (batch,) = global_batch.batches
         self._seed(batch, global_batch.step)
@@ -396,8 +400,10 @@ def _split_losses(values: list[float], global_batch: GlobalBatch) -> tuple[list[
     return values[:count], values[count:]
 
 
-def _check_losses(global_batch: GlobalBatch, losses: Sequence[float], preserved: Sequence[float] = ()) -> None:
-    for quantity, values in (("loss", losses), ("preservation loss", preserved)):
+def _check_losses(
+    global_batch: GlobalBatch, losses: Sequence[float], preservation_losses: Sequence[float] = ()
+) -> None:
+    for quantity, values in (("loss", losses), ("preservation loss", preservation_losses)):
         bad_names = [name for name, loss in zip(global_batch.names, values, strict=False) if not math.isfinite(loss)]
         if bad_names:
             raise NotFiniteError.for_step(quantity, global_batch.step, bad_names)

@@ -55,7 +55,7 @@ class FlopMeter:
         is_compiled: bool = False,
         preservation: Preservation | None = None,
     ) -> None:
-        self._passing = TransformerPass(
+        self._transformer_pass = TransformerPass(
             spec=transformer.spec,
             dtype=transformer.dtype,
             batch=1,
@@ -82,23 +82,24 @@ class FlopMeter:
         for batch in global_batch.batches:
             count, _, height, width = batch.latents.shape
             condition = batch.condition
-            passing = replace(
-                self._passing,
+            transformer_pass = replace(
+                self._transformer_pass,
                 text_tokens=condition.context.index.shape[1],
                 image_tokens=height * width,
                 reference_tokens=0 if condition.references is None else condition.references.tokens.shape[1],
             )
             # Masks may force TREAD to keep more tokens than the route's ratio.
             routes = tuple(
-                Route(each.start, each.end, each.kept_tokens.shape[1] / passing.image_tokens) for each in batch.choices
+                Route(each.start, each.end, each.kept_tokens.shape[1] / transformer_pass.image_tokens)
+                for each in batch.choices
             )
-            routed = replace(passing, routes=routes)
+            routed = replace(transformer_pass, routes=routes)
             trained, predicted = (1, 0) if self._preservation is None else self._preservation.passes(batch)
             total += self._training(routed) * count * trained
             total += self._base(routed) * count * predicted
             if self._rollout is not None:
-                walked, unrolled = self._rollout.sampled(batch)
-                total += self._sampling(passing) * walked
+                in_solver, unrolled = self._rollout.sampled(batch)
+                total += self._sampling(transformer_pass) * in_solver
                 total += self._sampling(routed) * unrolled
         return total
 

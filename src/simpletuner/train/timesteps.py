@@ -1,4 +1,4 @@
-"""The density of sigma that a run trains with, per its options, shift and resolution included.
+"""The density of sigma that a run trains with: that of its options, shifted by a constant or for the resolution.
 
 Imports no torch, so that `simpletuner plan` uses the same function as training.
 """

@@ -106,8 +106,8 @@ class TensorBoard:
 class Wandb:
     """Logs the run's step under `STEP`, as the axis of all curves and images, because W&B's own step counts log calls.
 
-    W&B rejects a step below the last one. Such steps occur: images of the base model, which have step 0, after later
-    steps; and steps that a resumed run repeats.
+    W&B rejects a step of its own count below the last one. Such steps occur: the base model's images have step 0 and
+    may follow later steps, and a resumed run repeats steps.
     """
 
     name = "wandb"
@@ -127,7 +127,7 @@ class Wandb:
         self._run = wandb.init(
             project=options.tracker_project_name,
             name=options.tracker_run_name or root.name,
-            # Absolute: W&B's service process serves all runs of this process, in the working folder of the first one.
+            # An absolute path: W&B's service serves all runs of this process, in the first run's working folder.
             dir=str(root.absolute()),
             config=dict(config),
             id=run_id,

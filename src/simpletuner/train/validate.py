@@ -175,7 +175,7 @@ class ValidationSampler:
     @property
     def lacks_base(self) -> bool:
         """Whether images of the base model are enabled but missing. All ranks call it; rank 0 checks the files."""
-        return self.world.decide([self.world.is_main and bool(self._missing_of_base())])[0]
+        return self.world.decide([self.world.is_main and bool(self._missing_base_images())])[0]
 
     def is_complete(self, step: int) -> bool:
         """Whether the contact sheet of `step` exists and is in the events. All ranks call it; rank 0 checks."""
@@ -204,7 +204,7 @@ class ValidationSampler:
         """The base model's images to generate at `step`; empty if only the sheet is missing, None if nothing is."""
         if step == 0:
             return self._planned(0)
-        missing = self._missing_of_base()
+        missing = self._missing_base_images()
         if missing:
             return missing if self.keeps_base else None
         return None if self.options.disable_benchmark or self._has_sheet(0) else []
@@ -234,7 +234,7 @@ class ValidationSampler:
         reasons: dict[str, str | None] = dict(attempt for share in by_rank for attempt in share)
         if not self.world.is_alone:
             for path, reason in reasons.items():
-                self._count(self.run.root / path, reason)
+                self._count_outcome(self.run.root / path, reason)
         generated = [picture for picture in requested if reasons.get(picture.path, "not tried") is None]
         sheet = sheet_of(self.run, step)
         has_sheet = (generated or not requested) and self._attempt(partial(self._make_sheet, step), sheet)
@@ -276,13 +276,13 @@ class ValidationSampler:
                         failures = 0 if reason is None else failures + 1
                         attempts.append((picture.path, reason))
                         if self.world.is_alone:
-                            self._count(self.run.root / picture.path, reason)
-                    elif self._in_step:
+                            self._count_outcome(self.run.root / picture.path, reason)
+                    elif self._in_lockstep:
                         self._repeat(pictures, ready)
         return attempts
 
     @property
-    def _in_step(self) -> bool:
+    def _in_lockstep(self) -> bool:
         """Whether other ranks wait for each model call of this rank."""
         return self.is_sharded and not self.world.is_alone
 
@@ -323,13 +323,13 @@ class ValidationSampler:
 
         def is_fatal() -> bool:
             """Whether `report` raised, or other ranks wait in a model call that this rank can no longer make."""
-            return is_reporting or (self._in_step and calls.started > 0 and calls.done < self._calls(pictures))
+            return is_reporting or (self._in_lockstep and calls.started > 0 and calls.done < self._calls(pictures))
 
-        shares_pass = self._shares_pass(pictures if self._in_step else [picture])
+        shares_pass = self._shares_pass(pictures if self._in_lockstep else [picture])
         reason = failure_reason(lambda: self._make(picture, calls.counted, shares_pass, guarded_report), is_fatal)
         if reason is not None:
             release_memory(self.world.device)  # outside the except block, whose traceback references tensors
-            if self._in_step and not calls.started:
+            if self._in_lockstep and not calls.started:
                 self._repeat(pictures, ready)
         return reason
 
@@ -354,10 +354,10 @@ class ValidationSampler:
         reason = failure_reason(make)
         if reason is not None:
             release_memory(self.world.device)  # outside the except block, whose traceback references tensors
-        self._count(path, reason)
+        self._count_outcome(path, reason)
         return reason is None
 
-    def _count(self, path: Path, reason: str | None) -> None:
+    def _count_outcome(self, path: Path, reason: str | None) -> None:
         """Count the consecutive failures, after an image was tried; a notice gives the reason of a failure."""
         if reason is None:
             self.failures = 0 if self.failures < MAX_FAILURES else self.failures
@@ -468,7 +468,7 @@ class ValidationSampler:
         """Whether the contact sheet of `step` exists and is in the events."""
         return step in self.steps_with_sheet and sheet_of(self.run, step).is_file()
 
-    def _missing_of_base(self) -> list[Picture]:
+    def _missing_base_images(self) -> list[Picture]:
         """The base model's images that are enabled, but missing or made with other sampling parameters."""
         planned = [] if self.options.disable_benchmark else self._planned(0)
         return [picture for picture in planned if not self._is_current(picture)]
@@ -558,8 +558,8 @@ def sheet_of(run: RunDirectory, step: int) -> Path:
 
 
 def failure_reason(make: Callable[[], None], is_fatal: Callable[[], bool] = lambda: False) -> str | None:
-    """Call `make`; return the reason if it fails by a user error, the file system or memory, else None. Other errors
-    and stop requests are raised, and every error if `is_fatal` returns True.
+    """Call `make`; return the reason if it fails with a user error, a file-system error or a lack of memory, else None.
+    Other errors and stop requests are raised, and every error if `is_fatal` returns True.
     """
     try:
         make()

@@ -18,11 +18,11 @@ from simpletuner.train.trained import Trainable
 FIRST_STEPS = 10
 """After this number of steps at a learning rate above 0 every adapter layer must have changed."""
 SLOW_FACTOR = 3.0
-"""A step is slow if it takes more than this factor of the usual time for its work."""
+"""A step is slow if it takes more than this many times the usual time for its work."""
 SLOW_AT_LEAST_S = 1.0
-"""Shorter steps never count as slow: three times a tenth of a second is noise."""
+"""Shorter steps never count as slow: a step of 0.3 s instead of 0.1 s is noise."""
 COMPARED_STEPS = 50
-"""The usual time is the median over this number of last steps."""
+"""The usual time is the median over at most this number of recent steps."""
 ENOUGH_STEPS = 20
 """With fewer steps there is no meaningful median."""
 SLOW_STEP_EVERY = 100
@@ -31,12 +31,12 @@ MANY_PAGES = 1000
 """More pages than this read from disk in a step (4 MB) suggest that memory is swapped."""
 SAMPLED_NUMBERS = 2**18
 """Number of elements of each trained tensor to check for changes: their sum needs little memory."""
-MOST_NAMES = 4
+MAX_NAMES = 4
 
 
 class Watch:
-    """Reports ineffective training through `notice`. Call `trained_step` after each step that was taken, and `saved`
-    after each checkpoint.
+    """Reports ineffective training through `notice`. Call `trained_step` after each step that changed the weights,
+    `timed_step` after each step whose duration counts, and `saved` after each checkpoint.
     """
 
     def __init__(self, trained: Trainable, run: RunDirectory, notice: Callable[[str], None], *, start: int) -> None:
@@ -105,7 +105,7 @@ class Watch:
 
     @torch.no_grad()
     def _check_adapters(self) -> None:
-        """Report the adapter layers whose B, initialized with zeros, is still all zero."""
+        """Report the adapter layers whose B, initialized to zero, is still all zero."""
         matrices = {
             name.removesuffix(".b"): tensor
             for name, tensor in self._trained.named_parameters()
@@ -116,10 +116,10 @@ class Watch:
         largest: list[float] = torch.stack([tensor.abs().amax().float() for tensor in matrices.values()]).tolist()
         idle = [name for name, value in zip(matrices, largest, strict=True) if value == 0]
         if idle:
-            more_names = f" and {len(idle) - MOST_NAMES} more" if len(idle) > MOST_NAMES else ""
+            more_names = f" and {len(idle) - MAX_NAMES} more" if len(idle) > MAX_NAMES else ""
             self._notice(
-                f"After {FIRST_STEPS} steps {len(idle)} of {len(matrices)} adapter layers have learned nothing, their "
-                f"B is all zero: {', '.join(idle[:MOST_NAMES])}{more_names}. No gradient reaches them, or "
+                f"After {FIRST_STEPS} steps {len(idle)} of {len(matrices)} adapter layers have learned nothing (B is "
+                f"all zero): {', '.join(idle[:MAX_NAMES])}{more_names}. No gradient reaches them, or "
                 "learning_rate is too low."
             )
 

@@ -244,14 +244,14 @@ GPU_PEAK = PeakMemory(4 * GIB, int(22.4 * GIB), 22 * GIB)
 def test_a_failed_allocation_is_explained() -> None:
     own = budget(CARD, *DEV, "--base_model_precision=int4-quanto", bucket=(512, 512))
     assert own.plan.fits
-    told = " ".join(own.explain("train", "accelerator", GPU_PEAK, saved=False))
+    told = " ".join(own.explain("train", "accelerator", GPU_PEAK, has_checkpoint=False))
     assert told.startswith("The plan was train (512x512 × 1): GPU 20.")
     assert (
-        "; the measured peak is 22.00 GiB, 22.40 GiB reserved. Take less memory with --enable_group_offload=true: "
+        "; the measured peak is 22.00 GiB, 22.40 GiB reserved. Use less memory with --enable_group_offload=true: "
         in told
     )
-    assert own.explain("export", "accelerator", GPU_PEAK, saved=False) == []
-    assert own.explain(None, "accelerator", GPU_PEAK, saved=False) == []
+    assert own.explain("export", "accelerator", GPU_PEAK, has_checkpoint=False) == []
+    assert own.explain(None, "accelerator", GPU_PEAK, has_checkpoint=False) == []
 
 
 @pytest.mark.usefixtures("project")
@@ -267,30 +267,30 @@ def test_a_failed_allocation_is_explained() -> None:
 def test_each_phase_is_explained_by_its_own_plan(phase: Phase, line: str, change: str) -> None:
     flags = ("--text_encoder_mode=resident", "--vae_batch_size=4", "--base_model_precision=int4-quanto")
     own = budget(CARD, *DEV, *flags, "--validation_resolution=1024x1024", bucket=(1024, 1024), draws=True)
-    planned, remedy = own.explain(phase, "accelerator", GPU_PEAK, saved=False)
+    planned, remedy = own.explain(phase, "accelerator", GPU_PEAK, has_checkpoint=False)
     assert planned.startswith(f"The plan was {line}")
-    assert remedy.startswith(f"Take less memory with {change}")
+    assert remedy.startswith(f"Use less memory with {change}")
 
 
 @pytest.mark.usefixtures("project")
 def test_full_host_memory_beside_a_gpu_is_explained_by_the_plan_for_ram() -> None:
     own = budget(CARD, *DEV, "--enable_group_offload", bucket=(512, 512))
-    told = " ".join(own.explain("train", "ram", PeakMemory(60 * GIB, GIB, GIB), saved=False))
-    assert "the measured peak is 60.00 GiB of RAM. Take less memory with --base_model_precision=int8-quanto: 4" in told
+    told = " ".join(own.explain("train", "ram", PeakMemory(60 * GIB, GIB, GIB), has_checkpoint=False))
+    assert "the measured peak is 60.00 GiB of RAM. Use less memory with --base_model_precision=int8-quanto: 4" in told
 
 
 @pytest.mark.usefixtures("project")
 def test_a_run_with_checkpoints_is_told_what_a_resumed_run_may_change() -> None:
     own = budget(MachineMemory(90 * GIB, 128 * GIB, None), *DEV, "--gradient_checkpointing=false", bucket=(1024, 1024))
     peak = PeakMemory(GIB, 90 * GIB, 90 * GIB)
-    fresh, resumed = (own.explain("train", "accelerator", peak, saved=saved)[1] for saved in (False, True))
-    assert fresh.startswith("Take less memory with --gradient_checkpointing=true: ")
-    assert resumed.startswith("Take less memory with --enable_group_offload=true: ")
+    fresh, resumed = (own.explain("train", "accelerator", peak, has_checkpoint=saved)[1] for saved in (False, True))
+    assert fresh.startswith("Use less memory with --gradient_checkpointing=true: ")
+    assert resumed.startswith("Use less memory with --enable_group_offload=true: ")
     offloaded = budget(
         own.machine, *DEV, "--gradient_checkpointing=false", "--enable_group_offload", bucket=(2048, 2048)
     )
-    resumed = offloaded.explain("train", "accelerator", peak, saved=True)[1]
-    assert resumed.startswith("Take less memory with --gradient_checkpointing=true: ")
+    resumed = offloaded.explain("train", "accelerator", peak, has_checkpoint=True)[1]
+    assert resumed.startswith("Use less memory with --gradient_checkpointing=true: ")
     assert resumed.endswith(", in a new run: give another --output_dir too.")
 
 
@@ -319,8 +319,8 @@ def test_fewer_resident_blocks_are_the_first_remedy() -> None:
 def test_after_a_failed_allocation_auto_is_told_to_keep_fewer() -> None:
     own = budget(replace(CARD, ram=64 * GIB), *DEV, *STREAMED, bucket=(512, 512))
     count = own.footprint.resolved_config.resident_blocks
-    told = own.explain("train", "accelerator", PeakMemory(GIB, 21 * GIB, 21 * GIB), saved=False)[-1]
-    fewer = int(told.partition("Take less memory with --group_offload_resident_blocks=")[2].partition(":")[0])
+    told = own.explain("train", "accelerator", PeakMemory(GIB, 21 * GIB, 21 * GIB), has_checkpoint=False)[-1]
+    fewer = int(told.partition("Use less memory with --group_offload_resident_blocks=")[2].partition(":")[0])
     assert count is not None
     assert 0 < fewer < count
 

@@ -124,7 +124,7 @@ def test_a_plan_says_whose_memory_it_is_and_what_travels() -> None:
     title = "Memory plan, worst moment of each phase (2 processes, FSDP2; GPU of each process, RAM of all):"
     assert lines[0] == title
     assert any("of 46.50 GiB in each of 2, RAM " in line for line in lines)
-    assert any(line.startswith("2 processes take ") for line in lines)
+    assert any(line.startswith("2 processes together take ") for line in lines)
     (sent,) = [line for line in lines if line.startswith("Each process sends ")]
     assert sent == (
         "Each process sends 59.26 GiB of weights and 384.0 MiB of gradients a step; estimated, not measured: "

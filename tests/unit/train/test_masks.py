@@ -19,7 +19,7 @@ from simpletuner.config.datasets import ConditioningSet
 from simpletuner.config.options.conditioning import ConditioningOptions
 from simpletuner.data.sample import Crop, Sample
 from simpletuner.flow.loss import averaged
-from simpletuner.train.caches import PreparedData, fill_mask_weights, weighing_masks
+from simpletuner.train.caches import PreparedData, fill_mask_weights, loss_masks
 from simpletuner.train.masks import MaskEffects, Masking
 from simpletuner.train.report import Reporter
 
@@ -161,12 +161,12 @@ def test_batches_with_masks_of_ones_are_those_without(
 
 def test_masks_of_a_held_out_set_weigh_whatever_keys_of_training_it_has(masked: Callable[..., PreparedData]) -> None:
     manifest = masked(white).train[0]
-    assert len(weighing_masks([manifest])) == len(manifest.samples)
+    assert len(loss_masks([manifest])) == len(manifest.samples)
     held = {"is_regularisation_data": True}
-    assert weighing_masks([replace(manifest, image_set=manifest.image_set.model_copy(update=held))]) == []
+    assert loss_masks([replace(manifest, image_set=manifest.image_set.model_copy(update=held))]) == []
     held |= {"dataset_type": "eval"}
     unseen = replace(manifest, image_set=manifest.image_set.model_copy(update=held))
-    assert weighing_masks([unseen]) == weighing_masks([manifest])
+    assert loss_masks([unseen]) == loss_masks([manifest])
 
 
 def test_batches_carry_masks_and_tread_keeps_them(masked: Callable[..., PreparedData]) -> None:

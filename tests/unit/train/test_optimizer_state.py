@@ -208,7 +208,7 @@ def test_what_cannot_be_saved_is_not_left_out_in_silence() -> None:
 def test_another_optimizers_state_is_refused() -> None:
     parameters = start()
     tensors, rest = optimizer_state.pack(build(parameters, "adamw"), parameters)
-    with pytest.raises(ValueError, match="different settings"):
+    with pytest.raises(ValueError, match="the saved optimizer lacks the settings"):
         optimizer_state.unpack(build(parameters, "adamw_schedulefree"), parameters, tensors, rest)
     with pytest.raises(ValueError, match="2"):
         optimizer_state.unpack(build(parameters, "adamw", 2.0), parameters, tensors, rest)

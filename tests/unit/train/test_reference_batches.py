@@ -21,7 +21,7 @@ from simpletuner.flux2.text import LeftPaddedCodec
 from simpletuner.flux2.tokens import pack_latents, reference_ids
 from simpletuner.train.budget import configured_workload, scanned_workload
 from simpletuner.train.caches import UNCONDITIONAL_CAPTION, EncoderKeys, PreparedData
-from simpletuner.train.job import largest
+from simpletuner.train.job import largest_micro_batch
 
 SIZES = {"0": (64, 64), "2.1": (96, 64), "2.2": (64, 64)}
 """Of references, by name: the first image has one, the third has two, the others have none."""
@@ -137,7 +137,7 @@ def test_held_out_samples_keep_theirs(prepared: PreparedData) -> None:
 def test_the_trial_and_the_plan_have_the_most_references(prepared: PreparedData) -> None:
     loaded = prepared.loaded
     order = Order(prepared.train, seed=0, batch_size=2)
-    names = [prepared.train[0].samples[visit.sample_index].name for visit in largest(order).visits]
+    names = [prepared.train[0].samples[visit.sample_index].name for visit in largest_micro_batch(order).visits]
     assert names[0] == "2.png"
     seen = scanned_workload(loaded, prepared.train)
     assert (seen.bucket, seen.batch, seen.references, seen.largest_encoded_size) == ((64, 64), 2, 24 + 16, (96, 64))

@@ -87,7 +87,7 @@ def test_another_batch_size_is_a_notice(given: Given, capsys: pytest.CaptureFixt
     config = resumed(given("--train_batch_size=2", "--gradient_accumulation_steps=2"), state(1, 4))
     assert config.effective_batch == 4
     assert capsys.readouterr().out.splitlines() == [
-        "Note: From step 4 on this run is trained with train_batch_size = 2 (was 1), gradient_accumulation_steps = 2 "
+        "Note: From step 4 on, this run is trained with train_batch_size = 2 (was 1), gradient_accumulation_steps = 2 "
         "(was 4). A step still has 4 images, in another order; this epoch continues with its remaining images.",
     ]
 
@@ -149,7 +149,7 @@ def test_an_elastic_run_says_what_its_effective_batch_is(given: Given, capsys: p
         2,
         [
             "Changed since step 3: gradient_accumulation_steps = 2 (was 1), num_processes = 2 (was 3).",
-            "Note: From step 4 on 2 processes with gradient_accumulation_steps = 2: a step has 4 images instead of "
+            "Note: From step 4 on, 2 processes with gradient_accumulation_steps = 2: a step has 4 images instead of "
             "3. The loss is no longer that of a run without the change.",
         ],
     )
