@@ -65,7 +65,7 @@ REMEDY_TARGET = 0.9
 used, whichever is less: the plan is not exact.
 """
 
-PLANNED: Mapping[Phase, PlannedPhase] = {
+PLAN_PHASES: Mapping[Phase, PlannedPhase] = {
     "text": "text",
     "latents": "latents",
     "load": "train",
@@ -88,7 +88,7 @@ def free_resources(device: torch.device, folder: Path, gpus: int = 1) -> Machine
     return MachineMemory(accelerator, free_memory_bytes(torch.device("cpu")), machine.free_disk_bytes(folder))
 
 
-def machine_of(world: World, folder: Path) -> MachineMemory:
+def least_free_resources(world: World, folder: Path) -> MachineMemory:
     """The minimum of `free_resources` over all processes of `world`, so that all of them make the same plan.
 
     Raises:
@@ -595,7 +595,7 @@ class Budget:
         Args:
             has_checkpoint: whether the run has a checkpoint; if so, changes that a resumed run may make are preferred.
         """
-        name = None if failed is None else PLANNED.get(failed)
+        name = None if failed is None else PLAN_PHASES.get(failed)
         phase = None if name is None else self.plan.phase(name)
         if name == "validation" and phase is None:
             phase = self.plan.phase("preview")

@@ -63,7 +63,13 @@ from simpletuner.runs.samplers import stop_samplers
 from simpletuner.train import checkpoint, optim, resume, trackers
 from simpletuner.train.backend import BackendChoice, check_backend, choose_backend, uncompiled
 from simpletuner.train.batches import BatchBuilder
-from simpletuner.train.budget import Budget, configured_workload, machine_of, reference_tokens_of, scanned_workload
+from simpletuner.train.budget import (
+    Budget,
+    configured_workload,
+    least_free_resources,
+    reference_tokens_of,
+    scanned_workload,
+)
 from simpletuner.train.caches import PreparedData, base_fingerprints, fill_caches, has_full_fingerprints, scan_sets
 from simpletuner.train.drift import DriftMeter
 from simpletuner.train.ema import Ema
@@ -115,7 +121,7 @@ def build(loaded: LoadedConfig, world: World) -> Job:
     check_device(loaded.config, world.device)
     directory = RunDirectory(Path(loaded.config.output_dir))
     with file_errors_reported(directory.root, ConfigError):
-        machine_memory = machine_of(world, directory.root)
+        machine_memory = least_free_resources(world, directory.root)
     return Job(loaded, world, directory, Budget(loaded.config, configured_workload(loaded), machine_memory))
 
 
@@ -284,7 +290,7 @@ class Attempt:
         preview: Source | None,
         order: Order,
         schedule: RunSchedule,
-        resumed: resume.Resume | None,
+        resumed: resume.ResumePoint | None,
     ) -> None:
         """Load the model, train it and export it."""
         with self.reporter.phase("load"):
@@ -684,7 +690,7 @@ class Attempt:
         return sampling_flavour(config).guidance_scales(config.validation_guidance, config.validation_guidance_real)
 
     def announce(
-        self, prepared: PreparedData, schedule: RunSchedule, product: Product, resumed: resume.Resume | None
+        self, prepared: PreparedData, schedule: RunSchedule, product: Product, resumed: resume.ResumePoint | None
     ) -> None:
         """Emit the run event, start the trackers, and report images, steps and epochs."""
         self.reporter.emit(

@@ -81,7 +81,7 @@ class RunSchedule:
             step == self.steps or self.is_due(step, options.validation_step_interval, options.validation_epoch_interval)
         )
 
-    def measures(self, step: int) -> bool:
+    def measures_held_out(self, step: int) -> bool:
         """Whether the held-out loss is due after `step`: with every checkpoint, and every `eval_steps_interval` steps,
         or with the validation images if that is not set.
         """

@@ -93,7 +93,7 @@ class TrainingLoop:
                 "The base model's validation images are missing, and training has changed its weights: the contact "
                 "sheet continues without them."
             )
-        if self.schedule.measures(state.step) and state.step not in state.held_out:
+        if self.schedule.measures_held_out(state.step) and state.step not in state.held_out:
             self._measure(state)
         if self.schedule.validates(state.step) and not self._is_validated(state.step):
             self._validate(state.step)
@@ -136,7 +136,7 @@ class TrainingLoop:
             is_stopping, is_saving, is_validating, is_checking_disk = self.world.decide(decisions)
             is_saving = is_saving or self.schedule.saves(batch.step) or is_stopping
             is_validating = is_validating or self.schedule.validates(batch.step)
-            if self.schedule.measures(batch.step):
+            if self.schedule.measures_held_out(batch.step):
                 try:
                     self._measure(state)
                 except (UserError, OSError, MemoryError, RuntimeError):

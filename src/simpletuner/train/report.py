@@ -25,7 +25,7 @@ from simpletuner.runs.events import (
 )
 from simpletuner.train.trackers import Trackers
 
-EVERY_S = 1.0
+PROGRESS_EVENT_EVERY_S = 1.0
 """Minimum interval between progress events."""
 STEP_LINE_EVERY_S = 15.0
 """Without a terminal (a log file, a cluster), progress is a line at this interval instead of a bar."""
@@ -63,7 +63,7 @@ class Progress:
         elif now - self._printed >= STEP_LINE_EVERY_S:
             self._printed = now
             self.reporter.say(f"  {self.title}: {done}/{total}, {rate:.2f}/s, {format_duration(remaining_s)} left")
-        if now - self._emitted >= EVERY_S or done == total:
+        if now - self._emitted >= PROGRESS_EVENT_EVERY_S or done == total:
             self._emitted = now
             self.reporter.emit(
                 ProgressEvent(

@@ -31,7 +31,7 @@ from simpletuner.runs.events import CheckpointEvent
 from simpletuner.runs.layout import LORA_NAME, RunDirectory
 from simpletuner.train.checkpoint import read_state
 from simpletuner.train.report import Reporter
-from simpletuner.train.state import TrainState, changed
+from simpletuner.train.state import TrainState, differing_names
 
 LOWER_RATE = 0.1
 """Factor of the learning rate in the command that is suggested when training diverges."""
@@ -42,7 +42,7 @@ SKIPPED_MORE = 10
 
 
 @dataclass(frozen=True)
-class Resume:
+class ResumePoint:
     """A verified checkpoint and its state."""
 
     folder: Path
@@ -50,17 +50,17 @@ class Resume:
     state: TrainState
 
     @classmethod
-    def of(cls, folder: Path | None) -> "Resume | None":
+    def of(cls, folder: Path | None) -> "ResumePoint | None":
         """The checkpoint in `folder`; None for None."""
         return None if folder is None else cls(folder, read_state(folder))
 
     @classmethod
-    def of_record(cls, record: list[Any] | None) -> "Resume | None":
-        """Rebuild a Resume from the `_record` that another process sent."""
+    def of_record(cls, record: list[Any] | None) -> "ResumePoint | None":
+        """Rebuild a ResumePoint from the `_record` that another process sent."""
         return None if record is None else cls(Path(record[0]), TrainState.model_validate(record[1]))
 
 
-def _record(resume: Resume | None) -> list[Any] | None:
+def _record(resume: ResumePoint | None) -> list[Any] | None:
     return None if resume is None else [str(resume.folder), resume.state.model_dump(mode="json")]
 
 
@@ -120,7 +120,7 @@ class RestartCommands:
 
 def find_checkpoint(
     run: RunDirectory, loaded: LoadedConfig, reporter: Reporter, world: World
-) -> tuple[Resume | None, LoadedConfig]:
+) -> tuple[ResumePoint | None, LoadedConfig]:
     """The checkpoint that `resume_from_checkpoint` names (None for a fresh start) and the configuration to train with.
 
     The configuration is `loaded`; options that the user did not set take the checkpoint's values, so that a changed
@@ -132,9 +132,9 @@ def find_checkpoint(
     """
     resume = world.run_on_main(
         "the checkpoint to resume from",
-        lambda: Resume.of(chosen_checkpoint(RestartCommands(run, loaded), reporter)),
+        lambda: ResumePoint.of(chosen_checkpoint(RestartCommands(run, loaded), reporter)),
         record=_record,
-        restore=Resume.of_record,
+        restore=ResumePoint.of_record,
     )
     if world.broadcast_json(loaded.config.resume_from_checkpoint) == LATEST:
         check_machines(run, 0 if resume is None else resume.state.step, world)
@@ -331,7 +331,7 @@ def verified_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def check_windows(resume: Resume, commands: RestartCommands, windows: Mapping[str, Windows], order: Order) -> None:
+def check_windows(resume: ResumePoint, commands: RestartCommands, windows: Mapping[str, Windows], order: Order) -> None:
     """Raise a CheckpointError if `windows` change which datasets were active in the steps that the checkpoint
     has already trained. Windows may change later steps.
     """
@@ -363,11 +363,11 @@ def _past(windows: Windows, step: int, epoch: int) -> list[tuple[int, int]]:
 
 
 def check_content(
-    resume: Resume, commands: RestartCommands, *, data: Mapping[str, str], model: Mapping[str, str]
+    resume: ResumePoint, commands: RestartCommands, *, data: Mapping[str, str], model: Mapping[str, str]
 ) -> None:
     """Raise a CheckpointError if the image datasets or the base model are not those of the checkpoint."""
     problems = []
-    if changed_sets := changed(resume.state.data, data):
+    if changed_sets := differing_names(resume.state.data, data):
         finished = commands.run.result(commands.loaded.config.model_type).exists()
         weights = commands.from_weights(None if finished else resume.folder)
         problems.append(
@@ -379,7 +379,7 @@ def check_content(
                 f"To start over: {commands.fresh()}.",
             )
         )
-    if changed_parts := changed(resume.state.model, model):
+    if changed_parts := differing_names(resume.state.model, model):
         problems.append(
             Problem(
                 f"{', '.join(changed_parts)}: not the weights or settings that {resume.folder} was trained with",

@@ -43,6 +43,6 @@ class TrainState(BaseModel):
     """
 
 
-def changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+def differing_names(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Names whose fingerprints differ."""
     return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))

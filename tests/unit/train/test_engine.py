@@ -12,7 +12,7 @@ from simpletuner.config.run import RunConfig
 from simpletuner.flux2.footprint import Workload
 from simpletuner.memory.planner import MachineMemory
 from simpletuner.memory.world import World
-from simpletuner.train.budget import Budget, free_resources, ladder, machine_of, with_processes
+from simpletuner.train.budget import Budget, free_resources, ladder, least_free_resources, with_processes
 
 CPU = torch.device("cpu")
 WORK = Workload((1024, 1024), 1, samples_images=False)
@@ -161,7 +161,7 @@ def test_processes_are_as_many_as_train_would_start(options: dict[str, object], 
 
 def test_alone_the_machine_is_this_one(tmp_path: Path) -> None:
     world = World.single()
-    own, found = free_resources(world.device, tmp_path), machine_of(world, tmp_path)
+    own, found = free_resources(world.device, tmp_path), least_free_resources(world, tmp_path)
     assert (found.accelerator, found.disk is None) == (own.accelerator, False)
 
 
@@ -174,7 +174,7 @@ class Beside(World):
 
 def test_all_ranks_plan_for_what_is_free_to_any(tmp_path: Path) -> None:
     own = free_resources(CPU, tmp_path)
-    found = machine_of(Beside(rank=0, size=2, device=CPU), tmp_path)
+    found = least_free_resources(Beside(rank=0, size=2, device=CPU), tmp_path)
     assert (found.accelerator, found.ram) == (5, 7)
     assert found.disk is not None
     assert own.disk is not None

@@ -24,7 +24,7 @@ from simpletuner.train.checkpoint import on_each_machine
 from simpletuner.train.report import Reporter
 from simpletuner.train.resume import (
     RestartCommands,
-    Resume,
+    ResumePoint,
     check_content,
     check_machines,
     find_checkpoint,
@@ -175,7 +175,7 @@ def test_a_later_step_on_another_machine_is_not_passed_over(tmp_path: Path) -> N
 
 
 def test_machine_0_alone_chooses_the_checkpoint(given: Given, tmp_path: Path) -> None:
-    def work(world: World) -> Resume | None:
+    def work(world: World) -> ResumePoint | None:
         run = RunDirectory(tmp_path / f"own-{world.machine}")
         flag = "--resume_from_checkpoint=" if world.is_main else "--resume_from_checkpoint=latest"
         return find_checkpoint(run, given(flag), Reporter(), with_writers(world, run.root))[0]
@@ -210,7 +210,7 @@ def test_every_key_that_may_have_changed_a_set_is_named(given: Given) -> None:
     before = TrainState(step=3, data={"cats": "one", "dogs": "one"})
     with pytest.raises(CheckpointError) as caught:
         check_content(
-            Resume(Path("step-3"), before),
+            ResumePoint(Path("step-3"), before),
             RestartCommands(RunDirectory(Path("output")), loaded),
             data={"cats": "another", "dogs": "one"},
             model={},

@@ -18,7 +18,7 @@ from simpletuner.data.order import Cut, Order
 from simpletuner.data.sample import Sample
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.train.length import RunSchedule
-from simpletuner.train.resume import RestartCommands, Resume, check_windows
+from simpletuner.train.resume import RestartCommands, ResumePoint, check_windows
 from simpletuner.train.state import TrainState
 
 PER_STEP = 2
@@ -127,7 +127,7 @@ def test_only_what_is_to_come_may_change(
 ) -> None:
     """After six steps of two images, in the second epoch."""
     state = TrainState(step=6, windows={each.image_set.id: each.image_set.windows for each in manifests(*then)})
-    found = Resume(Path("step-6"), TrainState.model_validate_json(state.model_dump_json()))
+    found = ResumePoint(Path("step-6"), TrainState.model_validate_json(state.model_dump_json()))
     (tmp_path / "config.json").write_text(json.dumps({"model_flavour": "tiny", "max_train_steps": 10}))
     (tmp_path / "multidatabackend.json").write_text(json.dumps([{"id": "set-0", "instance_data_dir": "."}]))
     loaded = load((), folder=tmp_path, environ={})
