@@ -184,7 +184,7 @@ def test_every_rung_lowers_something_and_leads_where_it_says() -> None:
         "--vae_batch_size=2",
         bucket=(1280, 1280),
         batch=2,
-        draws=True,
+        samples_images=True,
     )
     before = own.plan
     rungs = list(ladder(own.config, own.workload))
@@ -216,7 +216,7 @@ RUNS = [
 @pytest.mark.usefixtures("project")
 @pytest.mark.parametrize("flags", RUNS, ids=" ".join)
 def test_every_rung_works_as_it_is_typed(flags: tuple[str, ...]) -> None:
-    work = {"bucket": (1280, 1280), "draws": True}
+    work = {"bucket": (1280, 1280), "samples_images": True}
     own = budget(CARD, *DEV, *flags, **work)
     for rung in own.rungs:
         typed = str(rung)
@@ -266,7 +266,7 @@ def test_a_failed_allocation_is_explained() -> None:
 )
 def test_each_phase_is_explained_by_its_own_plan(phase: Phase, line: str, change: str) -> None:
     flags = ("--text_encoder_mode=resident", "--vae_batch_size=4", "--base_model_precision=int4-quanto")
-    own = budget(CARD, *DEV, *flags, "--validation_resolution=1024x1024", bucket=(1024, 1024), draws=True)
+    own = budget(CARD, *DEV, *flags, "--validation_resolution=1024x1024", bucket=(1024, 1024), samples_images=True)
     planned, remedy = own.explain(phase, "accelerator", GPU_PEAK, has_checkpoint=False)
     assert planned.startswith(f"The plan was {line}")
     assert remedy.startswith(f"Use less memory with {change}")
