@@ -38,8 +38,8 @@ SUBJECTS = (
 )
 """Modules of `simpletuner.server.api`, each with a `router`."""
 
-CURVES = "/api/run/series"
-PACKED = (*DEFAULT_EXCLUDED_CONTENT_TYPES, "application/octet-stream")
+CURVES_PATH = "/api/run/series"
+NOT_COMPRESSED = (*DEFAULT_EXCLUDED_CONTENT_TYPES, "application/octet-stream")
 """Content types that are not compressed: images and weights do not shrink, and events must not wait."""
 
 
@@ -48,16 +48,18 @@ class Compression(GZipMiddleware):
     sooner than gzip finishes."""
 
     def __init__(self, app: ASGIApp) -> None:
-        super().__init__(app, compresslevel=1, exclude_content_types=PACKED)
+        super().__init__(app, compresslevel=1, exclude_content_types=NOT_COMPRESSED)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_loopback_curves = scope["type"] == "http" and scope["path"] == CURVES and is_loopback(scope.get("client"))
+        is_loopback_curves = (
+            scope["type"] == "http" and scope["path"] == CURVES_PATH and is_loopback(scope.get("client"))
+        )
         await (self.app if is_loopback_curves else super().__call__)(scope, receive, send)
 
 
 def create_app(roots: Roots, access: Access | None = None, *, sampler_idle_s: float = IDLE_S) -> FastAPI:
-    """Create the application that serves the files below `roots` to the clients that `access` admits: by default this
-    machine only. The sampler process ends after `sampler_idle_s` seconds without work."""
+    """Create the application that serves the files below `roots` to the clients that `access` admits, by default
+    those on this machine only. The sampler process ends after `sampler_idle_s` seconds without work."""
     shell = Shell(roots.workspace, roots.extra_roots)
     jobs = Jobs(shell)
     sampler = SamplerProcess(shell, sampler_idle_s)

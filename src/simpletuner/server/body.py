@@ -1,4 +1,4 @@
-"""Request bodies: read with a size limit, so that none fills the memory."""
+"""Request bodies: read with a size limit, so that none can fill host memory."""
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict

@@ -31,8 +31,8 @@ def train_arguments(roots: Roots, request: TrainRequest) -> list[str]:
     """Return the arguments for `simpletuner train`.
 
     Raises:
-        Fault: 422, not exactly one of environment and example, or an unknown option; 404, no such environment. Paths
-            among the options are checked by the command, which resolves them: see `reach`.
+        Fault: 422, not exactly one of environment and example, or an unknown option; 404, no such environment. Not for
+            paths among the options: the command resolves and checks those, see `reach`.
     """
     if (request.environment is None) == (request.example is None):
         raise Fault.of(422, "the request does not say what to train", "an environment or an example")
@@ -59,14 +59,14 @@ def output(finished: Finished) -> str:
     """Return a command's standard output.
 
     Raises:
-        Fault: 422, the command failed; holds its problems.
+        Fault: 422, the command failed. The fault holds its problems.
     """
     if finished.exit_code:
         raise Fault(422, *printed_problems(finished))
     return finished.out
 
 
-def printed(finished: Finished) -> dict[str, Any]:
+def printed_json(finished: Finished) -> dict[str, Any]:
     """Return the JSON object that a command printed.
 
     Raises:

@@ -6,9 +6,9 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADERS_WITHIN_S = 10.0
-"""Limit from a request's first byte (for the first request: from the connection) to the end of its headers."""
+"""Time limit for a request's headers, counted from its first byte (for the first request: from the connection)."""
 MOST_CONNECTIONS = 600
-"""Connections at once. The usual limit of open files is 1024, and run files need some of them."""
+"""Most open connections. The usual limit of open files is 1024, and run files need some of them."""
 
 
 class TimedProtocol(H11Protocol):

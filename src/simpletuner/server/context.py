@@ -11,7 +11,7 @@ from simpletuner.server.imagelists import ImageLists
 from simpletuner.server.meter import Meter
 from simpletuner.server.pictures import Thumbnails
 from simpletuner.server.roots import Roots
-from simpletuner.server.runs import Glances
+from simpletuner.server.runs import RunListCache
 from simpletuner.server.sampler import SamplerProcess
 from simpletuner.server.series import EventIndexes
 from simpletuner.server.shell import SharedWork, Shell
@@ -30,22 +30,22 @@ class ServerContext:
     shell: Shell
     jobs: Jobs
     sampler: SamplerProcess
-    checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CHECKS_AT_ONCE))
+    check_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CHECKS_AT_ONCE))
     """Limits how many draft checks run at once."""
-    planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    plan_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     """Limits memory plans to one at a time: each imports torch."""
     drafts: SharedWork = field(default_factory=SharedWork)
     """Checks and plans of drafts: identical requests at the same time share one command."""
     thumbnails: Thumbnails = field(default_factory=Thumbnails)
-    """The thumbnails used last."""
+    """The most recently used thumbnails."""
     image_lists: ImageLists = field(default_factory=ImageLists)
-    """The captions of the folders listed last."""
-    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held from the comparison of a document's revision until it is replaced."""
+    """Captions of the most recently listed folders."""
+    write_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a document's revision is compared and the document is replaced."""
     streams: Streams = field(default_factory=lambda: Streams(EventIndexes()))
-    """The event streams of runs; closed before the server waits for its clients."""
-    glances: Glances = field(default_factory=Glances)
-    """The run list as it was read last."""
+    """The event streams of runs. At shutdown they are closed first, because the server waits for open connections."""
+    run_list: RunListCache = field(default_factory=RunListCache)
+    """The cached run list."""
     meter: Meter = field(default_factory=Meter)
     verdicts: Verdicts = field(default_factory=Verdicts)
     """Verification results of checkpoints."""

@@ -12,7 +12,7 @@ from simpletuner.base.parts import folder_locked, remove_abandoned_parts
 from simpletuner.server.faults import Fault
 
 LARGEST_DOCUMENT = 1_000_000
-"""Bytes of a config, a dataset list, a prompt library or a caption."""
+"""Most bytes of a config, a dataset list, a prompt library or a caption."""
 
 
 def read_text(path: Path) -> tuple[str | None, str]:
@@ -42,8 +42,8 @@ def read_text(path: Path) -> tuple[str | None, str]:
         ) from None
 
 
-async def write_text(path: Path, text: str, revision: str, writing: asyncio.Lock) -> None:
-    """Replace a document if it still has `revision`. A file lock makes other servers wait; the lock `writing` makes
+async def write_text(path: Path, text: str, revision: str, write_lock: asyncio.Lock) -> None:
+    """Replace a document if it still has `revision`. A file lock makes other servers wait; the lock `write_lock` makes
     tasks of this server wait, so that at most one thread blocks on the file lock.
 
     Raises:
@@ -51,7 +51,7 @@ async def write_text(path: Path, text: str, revision: str, writing: asyncio.Lock
         DiskError: no space left.
     """
     data = encoded(text)
-    async with writing:
+    async with write_lock:
         await asyncio.to_thread(_replace, path, data, revision)
 
 

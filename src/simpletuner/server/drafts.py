@@ -51,11 +51,11 @@ class WrittenDraft:
     shown_paths: Mapping[DocumentName, str]
     """The path by which messages name each document."""
     overridden: tuple[str, ...]
-    """Options of the draft that flags override, to point at the draft's own files."""
+    """Options of the draft that `flags` override, so that they name the draft's own files."""
     names: Mapping[DocumentName, str]
     """Each document's file name in the temporary folder."""
     problems: tuple[Problem, ...]
-    """Problems of the paths that the flags override."""
+    """Problems with the paths that `flags` override."""
 
     def document_of(self, problem: ProblemAnswer) -> DocumentName:
         """Return the document that a message is about: the first one that it names, else the config."""
@@ -65,16 +65,16 @@ class WrittenDraft:
             return "config"
         return min(named_positions, key=lambda name: (named_positions[name], -len(self.shown_paths[name])))
 
-    def cleaned(self, text: str) -> str:
+    def with_real_paths(self, text: str) -> str:
         """`text` with the documents' real paths in place of the temporary ones."""
         for document in DOCUMENTS:
             text = text.replace(str(self.folder / self.names[document]), self.shown_paths[document])
         return text.replace(str(self.folder), str(Path(self.shown_paths["config"]).parent))
 
 
-def without_traces(finished: Finished, written: WrittenDraft) -> Finished:
+def with_real_paths(finished: Finished, written: WrittenDraft) -> Finished:
     """The command's output with the documents' real paths."""
-    return replace(finished, out=written.cleaned(finished.out), err=written.cleaned(finished.err))
+    return replace(finished, out=written.with_real_paths(finished.out), err=written.with_real_paths(finished.err))
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def draft_folder() -> Iterator[Path]:
         yield draft
 
 
-def drafted(draft: Draft, environment: Environment, folder: Path) -> WrittenDraft:
+def write_draft(draft: Draft, environment: Environment, folder: Path) -> WrittenDraft:
     """Write a draft to `folder`.
 
     Raises:
@@ -127,7 +127,7 @@ def drafted(draft: Draft, environment: Environment, folder: Path) -> WrittenDraf
 
 
 def _refusals(environment: Environment, values: dict[str, Any], document: DocumentName) -> list[Problem]:
-    """The problems of the path that a draft's config names for a document."""
+    """The problems with the path that a draft's config names for a document."""
     key = REFERENCES[document]
     try:
         refused = environment.roots.refusal(

@@ -181,7 +181,7 @@ def make_environment(environment: Environment, files: dict[str, bytes]) -> None:
             refuse_existing(environment)
             remove_abandoned_parts(folder.parent, f".{folder.name}.*.part")
             if folder.exists():
-                # The config last: it makes the environment exist.
+                # The config last: until it is written, the environment does not exist.
                 for name in sorted(files, key=CONFIG_NAMES.__contains__):
                     write_bytes(folder / name, files[name])
                 return
@@ -199,7 +199,7 @@ def refuse_existing(environment: Environment) -> None:
     """
     taken = [name for name in KNOWN_FILES if (environment.folder / name).exists()]
     if environment.exists or (environment.name and taken):
-        raise Fault.of(409, f"there is an environment {environment.title}", remedy="Choose another name.")
+        raise Fault.of(409, f"there is already an environment {environment.title}", remedy="Choose another name.")
 
 
 def document_files(environment: Environment) -> dict[str, bytes]:
@@ -236,7 +236,7 @@ def example_names() -> list[str]:
 
 def detached_copy(files: dict[str, bytes], name: str) -> dict[str, bytes]:
     """Return copied files that share nothing with their source: the config gets its own output_dir and uses the
-    documents beside it. A TOML config does not change, so that its comments survive."""
+    documents beside it. A TOML config is copied unchanged, so that its comments survive."""
     config = files.get("config.json")
     if config is None:
         return files
@@ -266,7 +266,7 @@ def rename(environment: Environment, new: Environment) -> None:
         folder_locked(environment.config),
     ):
         if os.path.lexists(new.folder):
-            raise Fault.of(409, f"there is an environment {new.title}", remedy="Choose another name.")
+            raise Fault.of(409, f"there is already an environment {new.title}", remedy="Choose another name.")
         os.rename(environment.folder, new.folder)
 
 

@@ -17,7 +17,7 @@ from simpletuner.server.headers import SECURITY
 
 CLIENT_CLOSED_REQUEST = 499
 STATUS_OF: dict[type[UserError], int] = {DiskError: 507}
-"""Status for each of the CLI's errors; 422 for others."""
+"""HTTP status for each of the CLI's errors; 422 for those not listed."""
 STATUS_OF_SYSTEM = {
     **dict.fromkeys(FILE_FAULTS | {errno.EILSEQ}, 422),
     **dict.fromkeys(PERMISSION, 403),
@@ -25,7 +25,7 @@ STATUS_OF_SYSTEM = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN), 503),
     errno.ENOENT: 404,
 }
-"""Status for each errno; any other is a bug."""
+"""HTTP status for each errno; an errno not listed counts as a bug (500)."""
 
 
 class ProblemAnswer(BaseModel):
@@ -66,7 +66,7 @@ class ClientGone(Exception):
     """The client closed the connection before the response."""
 
 
-def answered(problem: Problem) -> ProblemAnswer:
+def problem_answer(problem: Problem) -> ProblemAnswer:
     """Convert a problem to its API form."""
     # UTF-8 cannot encode the unpaired surrogates that a request may hold.
     parts = {name: part.encode(errors="backslashreplace").decode() for name, part in problem.parts.items()}
@@ -74,10 +74,10 @@ def answered(problem: Problem) -> ProblemAnswer:
 
 
 def install(app: FastAPI) -> None:
-    """Register the handlers that answer faults, the CLI's errors and invalid requests in one form."""
+    """Register handlers that turn faults, the CLI's errors and invalid requests into responses of one form."""
 
     def response(status: int, *problems: Problem) -> JSONResponse:
-        body = FaultAnswer(problems=[answered(problem) for problem in problems])
+        body = FaultAnswer(problems=[problem_answer(problem) for problem in problems])
         return JSONResponse(body.model_dump(), status_code=status)
 
     @app.exception_handler(Fault)
@@ -97,13 +97,15 @@ def install(app: FastAPI) -> None:
     async def system(_request: Request, error: OSError) -> JSONResponse:
         if error.errno not in STATUS_OF_SYSTEM:
             raise error
-        # Without the path: it may be one that the request did not name.
-        return response(STATUS_OF_SYSTEM[error.errno], Problem(f"the system refuses: {os.strerror(error.errno)}"))
+        # Without the path: the request may not have named it, and the response must not reveal it.
+        return response(STATUS_OF_SYSTEM[error.errno], Problem(f"the system reports: {os.strerror(error.errno)}"))
 
     @app.exception_handler(Exception)
     async def bug(_request: Request, _error: Exception) -> JSONResponse:
         # Starlette raises the error again after this response, so the server's terminal shows the traceback.
-        answer = response(500, Problem("the server failed", remedy="This is a bug: the server's terminal says more."))
+        answer = response(
+            500, Problem("the server failed", remedy="This is a bug: the server's terminal shows the traceback.")
+        )
         # This response bypasses the guard, which adds these headers to all others.
         answer.headers.update(SECURITY)
         return answer

@@ -1,8 +1,8 @@
-"""Admit only requests meant for this server, made by its own page, from this user or with the token.
+"""Admit only requests that name this server, are not from another site's page, and are this user's or carry the token.
 
-Browsers also send requests of other sites' pages to this machine. So a request must name this server in its Host header
+A browser lets any site's page send requests to this machine. So a request must name this server in its Host header
 (another site can point its own domain at this machine), must not come from another site's page, and must have a body
-type that a plain HTML form cannot send. This middleware checks all of it before any route.
+type that a plain HTML form cannot send. This middleware checks all of this before any route runs.
 """
 
 import asyncio
@@ -22,19 +22,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from simpletuner.base.errors import Problem
 from simpletuner.base.files import sha256_bytes
-from simpletuner.server.faults import FaultAnswer, answered
+from simpletuner.server.faults import FaultAnswer, problem_answer
 from simpletuner.server.headers import NO_STORE, REVALIDATE, SECURITY
-from simpletuner.server.peer import is_own
+from simpletuner.server.peer import is_own_user
 
 LARGEST_JSON = 2_000_000
-"""Bytes of a request's JSON body."""
+"""Most bytes of a request's JSON body."""
 BODY_WITHIN_S = 30.0
 """Time limit for a request's body; it grows by one second for each `SLOWEST_BODY` bytes received."""
 SLOWEST_BODY = 10_000
 """Bytes per second."""
 GUESSES = 10
-"""Different wrong tokens within `GUESSES_WITHIN_S`, after which requests without the right one are refused for as
-long."""
+"""Number of different wrong tokens within `GUESSES_WITHIN_S` after which requests without the right one are refused
+for the same time."""
 GUESSES_WITHIN_S = 60.0
 
 RAW_BODIES: dict[tuple[str, str], frozenset[str] | None] = {
@@ -43,7 +43,7 @@ RAW_BODIES: dict[tuple[str, str], frozenset[str] | None] = {
     ("PUT", "/api/inspect"): None,
     ("POST", "/api/environment/import"): frozenset({"application/zip", "application/json", "application/octet-stream"}),
 }
-"""Routes whose bodies are not only JSON, and the accepted types; None means any. They limit the size themselves."""
+"""Routes that accept other bodies than JSON, and the accepted types; None means any. They limit the size themselves."""
 
 _READING = frozenset({"GET", "HEAD"})
 _WRITING = frozenset({"POST", "PUT", "PATCH", "DELETE"})
@@ -96,7 +96,7 @@ def refusal(
     status: int, finding: str, expected: str = "", remedy: str = "", headers: dict[str, str] | None = None
 ) -> Refusal:
     """Create a refusal in the API's error form."""
-    body = FaultAnswer(problems=[answered(Problem(finding, expected, remedy))])
+    body = FaultAnswer(problems=[problem_answer(Problem(finding, expected, remedy))])
     return Refusal(JSONResponse(body.model_dump(), status_code=status, headers=headers))
 
 
@@ -144,7 +144,7 @@ class Guard:
         if len(hosts) != 1 or not self._access.accepts_host(hosts[0]):
             raise refusal(
                 403,
-                "the name in the address is not one of this server",
+                "the host name in the address does not belong to this server",
                 remedy="Use localhost or an IP address, or start the server with --allowed-host NAME.",
             )
         if not scope["path"].startswith("/"):
@@ -170,7 +170,7 @@ class Guard:
         }
         if "link" in valid_sources:
             raise Refusal(self._with_cookie(scope, token))
-        if valid_sources or (self._access.trusts_owner and _is_own(scope)):
+        if valid_sources or (self._access.trusts_owner and _is_own_user(scope)):
             return
         now = self._clock()
         for _, guess in presented:
@@ -232,9 +232,14 @@ class Guard:
         return _replayed(parts, receive)
 
 
-def _is_own(scope: Scope) -> bool:
+def _is_own_user(scope: Scope) -> bool:
     client, server = scope.get("client"), scope.get("server")
-    return client is not None and server is not None and server[1] is not None and is_own(tuple(client), tuple(server))
+    return (
+        client is not None
+        and server is not None
+        and server[1] is not None
+        and is_own_user(tuple(client), tuple(server))
+    )
 
 
 def _timed(receive: Receive) -> Receive:

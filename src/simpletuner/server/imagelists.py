@@ -13,7 +13,7 @@ from simpletuner.base.text import is_visible
 
 FOLDERS_KEPT = 4
 READ_AT_MOST = 64 * 1024
-"""Bytes of a caption that a search reads."""
+"""Bytes from the start of a caption that a search reads."""
 
 CaptionTexts = dict[str, tuple[Stamp, str]]
 """Case-folded text of each caption file, with the file's stamp when it was read."""
@@ -36,15 +36,15 @@ class ImageLists:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def search(
-        self, folder: Path, *, holds: Callable[[Path], bool], only_missing: bool = False, text: str = ""
+        self, folder: Path, *, is_allowed: Callable[[Path], bool], only_missing: bool = False, text: str = ""
     ) -> ImageMatches:
         """Return the images of `folder`: with `only_missing` those without a caption, with `text` those whose name or
-        caption contains it, ignoring case. Leaves out links whose targets `holds` rejects.
+        caption contains it, ignoring case. Leaves out links whose targets `is_allowed` rejects.
 
         Raises:
             FileNotFoundError, NotADirectoryError: `folder` is not a folder.
         """
-        listed = held_images(folder, holds)
+        listed = allowed_images(folder, is_allowed)
         captions = self._captions(folder, listed)
         by_name = {name: captions[file.name][1] if (file := listed.caption_of(name)) else "" for name in listed.images}
         missing = frozenset(name for name, caption in by_name.items() if not is_visible(caption))
@@ -81,8 +81,8 @@ def can_undo(folder: Path) -> bool:
     return (folder / SIMPLETUNER_FOLDER / UNDO_FILE).is_file()
 
 
-def held_images(folder: Path, holds: Callable[[Path], bool]) -> ImageFolder:
-    """Return the images below `folder`, without links whose targets `holds` rejects.
+def allowed_images(folder: Path, is_allowed: Callable[[Path], bool]) -> ImageFolder:
+    """Return the images below `folder`, without links whose targets `is_allowed` rejects.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `folder` is not a folder.
@@ -90,11 +90,13 @@ def held_images(folder: Path, holds: Callable[[Path], bool]) -> ImageFolder:
     listed = list_images(folder)
     files = (file for group in listed.captions.values() for file in group)
     parents = {name.rpartition("/")[0] for name in (*listed.images, *(file.name for file in files))}
-    outside = {parent for parent in parents if not holds((folder / parent).resolve())}
+    outside = {parent for parent in parents if not is_allowed((folder / parent).resolve())}
     for parent in parents - outside:
         with os.scandir(folder / parent) as entries:
             links = [entry.name for entry in entries if entry.is_symlink()]
-        outside |= {f"{parent}/{name}".lstrip("/") for name in links if not holds((folder / parent / name).resolve())}
+        outside |= {
+            f"{parent}/{name}".lstrip("/") for name in links if not is_allowed((folder / parent / name).resolve())
+        }
     if not outside:
         return listed
 

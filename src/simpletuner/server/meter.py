@@ -36,7 +36,7 @@ class MachineMeter(BaseModel):
 
 
 class Meter:
-    """A server's machine readings, cached for `MAX_AGE_S`."""
+    """The machine's readings, cached for `MAX_AGE_S`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -24,7 +24,7 @@ def knows_users(host: str) -> bool:
     with socket.create_server((host, 0), family=family) as listening:
         server = listening.getsockname()[:2]
         with socket.create_connection(server) as client:
-            return is_own(client.getsockname()[:2], server)
+            return is_own_user(client.getsockname()[:2], server)
 
 
 def is_loopback(client: Address | None) -> bool:
@@ -39,7 +39,7 @@ def is_loopback(client: Address | None) -> bool:
     return (address.ipv4_mapped or address).is_loopback
 
 
-def is_own(client: Address, server: Address) -> bool:
+def is_own_user(client: Address, server: Address) -> bool:
     """Whether the process at the `client` end of a connection to `server` runs as this user or as root."""
     uid = uid_of(client, server)
     # The kernel reports every user without a mapping in this namespace (outside a container, say) as the overflow uid.

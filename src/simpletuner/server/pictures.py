@@ -12,7 +12,7 @@ KEPT_BYTES = 16 * 1024**2
 
 @dataclass(frozen=True)
 class ImageVersion:
-    """A file's identity at one moment."""
+    """An image file's path, modification time and size, which together identify its content."""
 
     path: Path
     changed_ns: int

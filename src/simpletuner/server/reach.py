@@ -1,8 +1,8 @@
 """Which paths the page may read, write, show or start: one rule for requests, configurations and dataset lists.
 
-A path is first resolved, placeholders and links included. It must then lie in the workspace or in another root, have no
-name below that root that begins with a dot, and be of the kind that its key accepts. For a configuration that the page
-passes to a command, the command applies the rule, because it resolves the paths: see `page_reach`.
+A path is first resolved, placeholders and links included. It must then lie in the workspace or in another root, contain
+no name below that root that begins with a dot, and be of the kind that its key accepts. For a configuration that the
+page passes to a command, the command applies the rule, because it resolves the paths: see `page_reach`.
 """
 
 import json
@@ -100,7 +100,7 @@ class Reach:
         """Return the real path that `text` names; it need not exist. Messages call it `label`, by default `text`.
 
         Raises:
-            OutOfReach: it lies outside or is hidden, as the queue's folder is.
+            OutOfReach: it lies outside or is hidden, like the queue's folder.
             ConfigError: it is not a valid path.
         """
         label = label or text
@@ -126,20 +126,20 @@ class Reach:
         return path
 
     def real_for(self, key: str, text: str, label: str = "") -> Path:
-        """As `checked_path`, for the value of the option or dataset key `key`. An existing path must be of the key's
-        kind.
+        """As `checked_path`, for `text` as the value of the option or dataset key `key`. A path that exists must be of
+        the kind that the key accepts.
 
         Raises:
             OutOfReach: as `checked_path`.
             ConfigError: it is not a valid path, or of another kind.
         """
         path = self.checked_path(text, label)
-        if not self._is_a(PATHS[key].kind, path):
+        if not self._is_of_kind(PATHS[key].kind, path):
             raise ConfigError.of(label or text, PATHS[key].kind.value)
         return path
 
     def refusal(self, key: str, text: str) -> Problem | None:
-        """Return the problem with `text` as the value of `key`, if any, for `simpletuner.config.load.examine`."""
+        """Return the problem with `text` as the value of `key`, or None. `simpletuner.config.load.examine` calls it."""
         try:
             self.real_for(key, text, f"{key} = {value_text(text)}")
         except ConfigError as error:
@@ -150,7 +150,7 @@ class Reach:
         """The environment variable that limits a command's configuration to these roots and `extra_roots`."""
         return {PAGE_ROOTS_VARIABLE: json.dumps([str(root) for root in (*self.all, *extra_roots)])}
 
-    def _is_a(self, kind: PathKind, path: Path) -> bool:
+    def _is_of_kind(self, kind: PathKind, path: Path) -> bool:
         try:
             mode = path.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):

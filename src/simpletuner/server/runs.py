@@ -22,11 +22,12 @@ from simpletuner.server.roots import Roots
 OUTPUT = "output"
 """The folder searched for runs, besides the output_dir of each environment."""
 DEPTH = 3
+"""Levels of folders below `OUTPUT` that are searched."""
 
 RunName = Annotated[str, Query(max_length=4096)]
 """A run's folder, as in `Run.run`."""
 
-GlanceState = Literal["waiting", "starting", "running", "done", "stopped", "failed", "killed"]
+ShownState = Literal["waiting", "starting", "running", "done", "stopped", "failed", "killed"]
 
 
 class Run(BaseModel):
@@ -35,8 +36,9 @@ class Run(BaseModel):
     run: str
     """Its folder, which every route accepts as `run`."""
     name: str
-    state: GlanceState
-    """waiting: no event yet. starting: its process is loading. killed: its last attempt ended without an end event."""
+    state: ShownState
+    """waiting: never started. starting: its process runs but has written no event yet. killed: its last attempt ended
+    without an end event."""
     phase: str | None
     step: int
     """Finished steps."""
@@ -77,7 +79,7 @@ def run_at(roots: Roots, text: str) -> RunDirectory:
     return run
 
 
-def part_of(roots: Roots, run: RunDirectory, path: Path) -> Path:
+def path_in_run(roots: Roots, run: RunDirectory, path: Path) -> Path:
     """Return the real path of a file of the run.
 
     Raises:
@@ -130,7 +132,7 @@ def output_folder(roots: Roots, text: str) -> Path:
         raise Fault.of(422, f"output_dir = {text!r}: {error}") from None
 
 
-def glance(roots: Roots, run: RunDirectory, names: dict[Path, str]) -> Run:
+def run_info(roots: Roots, run: RunDirectory, names: dict[Path, str]) -> Run:
     """Return the status of `run`; `names` maps run directories to environments (`output_folders`)."""
     identity: dict[str, Any] = {
         "run": roots.display_path(run.root),
@@ -140,14 +142,14 @@ def glance(roots: Roots, run: RunDirectory, names: dict[Path, str]) -> Run:
     try:
         return Run.model_validate(identity | _status_fields(status_of(run)))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        # Its events are not ours. One such run must not break the list.
+        # Another program wrote these events. One such run must not break the list.
         reason = f"events.jsonl cannot be parsed ({type(error).__name__})"
         empty = dict.fromkeys(Run.model_fields.keys() - identity.keys())
         return Run.model_validate(empty | identity | {"state": "failed", "step": 0, "error": reason, "note": ""})
 
 
 class _CachedRun:
-    """A run of the list as it was read last."""
+    """A run of the list, as last read."""
 
     def __init__(self, run: RunDirectory) -> None:
         self._locks = (run.lock(), run.starting_lock())
@@ -163,7 +165,7 @@ class _CachedRun:
         return holders, [_stamp(path) for path in self._files], environment
 
 
-class Glances:
+class RunListCache:
     """The run list as JSON. A run is read again only when one of its files or locks changed."""
 
     def __init__(self) -> None:
@@ -171,7 +173,7 @@ class Glances:
         self._is_swept = False
 
     def listed(self, roots: Roots) -> bytes:
-        """Return all runs as a JSON list of `Run`, the one started last first."""
+        """Return all runs as a JSON list of `Run`, the most recently started first."""
         if not self._is_swept:
             self._is_swept = True
             with contextlib.suppress(Fault):
@@ -182,7 +184,7 @@ class Glances:
         for run, cached in cache.items():
             mark = cached.current_mark(names.get(run.root))
             if mark != cached.mark:
-                answer = glance(roots, run, names)
+                answer = run_info(roots, run, names)
                 cached.mark, cached.started, cached.json = mark, answer.started or "", answer.model_dump_json().encode()
         self._cache = cache
         newest_first = sorted(cache.values(), key=lambda cached: cached.started, reverse=True)

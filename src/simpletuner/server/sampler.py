@@ -11,7 +11,7 @@ from typing import Any
 from simpletuner.base.errors import Problem
 from simpletuner.runs.queue import Queue
 from simpletuner.runs.samplers import first_gpu
-from simpletuner.server.faults import answered
+from simpletuner.server.faults import problem_answer
 from simpletuner.server.roots import Roots
 from simpletuner.server.runs import list_runs
 from simpletuner.server.shell import Finished, Shell, end_process, printed_problems
@@ -51,7 +51,7 @@ class SamplerProcess:
             try:
                 await self._follow(job, request, display_path)
             except OSError as error:
-                job.problems = [answered(Problem(f"the sampler cannot be started ({error.strerror})"))]
+                job.problems = [problem_answer(Problem(f"the sampler cannot be started ({error.strerror})"))]
                 job.state = "failed"
             finally:
                 self._job = None
@@ -100,7 +100,7 @@ class SamplerProcess:
                     case "failed":
                         job.exit_code = event["exit_code"]
                         job.problems = [
-                            answered(Problem(problem["found"], problem["expected"], problem["remedy"]))
+                            problem_answer(Problem(problem["found"], problem["expected"], problem["remedy"]))
                             for problem in event["problems"]
                         ]
                         job.state = "failed"
@@ -111,7 +111,8 @@ class SamplerProcess:
             raise
 
     async def _cancel(self, process: asyncio.subprocess.Process, job_id: str) -> None:
-        """Ask the process to stop a job; end the process if it does not stop in time, as while it loads a model."""
+        """Ask the process to stop a job; end the process if it does not stop in time, for example because it
+        is loading a model."""
         try:
             async with asyncio.timeout(TERM_TIMEOUT_S):
                 await _send(process, {"cancel": job_id})
@@ -124,13 +125,13 @@ class SamplerProcess:
     async def _explain_end(self, job: CommandJob, process: asyncio.subprocess.Process) -> None:
         """Record in `job` why the process ended before the job was done."""
         job.exit_code = await process.wait()
-        if job.exit_code == -signal.SIGTERM:  # not sent by us: we cancel the job first
-            job.problems = [answered(_ENDED_FOR_A_RUN)]
+        if job.exit_code == -signal.SIGTERM:  # sent by a starting run: this server would have cancelled the job first
+            job.problems = [problem_answer(_ENDED_FOR_A_RUN)]
             job.state = "cancelled"
             return
         assert self._printed is not None
         problems = printed_problems(Finished(job.exit_code, "", await self._printed))
-        job.problems = [answered(problem) for problem in problems]
+        job.problems = [problem_answer(problem) for problem in problems]
         job.state = "failed"
 
 

@@ -33,7 +33,7 @@ from simpletuner.runs.events import (
 )
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "seconds", "memory_gib")
-"""Keys of a `step` event that are shown as curves."""
+"""Keys of a `step` event that become columns: the step number and the curves."""
 CHUNK_BYTES = 256 * 1024
 """Bytes read at once; parsing them holds the GIL for about a millisecond."""
 BLOCK_STEPS = 1024
@@ -170,7 +170,7 @@ class _Block:
 
 
 class Columns:
-    """A run's curves; for each step the row added last counts."""
+    """A run's curves. A later row of the same step replaces an earlier one."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, _Block] = {}
@@ -204,17 +204,17 @@ class PhaseState:
 
 @dataclass
 class EventSummary:
-    """What the events other than steps say."""
+    """Summary of all events other than steps."""
 
     last_id: int = 0
     attempts: int = 0
-    """Starts that did not fail before training."""
+    """Number of starts, without those that failed before training."""
     starts: int = 0
     plan: PlanEvent | None = None
     phases: dict[str, PhaseState] = field(default_factory=dict)
     """Phases of the last start, in the order they began."""
     validations: dict[tuple[int, bool], ValidationEvent] = field(default_factory=dict)
-    """Events by step and by whether they hold a loss; those of the last attempt count."""
+    """By (step, whether the event holds a loss); a later event replaces an earlier one."""
     checkpoints: list[CheckpointEvent] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     """Notices of the last start."""
@@ -295,7 +295,7 @@ class EventIndex:
         self._identity: tuple[int, int] | None = None
         self._offset = 0
         self._marks: list[tuple[int, int]] = []
-        """Last id before, and byte offset of, positions about `CHUNK_BYTES` apart."""
+        """Positions about `CHUNK_BYTES` apart: the last event id before each, and its byte offset."""
 
     def refresh(self) -> EventSummary:
         """Read appended lines and return a snapshot. A file that was replaced or truncated is read from the start."""

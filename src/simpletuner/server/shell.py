@@ -38,22 +38,22 @@ class Finished:
 
 @dataclass(frozen=True)
 class Shell:
-    """Runs `simpletuner` commands in the workspace; their configurations may name paths in the page's folders only."""
+    """Runs `simpletuner` commands in the workspace. Their configurations may only name paths in the page's folders."""
 
     workspace: Path
     extra_roots: tuple[Path, ...] = ()
     """The roots besides the workspace."""
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(COMMANDS_AT_ONCE))
-    """Limits the commands for which `run` gets no slots of their own."""
+    """Limits how many commands `run` starts at once, unless its caller passes other slots."""
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """Return the whole command line."""
         return [sys.executable, "-P", "-m", "simpletuner", *arguments]
 
     def environment(self, *extra_roots: Path) -> dict[str, str]:
-        """Return a command's environment: the server's, since libraries read tokens and settings from it. A
-        configuration can read only the `SIMPLETUNER_*` options of it, and only paths in the page's folders and in
-        `extra_roots`."""
+        """Return a command's environment variables: the server's, since libraries read tokens and settings from them. A
+        configuration can read only the `SIMPLETUNER_*` options among them, and may name only paths in the page's
+        folders and in `extra_roots`."""
         return {**os.environ, **Reach(self.workspace, self.extra_roots).variable(*extra_roots)}
 
     async def start(
@@ -66,8 +66,8 @@ class Shell:
         """Start a command with its output in pipes. It leads a new process group: its child processes can be ended with
         it, and a Ctrl-C in the server's terminal reaches the server only.
 
-        Its configuration may also name paths in the folders `extra_roots`. `limit` is the most bytes in a line of its
-        output.
+        Its configuration may also name paths in the folders `extra_roots`. `limit` is the largest number of bytes in a
+        line of its output.
         """
         return await asyncio.create_subprocess_exec(
             *self.command(arguments),
@@ -178,7 +178,7 @@ async def until_disconnect(request: Request, work: Awaitable[Answer]) -> Answer:
 
 
 def printed_problems(finished: Finished) -> list[Problem]:
-    """Parse the problems that a failed command printed for people: one line each."""
+    """Parse the problems from the standard error of a failed command: one line each."""
     lines = [line.rstrip() for line in finished.err.splitlines() if line.strip()]
     for index, line in enumerate(lines):
         if _PROBLEM_COUNT.fullmatch(line):

@@ -41,10 +41,11 @@ class _Tail:
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     task: asyncio.Task[None] | None = None
     latest: tuple[_Position, tuple[_Position, bytes]] | None = None
-    """The last read: its start, then its end and messages. Clients that follow live are all at the same position."""
+    """The last read: its start, then its end and messages. Clients that follow live are all at the same position,
+    so they share it."""
 
     def wake(self) -> None:
-        if self.latest is not None and not self.latest[1][1]:  # that read found nothing new
+        if self.latest is not None and not self.latest[1][1]:  # the last read found nothing, but now there may be more
             self.latest = None
         self.changed.set()
         self.changed = asyncio.Event()
@@ -100,7 +101,7 @@ class Streams:
 
     async def follow(self, path: Path, after: int) -> AsyncIterator[bytes]:
         """Yield messages for the events with an id above `after`, then for each new one, until `close`. The file need
-        not exist yet. If it holds no event `after`, a message of the type "reset" precedes its whole content."""
+        not exist yet. If its last id is below `after`, a message of the type "reset" precedes its whole content."""
         tail = self._tails.setdefault(path, _Tail(path))
         tail.clients += 1
         task = tail.task = tail.task or asyncio.create_task(tail.watch())

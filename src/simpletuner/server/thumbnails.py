@@ -38,7 +38,7 @@ def thumbnail(path: Path, width: int, *, is_mask: bool = False) -> bytes:
     """Return a JPEG of the image: upright, at most `width` pixels wide, with white behind transparent parts.
 
     Args:
-        is_mask: put black behind transparent parts, as training reads a mask.
+        is_mask: put black behind transparent parts instead, as training does with masks.
 
     Raises:
         Fault: 422, the file is not a readable image, or too large.

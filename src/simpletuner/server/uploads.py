@@ -25,7 +25,7 @@ from simpletuner.server.roots import Roots
 MIB = 1024**2
 LARGEST_FILE = 256 * MIB
 LARGEST_ZIP = 4 * GIB
-"""Bytes, both packed and unpacked."""
+"""Bytes; limits both the archive and its unpacked content."""
 LARGEST_TEXT = MIB
 LARGEST_PIXELS = 150_000_000
 MOST_ENTRIES = 10_000
@@ -36,11 +36,11 @@ ALWAYS_SMALL = MIB
 LONGEST_NAME = 200
 """Bytes; leaves room for the suffixes of files derived from it."""
 
-PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})
+UPLOAD_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})
 UPLOAD_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
 """The same formats by Pillow's names; a given build of Pillow may lack some."""
 TEXT, ZIP = ".txt", ".zip"
-TEXTS = frozenset({TEXT, ".caption"})
+UPLOAD_TEXT_SUFFIXES = frozenset({TEXT, ".caption"})
 
 UNREADABLE = (
     zipfile.BadZipFile,
@@ -112,14 +112,14 @@ def check_name(name: str) -> None:
         raise RefusedUpload("some systems reserve this name for a device")
 
 
-def kind_of(name: str) -> str:
+def upload_suffix(name: str) -> str:
     """Return the suffix by which `name` counts as an image, a text or a zip.
 
     Raises:
         RefusedUpload: it is none of them.
     """
     suffix = Path(name).suffix.lower()
-    if suffix in PICTURES | TEXTS or suffix == ZIP:
+    if suffix in UPLOAD_IMAGE_SUFFIXES | UPLOAD_TEXT_SUFFIXES or suffix == ZIP:
         return suffix
     raise RefusedUpload("neither an image nor a caption file (.txt, .caption)")
 
@@ -130,9 +130,9 @@ def check_content(path: Path, suffix: str) -> None:
     Raises:
         RefusedUpload: it does not.
     """
-    if suffix in TEXTS:
+    if suffix in UPLOAD_TEXT_SUFFIXES:
         _check_text(path)
-    elif suffix in PICTURES:
+    elif suffix in UPLOAD_IMAGE_SUFFIXES:
         _check_picture(path)
 
 
@@ -220,7 +220,7 @@ def name_part(part: Path, target: Path) -> None:
 
 def unpack(archive: Path, name: str, folder: Path, roots: Roots) -> UploadOutcome:
     """Extract images and texts of a zip into `folder`, with its subfolders. An archive beyond a limit is refused before
-    any file is extracted; after an error, nothing of it stays.
+    any file is extracted; after an error, no extracted file stays.
 
     Raises:
         DiskError: no space left.
@@ -268,7 +268,7 @@ def _extract(
     *folders, name = entry.filename.split("/")
     for component in (*folders, name):
         check_name(component)
-    suffix = kind_of(name)
+    suffix = upload_suffix(name)
     if suffix == ZIP:
         raise RefusedUpload("it is a zip inside a zip")
     if entry.file_size > LARGEST_FILE:
@@ -308,5 +308,5 @@ def _undo(outcome: UploadOutcome, created_folders: list[Path]) -> None:
 
 
 def _printable(text: str) -> str:
-    """A name from outside, with unprintable characters replaced, for a message."""
+    """Make text from an archive printable in a message: replace unprintable characters and limit the length."""
     return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)[:LONGEST_NAME]

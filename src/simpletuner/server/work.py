@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from simpletuner.base.errors import Problem, UserError
-from simpletuner.server.faults import Fault, ProblemAnswer, answered
+from simpletuner.server.faults import Fault, ProblemAnswer, problem_answer
 from simpletuner.server.shell import Finished, Shell, end_process, printed_problems
 
 LINES_KEPT = 50
@@ -124,7 +124,7 @@ class Jobs:
         try:
             process = await self._shell.start(*arguments)
         except OSError as error:
-            job.problems = [answered(Problem(f"the command cannot be started ({error.strerror})"))]
+            job.problems = [problem_answer(Problem(f"the command cannot be started ({error.strerror})"))]
             job.state = "failed"
             return
         assert process.stdout is not None
@@ -146,7 +146,7 @@ class Jobs:
             problems = error.problems
         except ValueError:
             problems = [Problem("the command's output cannot be parsed")]
-        job.problems = [answered(problem) for problem in problems]
+        job.problems = [problem_answer(problem) for problem in problems]
         job.state = "failed"
 
 

@@ -1,4 +1,4 @@
-"""What the system refuses is an answer, and no bug of the server."""
+"""An error of the operating system becomes an error response, not a bug of the server."""
 
 import json
 import os

@@ -24,12 +24,12 @@ def test_a_connection_of_this_user_is_known(bound: str, connected: str) -> None:
         accepted, address = listening.accept()
         with accepted:
             assert peer.uid_of(address[:2], server) == os.geteuid()
-            assert peer.is_own(address[:2], server)
+            assert peer.is_own_user(address[:2], server)
             assert peer.uid_of(server, server) is None
             client.close()
             # The kernel's table has it still, as user 0 without an inode: not root, but nobody's.
             assert peer.uid_of(address[:2], server) is None
-            assert not peer.is_own(address[:2], server)
+            assert not peer.is_own_user(address[:2], server)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -47,7 +47,7 @@ def test_a_connection_of_another_user_is_not_ours(uid: int) -> None:
             accepted, address = listening.accept()
             with accepted:
                 assert peer.uid_of(address, server) == uid
-                assert not peer.is_own(address, server)
+                assert not peer.is_own_user(address, server)
 
 
 def test_without_the_kernels_table_nobody_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_without_the_kernels_table_nobody_is_known(monkeypatch: pytest.MonkeyPat
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = listening.getsockname()
         with socket.create_connection(server) as client:
-            assert not peer.is_own(client.getsockname(), server)
+            assert not peer.is_own_user(client.getsockname(), server)
     assert not peer.knows_users("127.0.0.1")
 
 
@@ -64,4 +64,4 @@ def test_a_user_that_the_kernel_cannot_name_is_not_this_one(monkeypatch: pytest.
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = listening.getsockname()
         with socket.create_connection(server) as client:
-            assert not peer.is_own(client.getsockname(), server)
+            assert not peer.is_own_user(client.getsockname(), server)

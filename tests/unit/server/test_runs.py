@@ -358,13 +358,13 @@ def test_the_list_is_read_again_only_where_a_run_changed(client: TestClient, wor
     first = client.get("/api/runs")
     same = client.get("/api/runs", headers={"If-None-Match": first.headers["etag"]})
     assert (same.status_code, same.content) == (304, b"")
-    glances = client.app.state.context.glances  # type: ignore[attr-defined]
-    before = {run: known.json for run, known in glances._cache.items()}
+    run_list = client.app.state.context.run_list  # type: ignore[attr-defined]
+    before = {run: known.json for run, known in run_list._cache.items()}
     with one.lock():
         told = client.get("/api/runs", headers={"If-None-Match": first.headers["etag"]})
         assert [run["state"] for run in told.json() if run["run"] == "output/a"] == ["running"]
     client.get("/api/runs")
-    assert glances._cache[two].json is before[two]
+    assert run_list._cache[two].json is before[two]
     two.note.write_text("mine")
     assert {run["run"]: run["note"] for run in get(client, "runs")} == {"output/a": "", "output/b": "mine"}
 

@@ -10,10 +10,10 @@ from pydantic import BaseModel, Field
 from simpletuner.runs import checkpoints as stored
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.server.body import RequestBody
-from simpletuner.server.commands import printed
+from simpletuner.server.commands import printed_json
 from simpletuner.server.context import InContext, ServerContext
 from simpletuner.server.faults import Fault
-from simpletuner.server.runs import RunName, part_of, run_at
+from simpletuner.server.runs import RunName, path_in_run, run_at
 from simpletuner.server.verdicts import size_of
 
 router = APIRouter()
@@ -69,7 +69,7 @@ async def delete(
     if confirm != str(step):
         raise Fault.of(422, f"confirm = {confirm!r}", f"{step}, the step of the checkpoint to delete")
     shown_root = context.roots.display_path(directory.root)
-    printed(await context.shell.run("checkpoint", "delete", "--json", "--yes", f"--step={step}", shown_root))
+    printed_json(await context.shell.run("checkpoint", "delete", "--json", "--yes", f"--step={step}", shown_root))
 
 
 def _existing(context: ServerContext, directory: RunDirectory, step: int) -> Path:
@@ -79,7 +79,7 @@ def _existing(context: ServerContext, directory: RunDirectory, step: int) -> Pat
 
 
 def _folder(context: ServerContext, directory: RunDirectory, step: int) -> Path:
-    return part_of(context.roots, directory, directory.checkpoint(step))
+    return path_in_run(context.roots, directory, directory.checkpoint(step))
 
 
 def _checkpoint_info(context: ServerContext, step: int, folder: Path) -> Checkpoint:

@@ -15,9 +15,9 @@ from simpletuner.server import environments as files
 from simpletuner.server.body import RequestBody, read_body
 from simpletuner.server.context import InContext, ServerContext
 from simpletuner.server.documents import read_text, write_text
-from simpletuner.server.drafts import Draft, draft_folder, drafted, without_traces
+from simpletuner.server.drafts import Draft, draft_folder, with_real_paths, write_draft
 from simpletuner.server.environments import NAME, NAME_OR_NONE, DocumentName, Environment, existing_environment
-from simpletuner.server.faults import Fault, ProblemAnswer, answered
+from simpletuner.server.faults import Fault, ProblemAnswer, problem_answer
 from simpletuner.server.shell import printed_problems, until_disconnect
 from simpletuner.server.work import from_json
 
@@ -138,7 +138,7 @@ async def edit(name: Name, document: DocumentName, change: DocumentEdit, context
     """Replace a document; 409 if it changed since `revision`."""
     environment = existing_environment(context.roots, name)
     path = environment.document(document)
-    await write_text(path, change.text, change.revision, context.writing)
+    await write_text(path, change.text, change.revision, context.write_lock)
     return _document(environment, document)
 
 
@@ -146,7 +146,7 @@ async def edit(name: Name, document: DocumentName, change: DocumentEdit, context
 async def create(new: NewEnvironment, context: InContext) -> EnvironmentDetail:
     """Create an environment. The output_dir of a copy or example becomes `output/NAME`."""
     environment = Environment(context.roots, new.name)
-    async with context.writing:
+    async with context.write_lock:
         await asyncio.to_thread(_make, environment, new, context)
     return _detail(environment)
 
@@ -156,7 +156,7 @@ async def renamed(request: EnvironmentRename, context: InContext) -> Environment
     """Rename an environment's folder."""
     environment = existing_environment(context.roots, request.name)
     new = Environment(context.roots, request.new_name)
-    async with context.writing:
+    async with context.write_lock:
         await asyncio.to_thread(files.rename, environment, new)
     return _detail(new)
 
@@ -167,7 +167,7 @@ async def deleted(name: Name, confirm: Name, context: InContext) -> DeletedEnvir
     if confirm != name:
         raise Fault.of(422, f"confirm = {confirm!r}", f"the environment's name, {name!r}")
     environment = existing_environment(context.roots, name)
-    async with context.writing:
+    async with context.write_lock:
         removed, remaining = await asyncio.to_thread(files.delete, environment)
     return DeletedEnvironment(
         removed=[context.roots.display_path(path) for path in removed],
@@ -200,7 +200,7 @@ async def imported(name: Name, request: Request, context: InContext) -> Environm
     """Create an environment from a config.json, or from a zip that contains a config, such as `export` returns."""
     environment = Environment(context.roots, name)
     imported_files = files.unzipped(await read_body(request, LARGEST_IMPORT))
-    async with context.writing:
+    async with context.write_lock:
         await asyncio.to_thread(files.make_environment, environment, imported_files)
     return _detail(environment)
 
@@ -214,19 +214,19 @@ async def check(draft: Draft, request: Request, context: InContext) -> DraftChec
 async def _checked(draft: Draft, context: ServerContext) -> DraftCheck:
     environment = Environment(context.roots, draft.name)
     with draft_folder() as folder:
-        written = drafted(draft, environment, folder)
+        written = write_draft(draft, environment, folder)
         finished = await context.shell.run(
-            "config", "check", "--json", *written.flags, extra_roots=(folder,), slots=context.checking
+            "config", "check", "--json", *written.flags, extra_roots=(folder,), slots=context.check_slots
         )
-    out = without_traces(finished, written)
+    out = with_real_paths(finished, written)
     answer = _object(out.out)
     if answer is None:
         if out.exit_code == 0:
             raise Fault.of(500, "the check's output cannot be parsed")
-        answer = {"problems": [answered(problem).model_dump() for problem in printed_problems(out)]}
+        answer = {"problems": [problem_answer(problem).model_dump() for problem in printed_problems(out)]}
     result = DraftCheck(
         problems=[
-            *map(answered, written.problems),
+            *map(problem_answer, written.problems),
             *(ProblemAnswer.model_validate(problem) for problem in answer.get("problems", [])),
         ],
         notices=answer.get("notices", []),
@@ -255,13 +255,13 @@ async def _planned(draft: PlanRequest, context: ServerContext) -> dict[str, Any]
         *([] if draft.gpus is None else [f"--gpus={draft.gpus}"]),
     ]
     with draft_folder() as folder:
-        written = drafted(draft, environment, folder)
+        written = write_draft(draft, environment, folder)
         if written.problems:
             raise Fault(422, *written.problems)
         finished = await context.shell.run(
-            "plan", "--json", *sizes, *written.flags, extra_roots=(folder,), slots=context.planning
+            "plan", "--json", *sizes, *written.flags, extra_roots=(folder,), slots=context.plan_slots
         )
-    out = without_traces(finished, written)
+    out = with_real_paths(finished, written)
     memory_plan = _object(out.out)
     if out.exit_code in (0, MemoryBudgetError.exit_code) and memory_plan is not None:
         return memory_plan

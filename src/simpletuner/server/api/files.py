@@ -27,8 +27,8 @@ from simpletuner.server.uploads import (
     LARGEST_TEXT,
     LARGEST_ZIP,
     MIB,
-    PICTURES,
-    TEXTS,
+    UPLOAD_IMAGE_SUFFIXES,
+    UPLOAD_TEXT_SUFFIXES,
     ZIP,
     RefusedUpload,
     UploadOutcome,
@@ -133,8 +133,8 @@ def make_folder(new: NewFolder, context: InContext) -> FolderView:
 @router.get("/upload")
 def upload_rules() -> UploadRules:
     """The files that an upload accepts."""
-    largest = {"": LARGEST_FILE, ZIP: LARGEST_ZIP, **dict.fromkeys(TEXTS, LARGEST_TEXT)}
-    return UploadRules(suffixes=sorted(PICTURES | TEXTS | {ZIP}), largest=largest)
+    largest = {"": LARGEST_FILE, ZIP: LARGEST_ZIP, **dict.fromkeys(UPLOAD_TEXT_SUFFIXES, LARGEST_TEXT)}
+    return UploadRules(suffixes=sorted(UPLOAD_IMAGE_SUFFIXES | UPLOAD_TEXT_SUFFIXES | {ZIP}), largest=largest)
 
 
 @router.put("/upload", openapi_extra=FILE_BODY)
@@ -169,7 +169,7 @@ def picture(
     """An image file, or with `width` an upright JPEG of it, at most that wide. Behind transparent parts the JPEG is
     white, for a `mask` black.
     """
-    version = ImageVersion.of(_image(context.roots, path, PICTURES))
+    version = ImageVersion.of(_image(context.roots, path, UPLOAD_IMAGE_SUFFIXES))
     headers = {"ETag": version.tag(width), "Cache-Control": "private, no-cache"}
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
@@ -192,7 +192,7 @@ def caption(path: PathQuery, context: InContext) -> Caption:
 async def write_caption(path: PathQuery, change: DocumentEdit, context: InContext) -> Caption:
     """Write an image's caption; 409 if it changed since `revision`."""
     caption_file = _caption_of(context.roots, path)
-    await write_text(caption_file, change.text, change.revision, context.writing)
+    await write_text(caption_file, change.text, change.revision, context.write_lock)
     text, revision = await asyncio.to_thread(read_text, caption_file)
     return Caption(text=text, revision=revision)
 
@@ -212,8 +212,8 @@ def _view(folder: Path, roots: Roots) -> FolderView:
                 subfolders.append(Folder(name=entry.name, path=roots.display_path(Path(entry.path))))
             continue
         suffix = Path(entry.name).suffix.lower()
-        captions += suffix in TEXTS
-        if suffix in PICTURES:
+        captions += suffix in UPLOAD_TEXT_SUFFIXES
+        if suffix in UPLOAD_IMAGE_SUFFIXES:
             pictures.append(entry.name)
     parent = folder.parent
     return FolderView(
@@ -254,7 +254,7 @@ def _caption_of(roots: Roots, text: str) -> Path:
 
 
 async def _received(request: Request, folder: Path, name: str, roots: Roots) -> UploadOutcome:
-    suffix = uploads.kind_of(name)
+    suffix = uploads.upload_suffix(name)
     with file_errors_reported(folder / name), permissions_are_reported(folder), uploads.part_beside(folder) as part:
         with part.open("wb") as file:
             await stream_into(request.stream(), file, LARGEST_ZIP if suffix == ZIP else LARGEST_FILE)

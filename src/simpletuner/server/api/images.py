@@ -12,17 +12,17 @@ from pydantic import BaseModel, Field
 
 from simpletuner.base.imagefiles import caption_key, find_partners
 from simpletuner.server.body import RequestBody
-from simpletuner.server.commands import LONGEST_TEXT, printed
+from simpletuner.server.commands import LONGEST_TEXT, printed_json
 from simpletuner.server.context import InContext, ServerContext
 from simpletuner.server.faults import Fault
-from simpletuner.server.imagelists import can_undo, held_images, trashed
+from simpletuner.server.imagelists import allowed_images, can_undo, trashed
 from simpletuner.server.shell import until_disconnect
 from simpletuner.server.work import CommandJob
 
 router = APIRouter()
 
 EDIT_TIMEOUT_S = 60.0
-"""Limit for an edit: a regular expression can take forever."""
+"""Time limit for an edit: a regular expression can take forever."""
 
 FolderText = Annotated[str, Field(max_length=LONGEST_TEXT)]
 Names = Annotated[
@@ -113,7 +113,7 @@ class Deletion(FolderRequest):
 
 
 class DeletedImages(BaseModel):
-    """Counts of what was deleted, and the trash folder."""
+    """How many images and captions were deleted, and the trash folder that holds them."""
 
     images: int
     captions: int
@@ -122,7 +122,7 @@ class DeletedImages(BaseModel):
 
 
 class UndoRequest(FolderRequest):
-    """What to undo: the last caption edit or the last deletion."""
+    """A request to undo the last caption edit or the last deletion."""
 
     what: Literal["captions", "delete"]
 
@@ -144,7 +144,7 @@ def images(
     """The images below a folder: with `missing` those without a caption, with `text` those whose name or caption
     contains it."""
     path = context.roots.folder(folder)
-    matches = context.image_lists.search(path, holds=context.roots.contains, only_missing=missing, text=text)
+    matches = context.image_lists.search(path, is_allowed=context.roots.contains, only_missing=missing, text=text)
     return ImageList(
         path=context.roots.display_path(path),
         total=matches.total,
@@ -165,9 +165,9 @@ def partners(
 ) -> Partners:
     """The files of the folder `beside` that are references or masks of the images below `folder`; with `numbered` an
     image may have several, as with references."""
-    names = held_images(context.roots.folder(folder), context.roots.contains).images
+    names = allowed_images(context.roots.folder(folder), context.roots.contains).images
     path = context.roots.folder(beside)
-    partner_files = find_partners(names, held_images(path, context.roots.contains).images, is_numbered=numbered)
+    partner_files = find_partners(names, allowed_images(path, context.roots.contains).images, is_numbered=numbered)
     paired = {name: [file for _, file in partner_files.get(caption_key(name), ())] for name in names}
     return Partners(
         path=context.roots.display_path(path), names={name: files for name, files in paired.items() if files}
@@ -230,7 +230,7 @@ async def duplicates(request: FolderRequest, context: InContext) -> CommandJob:
     return context.jobs.start("duplicates", ["dataset", "duplicates", str(path), "--json", "--progress"])
 
 
-def _is_there(folder: Path, name: str) -> bool:
+def _exists_in(folder: Path, name: str) -> bool:
     """Whether `name` exists, checked without running a command. The command decides whether it is an image."""
     is_hidden = any(part.startswith(".") for part in name.split("/"))
     return not is_hidden and not name.startswith("/") and os.path.lexists(folder / name)
@@ -244,7 +244,7 @@ async def _dataset(
     Raises:
         Fault: 422, one of `names` does not exist in the folder, or the command failed.
     """
-    unknown = next((name for name in names or () if not _is_there(folder, name)), None)
+    unknown = next((name for name in names or () if not _exists_in(folder, name)), None)
     if unknown is not None:
         raise Fault.of(422, f"{unknown}: no such image", remedy="Load the list again.")
     with tempfile.TemporaryDirectory() as temporary:
@@ -253,4 +253,4 @@ async def _dataset(
             names_file = Path(temporary) / "names.txt"
             names_file.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
             names_flag = [f"--names={names_file}"]
-        return printed(await context.shell.run("dataset", verb, str(folder), "--json", *names_flag, *flags))
+        return printed_json(await context.shell.run("dataset", verb, str(folder), "--json", *names_flag, *flags))

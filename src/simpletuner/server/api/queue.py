@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from simpletuner.runs.queue import EntryState, Queue, QueueEntry, QueueMove
 from simpletuner.server.body import RequestBody
-from simpletuner.server.commands import TrainRequest, printed, train_arguments
+from simpletuner.server.commands import TrainRequest, printed_json, train_arguments
 from simpletuner.server.context import InContext
 
 router = APIRouter()
@@ -54,7 +54,7 @@ class QueueMoveRequest(RequestBody):
 
 @router.get("/queue")
 def queue(context: InContext) -> list[QueuedRun]:
-    """Every entry: those that ended first, then the others in starting order."""
+    """Every entry: the ended ones, then the others in the order in which they start."""
     return [_queued_run(entry) for entry in Queue.of(context.workspace).entries()]
 
 
@@ -63,7 +63,9 @@ async def add(context: InContext, body: QueueRequest, request: Request) -> Queue
     """Add a run at the end of the queue: `simpletuner run queue add`. It starts once the runs before it have ended."""
     devices = [f"--devices={body.devices}"] if body.devices else []
     arguments = train_arguments(context.roots, body)
-    entry = printed(await context.shell.run("run", "queue", "add", "--json", *devices, *arguments, request=request))
+    entry = printed_json(
+        await context.shell.run("run", "queue", "add", "--json", *devices, *arguments, request=request)
+    )
     return _queued_run(QueueEntry.model_validate(entry))
 
 
@@ -77,7 +79,7 @@ def move(context: InContext, body: QueueMoveRequest) -> list[QueuedRun]:
 @router.post("/queue/resume")
 async def resume(context: InContext) -> list[QueuedRun]:
     """Start waiting runs again after the machine was off or a disk was full: `simpletuner run queue resume`."""
-    printed(await context.shell.run("run", "queue", "resume", "--json"))
+    printed_json(await context.shell.run("run", "queue", "resume", "--json"))
     return await asyncio.to_thread(queue, context)
 
 

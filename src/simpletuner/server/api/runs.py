@@ -26,7 +26,7 @@ from simpletuner.server.commands import TrainRequest, train_arguments
 from simpletuner.server.context import InContext, ServerContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.pictures import ImageVersion
-from simpletuner.server.runs import Run, RunName, glance, output_folders, part_of, run_at
+from simpletuner.server.runs import Run, RunName, output_folders, path_in_run, run_at, run_info
 from simpletuner.server.series import DamagedText, PhaseState, decoded
 from simpletuner.server.thumbnails import WIDTHS, picture_type
 
@@ -95,9 +95,9 @@ class RunLog(BaseModel):
     """The output of a run."""
 
     text: str
-    """The part of run.log after byte `after`; only the end of it if that is long."""
+    """run.log from byte `after` on; only the last 64 KiB if that is longer."""
     size: int
-    """Byte position in run.log where `text` ends: the next `after`. It shrinks if the file was started over."""
+    """Byte position in run.log where `text` ends; the next `after`. Smaller than `after` if the file was replaced."""
     console: str | None
     """The end of console.log, if the run was started without a terminal."""
 
@@ -125,15 +125,15 @@ class RunFiles(BaseModel):
     images: int
     has_result: bool
     others: list[str]
-    """Names in the directory that no run writes."""
+    """Names of files and folders in the directory that do not belong to a run."""
     text: str
     """A summary in words."""
 
 
 @router.get("/runs", response_model=list[Run], responses={304: {"description": "The client's list is current."}})
 def runs(context: InContext, if_none_match: Annotated[str, Header(max_length=4096)] = "") -> Response:
-    """All runs, the one started last first."""
-    body = context.glances.listed(context.roots)
+    """All runs, the most recently started first."""
+    body = context.run_list.listed(context.roots)
     headers = {"ETag": f'"{sha256_bytes(body)[:32]}"', "Cache-Control": "private, no-cache"}
     if headers["ETag"] in if_none_match:
         return Response(status_code=304, headers=headers)
@@ -144,9 +144,9 @@ def runs(context: InContext, if_none_match: Annotated[str, Header(max_length=409
 def run(context: InContext, run: RunName) -> RunDetail:
     """One run."""
     directory = run_at(context.roots, run)
-    summary = context.streams.indexes.of(part_of(context.roots, directory, directory.events)).refresh()
+    summary = context.streams.indexes.of(path_in_run(context.roots, directory, directory.events)).refresh()
     return RunDetail(
-        **_glance(context, directory).model_dump(),
+        **_run_info(context, directory).model_dump(),
         config=_document(context, directory, directory.config),
         datasets=_document(context, directory, directory.datasets),
         plan=None if summary.plan is None else summary.plan.plan,
@@ -166,7 +166,7 @@ def run(context: InContext, run: RunName) -> RunDetail:
 def series(context: InContext, run: RunName) -> Response:
     """The curves of a run."""
     directory = run_at(context.roots, run)
-    index = context.streams.indexes.of(part_of(context.roots, directory, directory.events))
+    index = context.streams.indexes.of(path_in_run(context.roots, directory, directory.events))
     # Already JSON: building models for 100,000 steps and serializing them would be slow.
     return Response(index.series(), media_type="application/json")
 
@@ -188,7 +188,7 @@ async def events(
     that its whole content follows.
     """
     directory = run_at(context.roots, run)
-    path = part_of(context.roots, directory, directory.events)
+    path = path_in_run(context.roots, directory, directory.events)
     return StreamingResponse(
         context.streams.follow(path, after if last_event_id is None else last_event_id),
         media_type="text/event-stream",
@@ -200,8 +200,8 @@ async def events(
 def log(context: InContext, run: RunName, after: Annotated[int, Query(ge=0, le=LARGEST_ID)] = 0) -> RunLog:
     """The output of a run: run.log after byte `after`, and the end of console.log."""
     directory = run_at(context.roots, run)
-    text, size = _appended(part_of(context.roots, directory, directory.log), after)
-    console, _ = _appended(part_of(context.roots, directory, directory.console), 0)
+    text, size = _appended(path_in_run(context.roots, directory, directory.log), after)
+    console, _ = _appended(path_in_run(context.roots, directory, directory.console), 0)
     return RunLog(text=text, size=size, console=console or None)
 
 
@@ -222,7 +222,7 @@ def file(
 ) -> Response:
     """A file of a run: an image as it is or, with `width`, as a JPEG at most that wide; other files as a download."""
     directory = run_at(context.roots, run)
-    real = part_of(context.roots, directory, directory.root / path)
+    real = path_in_run(context.roots, directory, directory.root / path)
     if not real.is_file():
         raise Fault.of(404, f"{path}: no such file in this run")
     version = ImageVersion.of(real)
@@ -261,7 +261,7 @@ def start(context: InContext, request: TrainRequest) -> Run:
         record = start_record(directory)
         if record is None or record.arguments != tuple(arguments) or status_of(directory).state != "starting":
             raise
-    return _glance(context, directory)
+    return _run_info(context, directory)
 
 
 def _checked_output(context: ServerContext, arguments: list[str], *, is_example: bool) -> Path:
@@ -302,12 +302,12 @@ def note(context: InContext, edit: NoteEdit) -> Run:
         write_note(directory, edit.text, edit.seen)
     except NoteChanged as error:
         raise Fault(409, *error.problems) from None
-    return _glance(context, directory)
+    return _run_info(context, directory)
 
 
 @router.get("/run/contents")
 def contents(context: InContext, run: RunName) -> RunFiles:
-    """What deleting a run would delete."""
+    """The files that deleting a run would delete."""
     run_contents = contents_of(run_at(context.roots, run))
     return RunFiles(**vars(run_contents), text=run_contents.text)
 
@@ -318,21 +318,21 @@ def delete(context: InContext, run: RunName) -> None:
     delete_run(run_at(context.roots, run), context.workspace)
 
 
-def _glance(context: ServerContext, directory: RunDirectory) -> Run:
-    return glance(context.roots, directory, dict(output_folders(context.roots)))
+def _run_info(context: ServerContext, directory: RunDirectory) -> Run:
+    return run_info(context.roots, directory, dict(output_folders(context.roots)))
 
 
 def _requested(context: ServerContext, run: str, control: ControlRequest) -> Run:
     directory = run_at(context.roots, run)
-    part_of(context.roots, directory, directory.control)
+    path_in_run(context.roots, directory, directory.control)
     ask(directory, control)
-    return _glance(context, directory)
+    return _run_info(context, directory)
 
 
 def _document(context: ServerContext, directory: RunDirectory, path: Path) -> Any:
     """Read a JSON file of the run; None if it is missing or damaged."""
     with contextlib.suppress(OSError, UnicodeDecodeError, DamagedText):
-        real = part_of(context.roots, directory, path)
+        real = path_in_run(context.roots, directory, path)
         if real.stat().st_size <= LARGEST_RUN_DOCUMENT:
             return decoded(real.read_text(encoding="utf-8-sig"))
     return None

@@ -15,7 +15,7 @@ from simpletuner.server.body import RequestBody
 from simpletuner.server.context import InContext, ServerContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.roots import Roots
-from simpletuner.server.runs import RunName, part_of, run_at
+from simpletuner.server.runs import RunName, path_in_run, run_at
 from simpletuner.server.sampler import run_on_sampler_gpu
 from simpletuner.server.series import DamagedText, decoded
 from simpletuner.server.thumbnails import picture_type
@@ -99,7 +99,7 @@ async def sample(context: InContext, body: SampleJobRequest) -> CommandJob:
 def samples(context: InContext, run: RunName) -> list[SampleFile]:
     """The images generated with a run, newest first."""
     directory = run_at(context.roots, run)
-    folder = part_of(context.roots, directory, directory.root / FOLDER)
+    folder = path_in_run(context.roots, directory, directory.root / FOLDER)
     paths = [path for path in folder.glob("*.png") if path.is_file() and not path.is_symlink()]
     paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     images = (_sampled_image(path, context.roots.display_path(path)) for path in paths[:MAX_LISTED])
@@ -116,7 +116,7 @@ def sample_request(context: ServerContext, body: SampleJobRequest) -> dict[str, 
     request: dict[str, Any] = {}
     if body.run is not None:
         directory = run_at(context.roots, body.run)
-        out = part_of(context.roots, directory, directory.root / FOLDER)
+        out = path_in_run(context.roots, directory, directory.root / FOLDER)
         request["run"] = context.roots.display_path(directory.root)
     request |= {
         "out": context.roots.display_path(context.roots.resolve(str(out))),
@@ -165,7 +165,7 @@ def lora_file(roots: Roots, text: str) -> Path:
 
 
 def _display_path(roots: Roots, text: str) -> str:
-    """Convert an image path from the sampler, which runs in the workspace, to the page's form."""
+    """Convert an image path printed by the sampler, relative to the workspace, to the page's form."""
     return roots.display_path((roots.workspace / text).resolve())
 
 

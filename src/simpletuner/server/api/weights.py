@@ -21,7 +21,7 @@ from simpletuner.server import uploads
 from simpletuner.server.api.files import FILE_BODY, LONGEST_PATH, PathQuery, stream_into
 from simpletuner.server.api.samples import WeightedLora, lora_file
 from simpletuner.server.body import RequestBody
-from simpletuner.server.commands import output, printed
+from simpletuner.server.commands import output, printed_json
 from simpletuner.server.context import InContext, ServerContext
 from simpletuner.server.faults import Fault
 from simpletuner.server.shell import Finished, until_disconnect
@@ -87,8 +87,8 @@ class MergeRequest(RequestBody):
 
 
 class TemporaryDownload(FileResponse):
-    """Response that sends a file, with the `lines` that a command printed in a header, then closes `scratch`, which
-    deletes the file's folder; also if the client disconnects.
+    """Sends a file, with the lines that a command printed in a header. Afterwards, also if the client disconnects, it
+    closes `scratch`, which deletes the file's folder.
     """
 
     def __init__(self, path: Path, scratch: ExitStack, lines: Sequence[str]) -> None:
@@ -110,7 +110,7 @@ async def inspect_here(path: PathQuery, request: Request, context: InContext) ->
     if not (real.is_file() and is_weight_file(real.name)):
         raise Fault.of(422, f"{path}: there is no weight file", f"a file that ends in {' or '.join(WEIGHT_FILES)}")
     return Inspection.model_validate(
-        await _answer(printed, context, request, "inspect", str(real), "--json") | {"path": path}
+        await _answer(printed_json, context, request, "inspect", str(real), "--json") | {"path": path}
     )
 
 
@@ -132,7 +132,9 @@ async def inspect_sent(
         with uploads.scratch_folder(context.workspace / SCRATCH) as folder:
             with (folder / name).open("xb") as file:
                 await stream_into(request.stream(), file, LARGEST_INSPECTED)
-            answer = await _answer(printed, context, request, "inspect", str(folder / name), "--json", scratch=folder)
+            answer = await _answer(
+                printed_json, context, request, "inspect", str(folder / name), "--json", scratch=folder
+            )
             return Inspection.model_validate(answer | {"path": name})
     except uploads.RefusedUpload as reason:
         raise Fault.of(422, f"{name!a} is refused: {reason}") from None
@@ -167,10 +169,11 @@ async def _answer(
     *arguments: str,
     scratch: Path | None = None,
 ) -> T:
-    """Run a command and return its result by `read`, which is `output` or `printed`.
+    """Run a command and return its result, extracted by `read`: `output` or `printed_json`.
 
     Raises:
-        Fault: 422, the command failed. Messages name files as the page does, and those in `scratch` by name only.
+        Fault: 422, the command failed. Its messages show paths relative to the workspace, and files in
+            `scratch` by name only.
     """
     try:
         return read(await until_disconnect(request, context.shell.run(*arguments, request=request)))
