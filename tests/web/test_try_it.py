@@ -51,7 +51,7 @@ def test_a_grid_of_strengths_comes_picture_by_picture_from_one_sampler(
     url = f"{server.url}/#/run?run=output/{trained.root.name}&tab=try"
     page.goto(url)
     page.get_by_label("Prompts").fill("a flag")
-    for name, value in {"Width": "64", "Height": "64", "Sampler steps": "2", "Seeds": "2", "Strengths": "0, ¼"}.items():
+    for name, value in {"Width": "64", "Height": "64", "Sampler steps": "2", "Seed count": "2", "Strengths": "0, ¼"}.items():
         page.get_by_label(name, exact=True).fill(value)
     draw = page.get_by_role("button", name="Generate", exact=True)
     draw.click()

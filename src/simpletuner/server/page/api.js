@@ -34,7 +34,7 @@ export function address(path, params = {}) {
   return `/api/${path}${text ? `?${text}` : ""}`;
 }
 
-/** Parse the body of an error response. */
+/** The error response as an ApiFault. */
 function faultOf(status, text) {
   try {
     const { problems } = JSON.parse(text);
@@ -70,7 +70,7 @@ async function call(...request) {
 
 export const get = (path, params = {}, signal = undefined) => call("GET", path, params, undefined, signal);
 export const post = (path, body = {}, params = {}, signal = undefined) => call("POST", path, params, body, signal);
-/** With `keepalive` the request survives the closing of the page; for small bodies. */
+/** With `keepalive` the browser completes the request even if the page closes; only for small bodies. */
 export const put = (path, body = {}, params = {}, keepalive = false) => call("PUT", path, params, body, undefined, keepalive);
 export const del = (path, params = {}) => call("DELETE", path, params);
 

@@ -3,7 +3,7 @@
 import { ApiFault, get } from "./api.js";
 import { drafts } from "./captiondrafts.js";
 import { button, fill, freshId, h } from "./dom.js";
-import { some } from "./format.js";
+import { plural } from "./format.js";
 
 /** @param {string} path of the image @param {string} name the image's, for labels */
 export function captionBox(path, name) {
@@ -52,7 +52,7 @@ export function captionBox(path, name) {
     const draft = drafts.of(path);
     if (draft === undefined) return;
     area.value = draft.text;
-    state.textContent = "This is an earlier draft of yours. It is being saved.";
+    state.textContent = "This is your earlier draft. It is being saved.";
     show({ detail: { path, saved: null } });
     await drafts.send(path);
   }
@@ -68,7 +68,7 @@ export function captionBox(path, name) {
   };
 }
 
-/** Why a draft is not saved; if somebody else saved a different text, both texts and a choice. */
+/** Says why a draft is not saved. If somebody else saved a different text, shows both and lets the user choose. */
 function unsaved(path, draft, take = () => {}) {
   if (!draft.theirs) {
     return h("div", { class: "stack tight" }, h("p", { class: "fault" }, `Not saved: ${draft.fault}`),
@@ -99,7 +99,7 @@ export function unsavedCaptions(shown) {
     const open = drafts.all.filter(([path, draft]) => !boxed.has(path) && (draft.theirs || draft.fault));
     node.replaceChildren();
     if (open.length === 0) return;
-    fill(node, h("details", { class: "panel warn", open: true }, h("summary", {}, `${some(open.length, "caption")} that you typed ${open.length === 1 ? "is" : "are"} not saved yet`),
+    fill(node, h("details", { class: "panel warn", open: true }, h("summary", {}, `${plural(open.length, "caption")} that you typed ${open.length === 1 ? "is" : "are"} not saved yet`),
       open.map(([path, draft]) => h("div", { class: "stack tight" }, h("p", { class: "small path" }, path),
         draft.theirs ? null : h("blockquote", {}, draft.text), unsaved(path, draft)))));
   };

@@ -5,13 +5,13 @@ import { drafts } from "./captiondrafts.js";
 import { pausing } from "./check.js";
 import { diffBlock } from "./diff.js";
 import { dialog, fill, freshId, h, problemPanel } from "./dom.js";
-import { count, some } from "./format.js";
+import { count, plural } from "./format.js";
 
 const SHOWN = 5;
 
 /**
- * Ask for an edit of the captions of `names` (null: of all `total`), preview it and apply it.
- * @param {{folder: string, names: string[]|null, total: number, whole: boolean}} options `whole`: a file is one caption
+ * Ask how to edit the captions of `names` (null: of all `total`), preview the edit and apply it.
+ * @param {{folder: string, names: string[]|null, total: number, whole: boolean}} options `whole`: each file is one caption
  * @returns {Promise<object|null>} the result; null if nothing was changed
  */
 export async function editCaptions({ folder, names, total, whole }) {
@@ -52,7 +52,7 @@ export async function editCaptions({ folder, names, total, whole }) {
     }
     show(previewed);
     accept.disabled = previewed.changed === 0;
-    accept.textContent = previewed.changed === 0 ? "Change" : `Change ${some(previewed.changed, "caption")}`;
+    accept.textContent = previewed.changed === 0 ? "Change" : `Change ${plural(previewed.changed, "caption")}`;
   });
 
   function changed() {
@@ -66,14 +66,14 @@ export async function editCaptions({ folder, names, total, whole }) {
   function show({ images, changed: changing, emptied, changes, left_out: leftOut }) {
     preview.replaceChildren();
     fill(preview,
-      h("p", {}, changing === 0 ? "No caption changes." : `${some(changing, "caption")} of ${some(images, "image")} ${changing === 1 ? "changes" : "change"}${changing > SHOWN ? `; the first ${SHOWN}` : ""}:`),
-      emptied ? h("p", { class: "panel warn" }, `${some(emptied, "caption")} would become empty.`) : null,
+      h("p", {}, changing === 0 ? "No caption changes." : `${plural(changing, "caption")} of ${plural(images, "image")} ${changing === 1 ? "changes" : "change"}${changing > SHOWN ? `; the first ${SHOWN}` : ""}:`),
+      emptied ? h("p", { class: "panel warn" }, `${plural(emptied, "caption")} would become empty.`) : null,
       changes.slice(0, SHOWN).map(({ file, before, after }) => h("div", {}, h("p", { class: "small path" }, file), diffBlock(before.trimEnd(), after.trimEnd()))),
       leftOut.length ? h("p", { class: "hint" }, `Not changed: ${leftOut.map(({ name, detail }) => `${name} (${detail})`).slice(0, SHOWN).join(", ")}`) : null);
   }
 
   const answer = await dialog({
-    title: `Captions of ${names === null ? `all ${count(total)} images` : some(names.length, "image")}`,
+    title: `Captions of ${names === null ? `all ${count(total)} images` : plural(names.length, "image")}`,
     wide: true,
     body: [h("div", { class: "choices", role: "group", "aria-label": "Kind of edit" }, radios), replacing, added.row, preview],
     actions: [{ label: "Cancel", value: null }, { label: "Change", value: "yes", kind: "primary", disabled: true }],

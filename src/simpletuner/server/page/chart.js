@@ -28,7 +28,7 @@ export class Chart {
    * @param {HTMLElement} host element that sets the chart's size
    * @param {Line[]} lines
    * @param {(value: number) => string} format formats values
-   * @param {{cursor: (step: number | null) => void, zoom: (view: [number, number] | null) => void}} on called on pointer actions
+   * @param {{cursor: (step: number | null) => void, zoom: (view: [number, number] | null) => void}} on callbacks for the pointer
    */
   constructor(host, lines, format, on) {
     Object.assign(this, { host, lines, format, on });

@@ -2,7 +2,7 @@
 
 import { ApiFault, post } from "./api.js";
 import { h } from "./dom.js";
-import { some } from "./format.js";
+import { plural } from "./format.js";
 
 /**
  * Debounce: run `work` once typing has paused; a newer call aborts the running one.
@@ -57,14 +57,14 @@ export function summary(jump) {
       node.replaceChildren();
       if (problems.length) {
         node.append(h("div", { class: "panel bad" },
-          h("h2", {}, `${some(problems.length, "problem")} to fix`),
+          h("h2", {}, `${plural(problems.length, "problem")} to fix`),
           h("ul", {}, problems.map((one) => h("li", {},
             h("button", { type: "button", class: "link", onclick: () => jump(one) }, one.found || one.text),
             h("span", { class: "dim" }, one.remedy ? ` ${one.remedy}` : ""))))));
       }
       if (notices.length) {
         node.append(h("details", { class: "panel" },
-          h("summary", {}, `${some(notices.length, "notice")}`),
+          h("summary", {}, `${plural(notices.length, "notice")}`),
           h("ul", {}, notices.map((notice) => h("li", {}, notice)))));
       }
       node.hidden = node.childElementCount === 0;

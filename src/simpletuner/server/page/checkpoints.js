@@ -61,8 +61,8 @@ export class Checkpoints {
 
   row(one, runState, config) {
     const [kind, word] = STATES[one.state];
-    const act = (text, name, does, what, kindOf = "quiet") => button(text, what, {
-      icon: name, kind: `tiny ${kindOf}`, label: `${text}: checkpoint at step ${one.step}`, dataset: { does: `${does} ${one.step}` },
+    const act = (text, iconName, action, onPress, buttonKind = "quiet") => button(text, onPress, {
+      icon: iconName, kind: `tiny ${buttonKind}`, label: `${text}: checkpoint at step ${one.step}`, dataset: { does: `${action} ${one.step}` },
     });
     const isLora = config?.model_type !== "full";
     return h("tr", {},

@@ -1,13 +1,13 @@
-// The three choices that a configuration starts from: model, card and recipe. They fill in options; options that the user set stay.
+// The three choices that a configuration starts from: model, card and recipe. They fill in options, but keep those that the user set.
 
 import { button, fill, freshId, h } from "./dom.js";
 import { shown } from "./field.js";
 import { optionsIn, withOption } from "./form.js";
-import { size, some } from "./format.js";
+import { size, plural } from "./format.js";
 import { read } from "./jsontext.js";
 
 const NO_CARD = "none";
-const FOUND = "found";
+const THIS_MACHINE = "found";
 
 const same = (one, other) => JSON.stringify(one ?? null) === JSON.stringify(other ?? null);
 
@@ -33,7 +33,7 @@ export function choicesPanel(offer, fields, environment, onMachine) {
     lines: [one.summary, one.preview ? `For previews: ${one.preview}` : null, [one.is_embedded ? "Nothing to download" : one.download_bytes ? `${size(one.download_bytes)} to download` : null, license(one.license)]],
   })), () => {
     if (!hasGpu && isEmbedded(models.value)) card.value = NO_CARD;
-    if (!isEmbedded(models.value) && card.value === NO_CARD) card.value = hasGpu ? FOUND : "";
+    if (!isEmbedded(models.value) && card.value === NO_CARD) card.value = hasGpu ? THIS_MACHINE : "";
     choose();
   });
   const card = h("select", { id: freshId("card"), onchange() {
@@ -41,7 +41,7 @@ export function choicesPanel(offer, fields, environment, onMachine) {
     choose();
   } },
   hasGpu
-    ? h("option", { value: FOUND }, `This machine's, ${Math.round(offer.gpus[0].vram_gib)} GB`)
+    ? h("option", { value: THIS_MACHINE }, `This machine's, ${Math.round(offer.gpus[0].vram_gib)} GB`)
     : h("option", { value: "", disabled: true }, "Choose a card …"),
   h("option", { value: NO_CARD }, "No card: an embedded example model"),
   offer.cards.map((one) => h("option", { value: one.name }, one.name)));
@@ -65,7 +65,7 @@ export function choicesPanel(offer, fields, environment, onMachine) {
   const chosenRecipe = () => offer.recipes.find((one) => one.name === recipe && one.flavour === models.value && one.needs === "");
 
   function chosenCard() {
-    const name = card.value === FOUND ? offer.gpus[0].card : card.value;
+    const name = card.value === THIS_MACHINE ? offer.gpus[0].card : card.value;
     return offer.cards.find((one) => one.name === name);
   }
 
@@ -167,7 +167,7 @@ export function choicesPanel(offer, fields, environment, onMachine) {
     result.replaceChildren();
     fill(result,
       h("div", { class: "row" },
-        h("p", { class: "grow" }, h("strong", {}, `${some(setRows.length, "option")} filled in`),
+        h("p", { class: "grow" }, h("strong", {}, `${plural(setRows.length, "option")} filled in`),
           keptRows.length ? `, ${keptRows.length} of yours kept` : "", equalRows.length ? `, ${equalRows.length} already set` : "", ". Nothing is saved yet.",
           tested ? "" : " This recipe is untested on real weights."),
         keptRows.length ? button(`Replace mine (${keptRows.length})`, () => take(keptRows)) : null,
@@ -199,7 +199,7 @@ export function choicesPanel(offer, fields, environment, onMachine) {
     if (chosenRecipe() === undefined) recipes.value = null;
     const usedCard = isEmbedded(models.value) ? undefined : chosenCard();
     cardNote.textContent = [
-      card.value === FOUND ? `${offer.gpus[0].name}.` : "",
+      card.value === THIS_MACHINE ? `${offer.gpus[0].name}.` : "",
       usedCard?.fits[models.value] ? `To fit: ${usedCard.fits[models.value].summary}. Needs ${usedCard.ram_gib} GB of RAM.` : "",
     ].filter(Boolean).join(" ");
   }
@@ -209,7 +209,7 @@ export function choicesPanel(offer, fields, environment, onMachine) {
     const textOptions = optionsIn(root, text);
     const valueOf = (option) => (textOptions.has(option) ? textOptions.get(option).value : fields.get(option).default);
     models.value = valueOf("model_flavour");
-    card.value = hasGpu ? FOUND : isEmbedded(models.value) ? NO_CARD : "";
+    card.value = hasGpu ? THIS_MACHINE : isEmbedded(models.value) ? NO_CARD : "";
     const matching = offer.recipes.find((one) => one.flavour === models.value && one.needs === ""
       && Object.entries(one.options).every(([option, value]) => same(valueOf(option), value)));
     recipe = matching?.name ?? null;
@@ -224,7 +224,7 @@ export function choicesPanel(offer, fields, environment, onMachine) {
     return { vram_gib: size?.vram_gib ?? null, ram_gib: size?.ram_gib ?? null };
   }
 
-  /** Changes that lengthen a short run to the recipe's least number of steps; null if none are needed. */
+  /** Changes that lengthen a short run to the minimum number of steps for a LoRA; null if none are needed. */
   function longer(steps) {
     const text = environment.text("config");
     const textOptions = optionsIn(read(text), text);

@@ -92,7 +92,7 @@ function differing(configs) {
 function configTable(shown) {
   const configs = shown.map(({ store }) => store.detail.config);
   const keys = differing(configs);
-  if (keys.length === 0) return h("p", { class: "dim" }, "Nothing: the configurations are the same.");
+  if (keys.length === 0) return h("p", { class: "dim" }, "None: the configurations are the same.");
   const valueText = (value) => (value === undefined ? "–" : typeof value === "string" ? value || "“”" : JSON.stringify(value));
   return h("div", { class: "scroll values", tabindex: 0, role: "region", "aria-label": "Options that differ" }, h("table", {},
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Option"), shown.map(({ name }) => h("th", { scope: "col" }, name)))),

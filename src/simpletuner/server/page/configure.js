@@ -15,7 +15,7 @@ import { examined, rawEditor } from "./raw.js";
 import { go, to } from "./router.js";
 import { kindOf } from "./setform.js";
 
-/** Show the environment `params.name`, or "" for config/config.json. */
+/** Show the environment `params.name`; "" stands for config/config.json. */
 export async function configure(root, { name, tab = "options" }) {
   const [list, schema, offer] = await Promise.all([get("environments"), get("form"), get("recipes")]);
   if (!list.some((one) => one.name === name)) {
@@ -39,10 +39,10 @@ export async function configure(root, { name, tab = "options" }) {
   const check = pausing(400, async (signal) => {
     answer = await checked(environment.draft(), signal);
     problems.show(answer);
-    form?.blame(answer.problems);
+    form?.showProblems(answer.problems);
     showForm();
     if (answer.problems.length === 0) plan.later();
-    else plan.wait("Fix the problems above before a run can start.");
+    else plan.wait("Fix the problems above before you start a run.");
   });
 
   function showForm() {

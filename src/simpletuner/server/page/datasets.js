@@ -9,14 +9,14 @@ import { editing } from "./editing.js";
 import { Environment } from "./environment.js";
 import { environmentBar } from "./environments.js";
 import { chooseFolder } from "./folders.js";
-import { some } from "./format.js";
+import { plural } from "./format.js";
 import { jobPanel } from "./job.js";
-import { move, set, written } from "./jsontext.js";
+import { move, set, indentedJson } from "./jsontext.js";
 import { examined, rawEditor } from "./raw.js";
 import { go, to } from "./router.js";
 import { scanSummary } from "./scanned.js";
-import { CONDITIONS, isReference, kindOf, kindText, setForm } from "./setform.js";
-import { setPictures } from "./setpictures.js";
+import { CONDITIONS, isReference, kindOf, kindText, datasetForm } from "./setform.js";
+import { datasetImages } from "./setpictures.js";
 import { droppable, folderButton, uploads } from "./uploads.js";
 
 /** A dropped folder that waits for its environment to be created. */
@@ -53,12 +53,12 @@ export async function datasets(root, { name }) {
   const check = pausing(400, async (signal) => {
     answer = await checked(environment.draft(), signal);
     problems.show({ problems: answer.problems.filter((one) => one.document === "datasets"), notices: answer.notices });
-    blame();
+    showProblems();
   });
 
-  function blame() {
+  function showProblems() {
     const entry = entries()?.[chosen];
-    form?.blame(answer.problems.filter((one) => one.document === "datasets" && isAbout(one, entry)));
+    form?.showProblems(answer.problems.filter((one) => one.document === "datasets" && isAbout(one, entry)));
   }
 
   function jump(problem) {
@@ -102,7 +102,7 @@ export async function datasets(root, { name }) {
     const all = entries();
     detail.replaceChildren();
     if (all === null) {
-      detail.append(h("p", { class: "panel warn" }, "The list is not valid JSON: fix it below to get the form back."));
+      detail.append(h("p", { class: "panel warn" }, "The list is not valid JSON. Fix it below to get the form back."));
       return;
     }
     if (all.length === 0) {
@@ -115,10 +115,10 @@ export async function datasets(root, { name }) {
     const entry = all[chosen];
     const last = all.length - 1;
     if (typeof entry !== "object" || entry === null) {
-      detail.append(h("p", { class: "panel warn" }, "This entry is not an object: fix it in the JSON below."));
+      detail.append(h("p", { class: "panel warn" }, "This entry is not an object. Fix it in the JSON below."));
       return;
     }
-    form = setForm(schema, environment, chosen);
+    form = datasetForm(schema, environment, chosen);
     const label = freshId("set");
     fill(detail, h("section", { class: "sheet stack", "aria-labelledby": label },
       h("div", { class: "head" }, h("h2", { id: label }, entry.id ?? "A dataset"), h("span", { class: "badge" }, kindText(entry)),
@@ -127,13 +127,13 @@ export async function datasets(root, { name }) {
         button("Remove", removeEntry, { icon: "trash", kind: "quiet" })),
       h("details", { open: form.kind === "text_embeds" || !entry.instance_data_dir }, h("summary", {}, "Options"), form.node)));
     if (form.kind !== "text_embeds") showPictures(entry);
-    blame();
+    showProblems();
   }
 
   function showPictures(entry) {
     const folder = typeof entry.instance_data_dir === "string" ? entry.instance_data_dir : "";
     const scan = scans.get(entry.id) ?? null;
-    pictures = setPictures({
+    pictures = datasetImages({
       folder, scan, captions: isImages(entry), textFiles: entry.caption_strategy === "textfile", whole: entry.disable_multiline_split === true,
     });
     pair();
@@ -213,7 +213,7 @@ export async function datasets(root, { name }) {
     });
     if (id === null) return;
     if (kind === "text_embeds") {
-      const newText = set(text(), [entries().length], written(store(id, !hasStore()), 1));
+      const newText = set(text(), [entries().length], indentedJson(store(id, !hasStore()), 1));
       chosen = entries().length;
       change(newText);
     } else change(withSet(id, kind, (await chooseFolder("datasets")) ?? `datasets/${id}`));
@@ -242,7 +242,7 @@ export async function datasets(root, { name }) {
     const entry = { id, type: "local", dataset_type: "conditioning", conditioning_type: kind.value, instance_data_dir: folder, ...shape };
     const newText = withConditions(text(), Number(owner.value), [...[images.conditioning_data ?? []].flat(), id]);
     chosen = all.length;
-    change(set(newText, [chosen], written(entry, 1)));
+    change(set(newText, [chosen], indentedJson(entry, 1)));
   }
 
   const hasStore = () => entries().some((entry) => kindOf(entry) === "text_embeds");
@@ -252,8 +252,8 @@ export async function datasets(root, { name }) {
   function withSet(id, kind, folder) {
     const type = kind === "eval" ? { dataset_type: "eval" } : {};
     chosen = entries().length;
-    const newText = set(text(), [chosen], written({ id, type: "local", ...type, instance_data_dir: folder, caption_strategy: "textfile", resolution: 1024, cache_dir_vae: `cache/vae/${id}`, ...(kind === "eval" ? {} : { repeats: 0 }) }, 1));
-    return hasStore() ? newText : set(newText, [chosen + 1], written(store("text-embeds", true), 1));
+    const newText = set(text(), [chosen], indentedJson({ id, type: "local", ...type, instance_data_dir: folder, caption_strategy: "textfile", resolution: 1024, cache_dir_vae: `cache/vae/${id}`, ...(kind === "eval" ? {} : { repeats: 0 }) }, 1));
+    return hasStore() ? newText : set(newText, [chosen + 1], indentedJson(store("text-embeds", true), 1));
   }
 
   async function scan() {
@@ -269,7 +269,7 @@ export async function datasets(root, { name }) {
     if (!(await edit.save())) return;
     const result = await job.run("cache", "Filling the caches", { environment: name });
     if (result !== null) {
-      job.node.replaceChildren(h("p", { class: "panel good" }, `The caches are filled: ${some(result.sets.length, "dataset")}.`));
+      job.node.replaceChildren(h("p", { class: "panel good" }, `The caches are filled: ${plural(result.sets.length, "dataset")}.`));
       job.node.hidden = false;
     }
   }

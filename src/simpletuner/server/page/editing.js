@@ -1,4 +1,4 @@
-// Shared by the screens that edit an environment: saving, the question before leaving, and the banner about outside changes.
+// Shared by the screens that edit an environment: saving, asking before leaving, and the banner about changes on disk.
 
 import { button, confirm, h, toast } from "./dom.js";
 import { askBeforeLeaving } from "./router.js";

@@ -15,7 +15,7 @@ const DOCUMENTS = ["config", "datasets", "prompts"];
 const EMPTY = { config: "{}\n", datasets: "[]\n", prompts: "{}\n" };
 
 /**
- * Events: `edit` (detail {document, source}), `state` (the unsaved or outside changes have changed).
+ * Events: `edit` (detail {document, source}), `state` (the drafts, or the files on disk, changed).
  */
 export class Environment extends EventTarget {
   constructor(detail) {
@@ -94,7 +94,7 @@ export class Environment extends EventTarget {
     const choice = await dialog({
       title: `${theirs.path} has changed on disk`,
       wide: true,
-      body: ["Something else changed the file after this page had loaded it. Lines with − are in the file, lines with + are yours.",
+      body: ["The file was changed after this page loaded it. Lines with − are in the file, lines with + are yours.",
         diffBlock(theirs.text ?? "", mine)],
       actions: [
         { label: "Cancel", value: null },

@@ -7,7 +7,7 @@ import { askBeforeLeaving, go, to } from "./router.js";
 const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
 
 /** An environment's display name; the unnamed one is the config that `simpletuner train` reads by default. */
-export const called = (name) => (name === "" ? "(default) config/config.json" : name);
+export const displayName = (name) => (name === "" ? "(default) config/config.json" : name);
 
 const nameFault = (list) => (text) => {
   if (text === "" && !list.some(({ name }) => name === "")) return "";
@@ -22,7 +22,7 @@ const nameFault = (list) => (text) => {
 export function environmentBar({ list, name, screen, verbs }) {
   const id = freshId("environment");
   const select = h("select", { id, onchange: () => { const selected = select.value; select.value = name ?? ""; go(to(screen, selected)); } },
-    list.map((one) => h("option", { value: one.name }, called(one.name))));
+    list.map((one) => h("option", { value: one.name }, displayName(one.name))));
   select.value = name ?? "";
   const bar = h("div", { class: "row environment-bar" }, h("label", { for: id }, "Environment"), select);
   if (!verbs) return bar;
@@ -43,7 +43,7 @@ export async function make(list, kind, source = "") {
   const sources = {
     empty: [["", "nothing"]],
     example: examples.map((example) => [example, example]),
-    copy: list.map((one) => [one.name, called(one.name)]),
+    copy: list.map((one) => [one.name, displayName(one.name)]),
   };
   const input = h("input", { id: name, autocomplete: "off", spellcheck: "false", "aria-describedby": `${name}-fault` });
   const kinds = [["empty", "An empty config"], ["example", "A built-in example"], ["copy", "A copy of another"]]
@@ -88,7 +88,7 @@ async function remove(name) {
   } else if (!(await confirmTyped(`Delete ${name}`, note, name))) return;
   await del("environment", { name, confirm: name });
   askBeforeLeaving(null);
-  toast(`${called(name)} was deleted.`);
+  toast(`${displayName(name)} was deleted.`);
   go("#/configure/");
 }
 

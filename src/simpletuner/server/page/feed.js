@@ -1,7 +1,7 @@
-/** The list of runs, polled once for both users: the first screen and the tab's title. */
+/** The list of runs, polled once for both the first screen and the tab's title. */
 
 import { get } from "./api.js";
-import { othersInTitle } from "./title.js";
+import { showOthersInTitle } from "./title.js";
 
 const SHOWN_MS = 3000;
 /** Interval while no list is shown or the tab is in the background: only the title changes. */
@@ -16,20 +16,20 @@ let timer;
 /** Call `listener` after each poll with the runs, or with null and an error. Returns a function that unsubscribes. */
 export function followRuns(listener) {
   listeners.add(listener);
-  plan();
+  schedulePoll();
   return () => listeners.delete(listener);
 }
 
 /** Poll now. @throws {ApiFault} the request fails */
 export async function updateRuns() {
   const runs = await get("runs");
-  othersInTitle(runs);
+  showOthersInTitle(runs);
   for (const listener of [...listeners]) listener(runs, null);
   return runs;
 }
 
 /** Poll after `pause` milliseconds, then repeatedly. */
-export function plan(pause = document.hidden || listeners.size === 0 ? UNSEEN_MS : SHOWN_MS) {
+export function schedulePoll(pause = document.hidden || listeners.size === 0 ? UNSEEN_MS : SHOWN_MS) {
   clearTimeout(timer);
   timer = setTimeout(async () => {
     try {
@@ -37,8 +37,8 @@ export function plan(pause = document.hidden || listeners.size === 0 ? UNSEEN_MS
     } catch (error) {
       for (const listener of [...listeners]) listener(null, error);
     }
-    plan();
+    schedulePoll();
   }, pause);
 }
 
-document.addEventListener("visibilitychange", () => plan());
+document.addEventListener("visibilitychange", () => schedulePoll());

@@ -82,7 +82,7 @@ export function fieldRow(field, change) {
       origin.textContent = origin.hidden ? "" : `Set by ${from === "environment" ? "an environment variable" : from}: ${shown(effective)}`;
     },
     /** @param {import("./api.js").Problem[]} problems */
-    blame(problems) {
+    showProblems(problems) {
       fault.replaceChildren(...problems.map((one) => h("p", {}, problemText(one))));
       control.invalid(problems.length > 0);
     },

@@ -27,7 +27,7 @@ class Inspector {
     this.result = h("div", { class: "stack", "aria-live": "polite" });
     const dropArea = h("div", { class: "drop row" }, button("Choose a file", () => input.click(), { icon: "file", kind: "primary" }), input,
       h("span", { class: "hint" }, "or drop a .safetensors or .gguf file here"));
-    this.node = h("section", { class: "sheet stack", "aria-label": "Inspect a file" }, h("h2", {}, "What is in a file"),
+    this.node = h("section", { class: "sheet stack", "aria-label": "Inspect a file" }, h("h2", {}, "Inspect a file"),
       h("p", {}, "A LoRA from any program, or a part of a model: its layout, rank and target, how it was trained, and which programs load it. ",
         "The file is read and then deleted from the server."),
       dropArea, this.result);
@@ -79,7 +79,7 @@ class Merger {
     this.body = h("div", { class: "stack" });
     this.result = h("div", { class: "stack", "aria-live": "polite" });
     this.node = h("section", { class: "sheet stack", "aria-label": "Merge LoRAs" }, h("h2", {}, "Merge LoRAs"),
-      h("p", {}, "One file that has the effect of several LoRAs together, each at its strength. Try them together first, under “Try it” of a run."), this.body);
+      h("p", {}, "Merges several LoRAs, each at its strength, into one file. Before you merge them, try them together under “Try it” of a run."), this.body);
   }
 
   async update() {
@@ -98,7 +98,7 @@ class Merger {
     this.press = button("Merge and download", () => this.merge(rank, format.value), { icon: "download", kind: "primary" });
     this.body.replaceChildren(list, h("div", {}, button("Add another", () => add(0), { icon: "plus", kind: "tiny" })),
       h("div", { class: "row merge-tools" }, h("label", { for: rank.id }, "Rank"), rank, format, this.press),
-      h("p", { class: "hint", id: "rank-hint" }, "By default the smallest rank that keeps 99 % of what the LoRAs do."), this.result);
+      h("p", { class: "hint", id: "rank-hint" }, "By default the smallest rank that keeps 99 % of the LoRAs' effect."), this.result);
     add(0);
     add(1);
   }

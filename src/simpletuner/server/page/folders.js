@@ -2,7 +2,7 @@
 
 import { ApiFault, get, post } from "./api.js";
 import { ask, button, dialog, fill, h, icon, problemPanel } from "./dom.js";
-import { some } from "./format.js";
+import { plural } from "./format.js";
 
 /**
  * Let the user browse the folders of the page, starting at `path`.
@@ -13,7 +13,7 @@ import { some } from "./format.js";
 export async function browse(path, { title, yes, more }) {
   const { roots } = await get("about");
   let current = null;
-  let turn = 0;
+  let lastRequest = 0;
   const body = h("div", { class: "stack" });
 
   /** The last request for a folder. */
@@ -21,23 +21,23 @@ export async function browse(path, { title, yes, more }) {
   const open = (target) => (opening = show(target));
 
   async function show(target, fallback = null) {
-    const ownTurn = ++turn;
+    const requestNumber = ++lastRequest;
     try {
       const answer = await get("folders", { path: target });
-      if (ownTurn !== turn) return undefined;
+      if (requestNumber !== lastRequest) return undefined;
       current = answer;
     } catch (error) {
-      if (ownTurn !== turn) return undefined;
+      if (requestNumber !== lastRequest) return undefined;
       if (fallback !== null) return show(fallback);
       current = null;
-      body.replaceChildren(problemPanel(error), button("To the start", () => open("."), { icon: "left" }));
+      body.replaceChildren(problemPanel(error), button("Back to the workspace", () => open("."), { icon: "left" }));
       return undefined;
     }
     body.replaceChildren(
       h("div", { class: "row" }, roots.map((root, at) =>
         button(at === 0 ? "Workspace" : root, () => open(at === 0 ? "." : root), { icon: "folder", kind: "tiny" }))),
       h("p", { class: "mono path", "aria-live": "polite" }, current.path),
-      h("p", { class: "hint" }, `Contains ${some(current.pictures, "image")}, ${some(current.captions, "caption file")}`),
+      h("p", { class: "hint" }, `Contains ${plural(current.pictures, "image")}, ${plural(current.captions, "caption file")}`),
       fill(h("ul", { class: "plain folders" }),
         current.parent === null ? null : h("li", {}, button("Up", () => open(current.parent), { icon: "up", kind: "quiet" })),
         current.folders.map((folder) => h("li", {},

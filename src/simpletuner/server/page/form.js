@@ -2,7 +2,7 @@
 
 import { freshId, h } from "./dom.js";
 import { fieldRow } from "./field.js";
-import { some } from "./format.js";
+import { plural } from "./format.js";
 import { read, set } from "./jsontext.js";
 
 /** The options that the text sets, by name; keys may have leading dashes. @param {import("./jsontext.js").Node} root */
@@ -77,11 +77,11 @@ export function optionsForm(schema, environment) {
       else if (wasFiltered) one.node.open = one.wasOpen;
       const faults = sectionRows.reduce((sum, row) => sum + row.faults, 0);
       const different = sectionRows.filter((row) => row.differs).length;
-      one.tally.textContent = [some(shown, "option"), different ? `${different} changed` : "", faults ? some(faults, "problem") : ""].filter(Boolean).join(", ");
+      one.tally.textContent = [plural(shown, "option"), different ? `${different} changed` : "", faults ? plural(faults, "problem") : ""].filter(Boolean).join(", ");
       one.tally.classList.toggle("fault", faults > 0);
     }
     empty.hidden = count > 0;
-    total.textContent = isFiltered ? `${some(count, "option")} of ${rows.size}` : some(rows.size, "option");
+    total.textContent = isFiltered ? `${plural(count, "option")} of ${rows.size}` : plural(rows.size, "option");
   }
 
   /** Show the options in the text; lock the form if the text is not a JSON object. */
@@ -95,10 +95,10 @@ export function optionsForm(schema, environment) {
   }
 
   /** @param {import("./api.js").Problem[]} problems those about options are shown beside them */
-  function blame(problems) {
+  function showProblems(problems) {
     for (const row of rows.values()) {
       const ofRow = problems.filter(({ key, document }) => key === row.field.name && (document === "" || document === "config"));
-      row.blame(ofRow);
+      row.showProblems(ofRow);
       if (ofRow.length > row.faults) row.section.node.open = true;
       row.faults = ofRow.length;
     }
@@ -120,5 +120,5 @@ export function optionsForm(schema, environment) {
     return true;
   }
 
-  return { node, show, arrange, blame, jump };
+  return { node, show, arrange, showProblems, jump };
 }

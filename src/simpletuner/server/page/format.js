@@ -31,11 +31,11 @@ export function duration(seconds) {
 export const count = (value) => value.toLocaleString("en-GB");
 
 /** "1 image", "2 images". */
-export const some = (value, one, many = `${one}s`) => `${count(value)} ${value === 1 ? one : many}`;
+export const plural = (value, one, many = `${one}s`) => `${count(value)} ${value === 1 ? one : many}`;
 
 const ENGINES = { ddp: "DDP", fsdp2: "FSDP2", zero1: "ZeRO-1", zero2: "ZeRO-2", zero3: "ZeRO-3" };
 
-/** "2 processes, FSDP2"; null for a plan for one process, or from an older release without this field. */
+/** "2 processes, FSDP2"; null for one process, or if the plan is from an older release, which lacks this field. */
 export const engineText = (plan) => (plan?.processes > 1 ? `${count(plan.processes)} processes, ${ENGINES[plan.engine] ?? plan.engine}` : null);
 
 /** A time in the browser's time zone: "25 Nov, 14:05". */

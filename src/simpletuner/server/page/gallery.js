@@ -1,4 +1,4 @@
-/** The validation images of a run: one step's in large, and all as a grid of prompts and steps. */
+/** The validation images of a run: those of one step enlarged, and all of them as a grid of prompts and steps. */
 
 import { beforeAfter } from "./slider.js";
 import { freshId, h } from "./dom.js";
@@ -25,7 +25,7 @@ export class Gallery {
     this.isCompared = h("input", { type: "checkbox", onchange: () => this.drawLarge() });
     this.tools = h("div", { class: "row step-tools" },
       h("label", { for: id }, "Step"), h("div", { class: "grow" }, this.slider), this.stepOutput,
-      h("label", { class: "tick" }, this.isCompared, "Base and step in one, with a movable edge"));
+      h("label", { class: "tick" }, this.isCompared, "Compare with the base (movable edge)"));
     this.large = h("div", { class: "large-pictures" });
     this.box = h("div", { class: "scroll gallery", tabindex: 0, role: "region", "aria-label": "Images by prompt and step" });
     this.all = h("details", { open: true }, h("summary", {}, "All steps"), this.box);
@@ -36,7 +36,7 @@ export class Gallery {
     this.update();
   }
 
-  /** Redraw if there are new images. If the newest step was chosen, the new newest one becomes chosen. */
+  /** Redraw if there are new images. If the newest step was chosen, the choice moves to the new one. */
   update() {
     const { validations, config, state } = this.detail();
     const mark = validations.map(({ step, pictures, attempt }) => `${step}:${pictures.length}:${attempt}`).join(" ");
@@ -60,7 +60,7 @@ export class Gallery {
     this.drawLarge();
   }
 
-  /** Show the images of the chosen step as wide as fits. */
+  /** Show the images of the chosen step enlarged. */
   drawLarge() {
     const { grid, column } = this;
     if (grid.isEmpty) return;
@@ -94,7 +94,7 @@ export class Gallery {
     if (focused) this.box.querySelector(`[data-cell="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
   }
 
-  /** A thumbnail that opens the viewer. */
+  /** A button with an image, which opens the viewer. */
   opener(row, column, picture, width, kind) {
     const step = this.grid.steps[column];
     return h("button", {
@@ -140,7 +140,7 @@ const promptText = ({ name, prompt, references, isEma }) => [
   references.length ? shownReferences(references) : null,
 ];
 
-/** The head of a row of images. */
+/** The header cell of a row of images. */
 export const promptHead = (row) => h("th", { scope: "row", title: row.prompt }, promptText(row));
 
 function emptyText(config, state) {

@@ -8,7 +8,7 @@ import { downloadLink } from "./checkpoints.js";
 import { MachineLine } from "./meter.js";
 import { editNote } from "./note.js";
 import { isActive, phaseText, stateBadge } from "./states.js";
-import { ownInTitle } from "./title.js";
+import { showRunInTitle } from "./title.js";
 
 /** The flavour whose LoRAs other tools do not load. */
 const EMBEDDED = "tiny";
@@ -49,13 +49,13 @@ export class Header {
     this.lost.hidden = connection === "open";
     if (connection === "lost") {
       const runText = isActive(detail.state) ? "; the run continues" : "";
-      this.lost.textContent = `The connection to the server is lost${runText}. The page catches up once the server answers: simpletuner server`;
+      this.lost.textContent = `The connection to the server is lost${runText}. The page catches up once the server answers. If the server has ended, start it with: simpletuner server`;
     }
     if (connection === "gone") {
       this.lost.replaceChildren(...goneText(this.store.run));
       this.verbs.hidden = this.noting.hidden = true;
     }
-    ownInTitle(connection === "gone" ? null : detail);
+    showRunInTitle(connection === "gone" ? null : detail);
     this.note.textContent = detail.note;
     this.badge.replaceChildren(stateBadge(detail.state));
     const text = this.progress(detail);
@@ -99,7 +99,7 @@ export class Header {
       "Seconds per step": steps.length ? short(steps.recentMedian("seconds", 50)) : null,
       Engine: engineText(detail.plan),
       "Peak memory": steps.length ? `${short(steps.last("memory_gib"))} GiB` : null,
-      // Of one attempt only: with several, the time between them would count.
+      // Only for a single attempt: with several, the time between them would be included.
       Took: detail.ended && detail.attempts === 1 ? duration((Date.parse(detail.ended) - Date.parse(detail.started)) / 1000) : null,
       Attempt: detail.attempts > 1 ? detail.attempts : null,
     };
@@ -135,7 +135,7 @@ export class Header {
   }
 }
 
-/** What a stopped run saved; "saved" only if the last step was saved. */
+/** The text for a stopped run; it says "saved at" only if the last step was saved. */
 function stoppedText(step, saved) {
   if (saved === null) return step > 0 ? `The run was stopped after step ${count(step)}, and no checkpoint was saved: “Resume” starts from the beginning.`
     : "The run was stopped before its first step: there was nothing to save. “Resume” starts its training.";
@@ -148,7 +148,7 @@ export const goneText = (run) => [
   h("p", {}, h("strong", {}, "This run no longer exists. "), "Its folder, ", h("code", {}, run), ", was deleted or moved. ", h("a", { href: "#/" }, "Back to the runs")),
 ];
 
-/** The error of a failed run: the first line says what happened, each further line is one problem. */
+/** A panel with the error of a failed run: its first line says what happened, each further line is one problem. */
 function failure(error, link) {
   const lines = (error ?? "The run failed without an error message; see its log.").split("\n").filter((line) => line.trim() !== "");
   const [first, ...problems] = lines;

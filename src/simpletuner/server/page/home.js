@@ -25,7 +25,7 @@ export async function home(root) {
   };
   list.onSelect = chosen;
   const title = h("h1", {}, "Runs");
-  const example = button("Train the example", () => guided(faults), { icon: "play", kind: "quiet" });
+  const example = button("Train the example", () => trainExample(faults), { icon: "play", kind: "quiet" });
   const head = h("div", { class: "head" }, title, note, compare, example, starter.node);
   root.replaceChildren(head, machine.node, faults, first, list.node, queue.node);
 
@@ -61,7 +61,7 @@ export async function home(root) {
 
 /** The two ways to begin, shown while there are no runs. */
 function beginning(faults) {
-  const start = button("Train the example", () => guided(faults, start), { icon: "play", kind: "primary" });
+  const start = button("Train the example", () => trainExample(faults, start), { icon: "play", kind: "primary" });
   return h("section", { class: "stack", "aria-label": "How to begin", hidden: true },
     h("p", {}, "simpletuner trains FLUX.2 on your images. From images with captions it makes a LoRA, ",
       "a small file that FLUX.2 tools load. There are no runs here yet."),
@@ -86,7 +86,7 @@ function beginning(faults) {
 }
 
 /** Train the example. */
-async function guided(faults, pressed = null) {
+async function trainExample(faults, pressed = null) {
   if (pressed) pressed.disabled = true;
   faults.replaceChildren();
   try {
@@ -109,7 +109,7 @@ class Starter {
       button("Queue", () => this.act(async () => {
         await post("queue", { environment: this.choice.value, example: null, options: {} });
         toast("Added to the queue.", "good");
-      }), { icon: "queue", title: "Train it after the runs before it have ended" }));
+      }), { icon: "queue", title: "Starts once the runs before it in the queue have ended" }));
   }
 
   async update() {

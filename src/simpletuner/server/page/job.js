@@ -16,10 +16,10 @@ const wait = (milliseconds) => new Promise((resolve) => { setTimeout(resolve, mi
  */
 export function jobPanel() {
   const node = h("div", { class: "stack", "aria-live": "polite", hidden: true });
-  let turn = 0;
+  let lastJob = 0;
 
   async function run(kind, title, body, changed = () => {}) {
-    const ownTurn = ++turn;
+    const jobNumber = ++lastJob;
     const bar = h("progress", { "aria-label": title });
     const words = h("p", { class: "numbers" }, `${title} …`);
     const lines = h("pre", { class: "lines", tabindex: "0", "aria-label": "Output of the command" });
@@ -34,7 +34,7 @@ export function jobPanel() {
       job = await post(`jobs/${kind}`, body);
       while (job.state === "running") {
         await wait(PERIOD);
-        if (ownTurn !== turn) return null;
+        if (jobNumber !== lastJob) return null;
         job = await get(`jobs/${job.id}`);
         changed(job);
         const { progress } = job;
@@ -46,10 +46,10 @@ export function jobPanel() {
         lines.textContent = job.lines.join("\n");
       }
     } catch (error) {
-      if (ownTurn === turn) node.replaceChildren(problemPanel(error), closing());
+      if (jobNumber === lastJob) node.replaceChildren(problemPanel(error), closing());
       return null;
     }
-    if (ownTurn !== turn) return null;
+    if (jobNumber !== lastJob) return null;
     if (job.state === "done") {
       node.hidden = true;
       return job.result;
@@ -64,5 +64,5 @@ export function jobPanel() {
 
   const closing = () => h("div", {}, button("Close", () => { node.hidden = true; }, { kind: "tiny" }));
 
-  return { node, run, close() { turn += 1; } };
+  return { node, run, close() { lastJob += 1; } };
 }

@@ -97,7 +97,7 @@ export function read(text) {
     if (number !== null) return { kind: "number", start, end: at, value: Number(number) };
     const word = match(WORD);
     if (word !== null) return { kind: "word", start, end: at, value: WORDS[word] };
-    if (at >= text.length) fail("it ends too early");
+    if (at >= text.length) fail("the text ends too early");
     if (first === "'") fail("use double quotes");
     if (first === "/" || first === "#") fail("JSON has no comments: remove this one");
     return fail("this is not a JSON value");
@@ -124,7 +124,7 @@ function nodeAt(root, path) {
 
 const parts = (node) => (node.kind === "object" ? node.members : node.items.map((item) => ({ start: item.start, node: item })));
 
-/** The whitespace before the first part of a list, to use between all parts; for an empty list, by its depth. */
+/** The whitespace before the first part of a list, used between all parts; for an empty list, derived from its depth. */
 function blankOf(text, node) {
   const [first] = parts(node);
   if (first !== undefined) return /^\s*/.exec(text.slice(node.start + 1, first.start))[0];
@@ -161,7 +161,7 @@ function cut(text, node, index) {
 }
 
 /** JSON of a value, indented for `depth`. */
-export function written(value, depth = 0) {
+export function indentedJson(value, depth = 0) {
   return JSON.stringify(value, null, 2).replaceAll("\n", `\n${"  ".repeat(depth)}`);
 }
 

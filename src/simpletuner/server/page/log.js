@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { h } from "./dom.js";
-import { some } from "./format.js";
+import { plural } from "./format.js";
 
 const POLL_MS = 2000;
 const KEPT_CHARACTERS = 400_000;
@@ -41,7 +41,7 @@ export class Log {
   update() {
     const { notices, damaged_lines: damaged } = this.detail();
     const texts = [...new Set(notices)];
-    if (damaged > 0) texts.push(`${some(damaged, "line")} of events.jsonl could not be read; the others are shown.`);
+    if (damaged > 0) texts.push(`${plural(damaged, "line")} of events.jsonl could not be read; the others are shown.`);
     this.notices.replaceChildren(...(texts.length === 0 ? [] : [
       h("div", { class: "panel warn" }, h("h2", {}, "Notices"), h("ul", {}, texts.map((text) => h("li", {}, text)))),
     ]));

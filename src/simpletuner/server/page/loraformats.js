@@ -6,7 +6,7 @@ import { button, confirm, freshId, h, toast } from "./dom.js";
 const FORMATS = { diffusers: "diffusers", comfyui: "ComfyUI", kohya: "kohya", bfl: "BFL" };
 const LOSS_REMEDY = / *Give --allow-loss[^.]*\./;
 
-/** A select of formats, diffusers' first. */
+/** A select of LoRA formats; diffusers is the first. */
 export const formatChoice = (label, excluded = []) => h("select", { "aria-label": label },
   Object.entries(FORMATS).filter(([name]) => !excluded.includes(name)).map(([value, text]) => h("option", { value }, text)));
 

@@ -1,7 +1,7 @@
 // Entry point: the page's frame, and the module of each screen.
 
 import { problemsOf, toast } from "./dom.js";
-import { SOON_MS, plan } from "./feed.js";
+import { SOON_MS, schedulePoll } from "./feed.js";
 import { follow } from "./router.js";
 
 const SCREENS = {
@@ -38,7 +38,7 @@ window.addEventListener("unhandledrejection", (event) => {
   for (const problem of problemsOf(event.reason)) toast(problem.text, "bad");
 });
 
-plan(SOON_MS);
+schedulePoll(SOON_MS);
 await follow(main, SCREENS);
 
 // Preload the other screens. If one fails, the error is shown when it is opened.

@@ -1,4 +1,4 @@
-// The plan of a draft: one sentence on what the run will do and need, and the memory of each phase, folded below.
+// The plan of a draft: one sentence on what the run will do and need, and the folded details: the memory of each phase.
 
 import { ApiFault, post } from "./api.js";
 import { pausing } from "./check.js";
@@ -83,7 +83,7 @@ export function planPanel(draft, machine, apply, longer) {
       button(`Train ${count(changes.num_train_epochs)} epochs`, () => apply(changes), { kind: "primary" }));
   }
 
-  /** Mark the sentence as that of an earlier draft. */
+  /** Mark the sentence as outdated: it is about an earlier draft. */
   function stale(is) {
     busy.hidden = !is;
     sentence.classList.toggle("stale", is);
@@ -136,7 +136,7 @@ function legend(names, color) {
 /** Lower bounds for the time of a step and of the run, if the machine's speed is known. */
 function timeList({ step_s: step, total_s: total, steps }) {
   const rows = [["Per step, at least", step], ["In total, at least", total]].filter(([, seconds]) => typeof seconds === "number");
-  if (rows.length === 0) return h("p", { class: "hint" }, "The time can only be estimated for this machine.");
+  if (rows.length === 0) return h("p", { class: "hint" }, "The time is estimated only if you plan for this machine.");
   return h("dl", { class: "times" },
     rows.map(([title, seconds]) => h("div", {}, h("dt", {}, title), h("dd", { class: "numbers" }, duration(seconds)))),
     typeof steps === "number" ? h("div", {}, h("dt", {}, "Steps"), h("dd", { class: "numbers" }, count(steps))) : null);
@@ -154,5 +154,5 @@ function processesText(plan) {
 
 function workloadText({ width, height, batch, pictures, captions }) {
   const datasetText = pictures === null || pictures === undefined ? "The images have not been scanned yet." : `${pictures} images, ${captions} captions.`;
-  return `Planned for ${width}×${height}, ${batch} at a time. ${datasetText}`;
+  return `Planned for ${width}×${height}, batch size ${batch}. ${datasetText}`;
 }

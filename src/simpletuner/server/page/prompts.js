@@ -1,7 +1,7 @@
 // The validation prompts: a name and a text each, with reference images for prompts that edit images.
 
 import { button, freshId, h, toast } from "./dom.js";
-import { read, renameMember, set, written } from "./jsontext.js";
+import { read, renameMember, set, indentedJson } from "./jsontext.js";
 import { examined, rawEditor } from "./raw.js";
 import { referenceList } from "./references.js";
 
@@ -41,7 +41,7 @@ export function promptsPane(environment) {
       }
       const { prompt, references } = { ...present, ...changed };
       // A row on the page already shows the change, and the user may be typing in it.
-      environment.edit("prompts", set(text(), [key], written(references.length ? { prompt, references } : prompt, 1)), list.node.isConnected ? "row" : "table");
+      environment.edit("prompts", set(text(), [key], indentedJson(references.length ? { prompt, references } : prompt, 1)), list.node.isConnected ? "row" : "table");
     };
     const list = referenceList((references) => write({ references }), () => presentParts(key)?.references ?? []);
     list.show(parts?.references ?? []);

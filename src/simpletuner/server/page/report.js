@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { dialog, h, problemPanel } from "./dom.js";
-import { count, size, some } from "./format.js";
+import { count, size, plural } from "./format.js";
 
 const NAMED_AT_MOST = 6;
 
@@ -42,12 +42,12 @@ function adapterFacts({ kinds, dialect, dtypes, modules, target, parameters, ran
   const facts = modules === 0 ? {} : {
     Kind: Object.keys(kinds).join(", "),
     Layout: `${dialect}, ${dtypes.join(", ")}`,
-    Adapts: `${some(modules, "layer")} (${target}), ${count(parameters)} numbers`,
+    Adapts: `${plural(modules, "layer")} (${target}), ${count(parameters)} parameters`,
     Rank: counted(ranks) || "full",
     Alpha: counted(alphas),
     Fits: fits.join(", ") || "no FLUX.2: no flavour has layers of these shapes",
   };
-  for (const [kind, keys] of Object.entries(unread)) facts[`Not read (${kind})`] = `${some(keys.length, "key")}: ${named(keys)}`;
+  for (const [kind, keys] of Object.entries(unread)) facts[`Not read (${kind})`] = `${plural(keys.length, "key")}: ${named(keys)}`;
   return facts;
 }
 
@@ -64,9 +64,9 @@ function componentView({ component, layout, flavours, sizes, tensors, parameters
   return h("section", { class: "stack tight" },
     h("h3", {}, { transformer: "Transformer", vae: "VAE", text_encoder: "Text encoder" }[component]),
     listOf({
-      Layout: `${layout} names, ${some(tensors, "tensor")}, ${count(parameters)} numbers`,
+      Layout: `${layout} names, ${plural(tensors, "tensor")}, ${count(parameters)} parameters`,
       Sizes: Object.entries(sizes).map(([name, value]) => `${name} ${value}`).join(", "),
-      Holds: Object.entries(formats).map(([name, bytes]) => `${name} ${size(bytes)}`).join(", "),
+      "Stored as": Object.entries(formats).map(([name, bytes]) => `${name} ${size(bytes)}`).join(", "),
       Fits: flavours.join(", ") || "no flavour of FLUX.2",
     }),
     problem ? h("p", { class: "fault" }, problem) : null);

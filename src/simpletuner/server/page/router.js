@@ -6,7 +6,7 @@ import { screenTitle } from "./title.js";
 /** @type {(() => Promise<boolean>) | null} */
 let guard = null;
 let shown = "";
-let turn = 0;
+let lastRequest = 0;
 
 /** Ask `question` before this screen is left; null asks nothing. */
 export function askBeforeLeaving(question) {
@@ -47,7 +47,7 @@ export function follow(main, screens) {
   let leave = () => {};
 
   async function show() {
-    const ownTurn = ++turn;
+    const requestNumber = ++lastRequest;
     shown = location.hash;
     guard = null;
     leave();
@@ -72,7 +72,7 @@ export function follow(main, screens) {
       const open = await entry.load();
       const body = h("div", { class: "screen-body" });
       const closing = await open(body, params);
-      if (ownTurn !== turn) {
+      if (requestNumber !== lastRequest) {
         closing?.();
         return;
       }
@@ -80,7 +80,7 @@ export function follow(main, screens) {
       root.replaceChildren(body);
     } catch (error) {
       console.error(error);
-      if (ownTurn === turn) root.replaceChildren(h("h1", {}, entry.title), problemPanel(error));
+      if (requestNumber === lastRequest) root.replaceChildren(h("h1", {}, entry.title), problemPanel(error));
     }
   }
 

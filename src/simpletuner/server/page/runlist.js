@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { button, freshId, h } from "./dom.js";
-import { count, some, when } from "./format.js";
+import { count, plural, when } from "./format.js";
 import { deleteRun, editNote } from "./note.js";
 import { short } from "./numbers.js";
 import { Grid, pictureUrl } from "./pictures.js";
@@ -73,7 +73,7 @@ export class RunList {
       .filter(({ run, name, note, state }) => (filter.state === "" || state === filter.state)
         && `${name}\n${run}\n${note}`.toLocaleLowerCase().includes(text))
       .sort(ORDERS[filter.order][1]);
-    const countText = matches.length === this.runs.length ? some(matches.length, "run") : `${count(matches.length)} of ${some(this.runs.length, "run")}`;
+    const countText = matches.length === this.runs.length ? plural(matches.length, "run") : `${count(matches.length)} of ${plural(this.runs.length, "run")}`;
     if (this.count.textContent !== countText) this.count.textContent = countText;
     const hidden = matches.length - this.limit;
     this.more.hidden = hidden <= 0;
@@ -105,7 +105,7 @@ export class RunList {
   row(one) {
     const { run, name, state, phase, step, steps, loss, started, error, lora, note } = one;
     const activity = state === "running" ? phaseText(phase) : "";
-    const tool = (label, icon, does, what) => button("", what, { icon, kind: "quiet tiny", label: `${label} ${name}`, dataset: { does } });
+    const tool = (label, icon, action, onPress) => button("", onPress, { icon, kind: "quiet tiny", label: `${label} ${name}`, dataset: { does: action } });
     return h("li", { class: "run-row" },
       h("input", {
         type: "checkbox", checked: this.selected.has(run), "aria-label": `Choose ${name} to compare`, dataset: { does: "choose" },

@@ -19,9 +19,9 @@ const columnOf = ({ loras }) => JSON.stringify(loras.filter(({ strength }) => st
 /**
  * Arrange images in grids, ordered by first appearance.
  * @param {object[]} pictures the first of each cell counts; one without a path is still to be generated
- * @param {string} plain label of a column without LoRAs
+ * @param {string} baseLabel label of a column without LoRAs
  */
-export function gridsOf(pictures, plain) {
+export function gridsOf(pictures, baseLabel) {
   const grids = new Map();
   for (const one of pictures) {
     const key = keyOf(one);
@@ -33,10 +33,10 @@ export function gridsOf(pictures, plain) {
     const cell = `${one.seed} ${column}`;
     if (!grid.cells.has(cell)) grid.cells.set(cell, one);
   }
-  return [...grids.values()].map((grid) => arranged(grid, plain));
+  return [...grids.values()].map((grid) => arranged(grid, baseLabel));
 }
 
-function arranged({ about, cells, seeds, columns }, plain) {
+function arranged({ about, cells, seeds, columns }, baseLabel) {
   const rows = [...seeds].sort((a, b) => a - b);
   const order = [...columns].sort(([, a], [, b]) => {
     const names = (loras) => loras.map(({ sha256, name }) => sha256 ?? name).join();
@@ -44,12 +44,12 @@ function arranged({ about, cells, seeds, columns }, plain) {
   });
   const distinct = new Set([...columns.values()].flat().map(({ sha256, name }) => sha256 ?? name)).size;
   const named = ({ name, sha256, strength }) => {
-    const plain = name.replace(/^pytorch_lora_weights\.safetensors$/, "LoRA").replace(/\.safetensors$/, "");
-    return distinct > 1 ? `${plain}${plain === "LoRA" && sha256 ? ` ${sha256.slice(0, 6)}` : ""} at ${strength}` : `Strength ${strength}`;
+    const shortName = name.replace(/^pytorch_lora_weights\.safetensors$/, "LoRA").replace(/\.safetensors$/, "");
+    return distinct > 1 ? `${shortName}${shortName === "LoRA" && sha256 ? ` ${sha256.slice(0, 6)}` : ""} at ${strength}` : `Strength ${strength}`;
   };
   return {
     about, rows: rows.length, seeds: rows, columns: order.length,
-    labels: order.map(([, loras]) => loras.map(named).join(" + ") || plain),
+    labels: order.map(([, loras]) => loras.map(named).join(" + ") || baseLabel),
     picture: (row, column) => cells.get(`${rows[row]} ${order[column]?.[0]}`),
     at(row, column) {
       const one = this.picture(row, column);
@@ -97,10 +97,10 @@ export function gridTable(grid) {
 }
 
 export class Samples {
-  /** @param {string} run @param {() => string} plain label of images without LoRAs */
-  constructor(run, plain) {
+  /** @param {string} run @param {() => string} baseLabel label of images without LoRAs */
+  constructor(run, baseLabel) {
     this.run = run;
-    this.plain = plain;
+    this.baseLabel = baseLabel;
     this.limit = SHOWN_AT_FIRST;
     this.list = [];
     /** Paths shown elsewhere on the screen; null if none are. */
@@ -124,7 +124,7 @@ export class Samples {
   }
 
   draw() {
-    const grids = gridsOf(this.list.filter(({ path }) => !this.except?.has(path)), this.plain());
+    const grids = gridsOf(this.list.filter(({ path }) => !this.except?.has(path)), this.baseLabel());
     this.more.hidden = grids.length <= this.limit;
     this.node.hidden = grids.length === 0 && this.except !== null;
     this.body.replaceChildren(...grids.slice(0, this.limit).map(gridTable));

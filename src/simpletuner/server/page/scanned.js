@@ -1,7 +1,7 @@
 // The result of scanning a dataset: counts, sizes, and the rejected files with reasons.
 
 import { h } from "./dom.js";
-import { count, some } from "./format.js";
+import { count, plural } from "./format.js";
 
 const REJECTED_SHOWN = 500;
 
@@ -11,7 +11,7 @@ export function scanSummary(scan) {
   const times = scan.repeats === 0 ? "once" : `${scan.repeats + 1} times`;
   return h("section", { class: "sheet stack", "aria-label": "Scan result" },
     h("h2", {}, "Scan"),
-    h("p", {}, `${some(scan.pictures, "image")} and ${some(scan.captions, "caption")}, each image used ${times}: ${some(scan.visits_per_epoch, "sample")} per epoch.`),
+    h("p", {}, `${plural(scan.pictures, "image")} and ${plural(scan.captions, "caption")}, each image used ${times}: ${plural(scan.visits_per_epoch, "sample")} per epoch.`),
     h("div", { class: "scroll" }, h("table", { class: "sizes" },
       h("caption", { class: "visually-hidden" }, "Training sizes"),
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Size"), h("th", { scope: "col", class: "number" }, "Images"))),
@@ -19,7 +19,7 @@ export function scanSummary(scan) {
     scan.notices?.length ? h("ul", { class: "small" }, scan.notices.map((notice) => h("li", {}, notice))) : null,
     rejections.length === 0
       ? h("p", { class: "hint" }, "No file was left out.")
-      : h("details", { open: true }, h("summary", {}, `${some(rejections.length, "file")} left out: ${Object.entries(scan.rejected).map(([reason, number]) => `${number} ${reason}`).join(", ")}`),
+      : h("details", { open: true }, h("summary", {}, `${plural(rejections.length, "file")} left out: ${Object.entries(scan.rejected).map(([reason, number]) => `${number} ${reason}`).join(", ")}`),
         h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Files left out" }, h("table", { class: "left-out" },
           h("thead", {}, h("tr", {}, ["File", "Reason", "Detail"].map((title) => h("th", { scope: "col" }, title)))),
           h("tbody", {}, rejections.slice(0, REJECTED_SHOWN).map((one) => h("tr", {}, h("td", { class: "path" }, one.name), h("td", {}, one.reason), h("td", {}, one.detail)))))),

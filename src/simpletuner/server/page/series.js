@@ -17,7 +17,7 @@ export class Series {
     this.column = Object.fromEntries(["step", ...names].map((name) => [name, new Float64Array(INITIAL_CAPACITY)]));
   }
 
-  /** Replace all columns by those of `GET /api/run/series`. Missing and null values are not drawn. */
+  /** Replace all columns by those of `GET /api/run/series`. Missing and null values become NaN, which the charts skip. */
   fill(columns) {
     const { length } = columns.step;
     const capacity = Math.max(INITIAL_CAPACITY, 2 ** Math.ceil(Math.log2(length + 1)));
@@ -99,8 +99,8 @@ export function firstAtLeast(values, length, limit) {
 }
 
 /**
- * Exponential moving average of a column: a value loses half its weight every `halfLife` steps, whatever the distance of
- * the rows; the first values are not biased toward zero. It grows with the series and recomputes only changed rows.
+ * Exponential moving average of a column: a value loses half its weight every `halfLife` steps, however far apart the
+ * rows are; the first values are not biased toward zero. It grows with the series and recomputes only changed rows.
  */
 export class Smoothed {
   constructor(series, name) {

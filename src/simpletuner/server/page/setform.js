@@ -31,7 +31,7 @@ export function kindText(entry) {
  * @param {{image_set: object[], conditioning_set: object[], text_store: object[]}} schema @param {import("./environment.js").Environment} environment
  * @param {number} index the entry's
  */
-export function setForm(schema, environment, index) {
+export function datasetForm(schema, environment, index) {
   const { root } = examined(environment.text("datasets"), "array");
   const kind = kindOf(root.items[index].value);
   const fields = { conditioning: schema.conditioning_set, text_embeds: schema.text_store }[kind] ?? schema.image_set;
@@ -65,17 +65,17 @@ export function setForm(schema, environment, index) {
   }
 
   /** Show each problem beside its option. @param {import("./api.js").Problem[]} problems of this entry */
-  function blame(problems) {
+  function showProblems(problems) {
     for (const row of rows) {
       // Messages name an entry's option as "…, ID: NAME = VALUE" or "…, ID: NAME: …".
       const { name } = row.field;
       const ofRow = problems.filter(({ key, found }) => key === name || found.includes(`: ${name} = `) || found.includes(`: ${name}: `));
-      row.blame(ofRow);
+      row.showProblems(ofRow);
       row.wrong = ofRow.length > 0;
     }
     filter();
   }
 
   show();
-  return { node, kind, show, blame };
+  return { node, kind, show, showProblems };
 }

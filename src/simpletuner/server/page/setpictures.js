@@ -5,7 +5,7 @@ import { captionBox } from "./caption.js";
 import { editCaptions } from "./captionedit.js";
 import { pausing } from "./check.js";
 import { button, confirm, dialog, fill, freshId, h, problemPanel, toast } from "./dom.js";
-import { count, some } from "./format.js";
+import { count, plural } from "./format.js";
 import { jobPanel } from "./job.js";
 import { Selection } from "./selection.js";
 
@@ -36,7 +36,7 @@ function maskOver(path, isSegmentation) {
  *   a scan, if any; `captions`: whether its images have captions; `textFiles`: whether captions are read from text files; `whole`: whether
  *   a text file is one caption
  */
-export function setPictures({ folder, scan, captions, textFiles, whole }) {
+export function datasetImages({ folder, scan, captions, textFiles, whole }) {
   const node = h("div", { class: "stack" }, h("p", { class: "loading" }, "Loading the folder …"));
   const samples = new Map((scan?.samples ?? []).map((sample) => [sample.name, sample]));
   const rejections = new Map((scan?.rejections ?? []).map((one) => [one.name, one]));
@@ -48,14 +48,14 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
   let groups = null;
   let page = 0;
   let boxes = [];
-  let turn = 0;
+  let lastRequest = 0;
   /** Reference and mask datasets, each with `partners` once loaded: paths by image name. */
   let conditions = [];
 
-  const sight = new IntersectionObserver((entries) => {
+  const visibility = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       if (!entry.isIntersecting) continue;
-      sight.unobserve(entry.target);
+      visibility.unobserve(entry.target);
       entry.target.dispatchEvent(new CustomEvent("seen"));
     }
   }, { rootMargin: "300px" });
@@ -81,7 +81,7 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
   const path = (name) => (listing.path === "." ? name : `${listing.path}/${name}`);
 
   async function open() {
-    const ownTurn = ++turn;
+    const requestNumber = ++lastRequest;
     if (folder === "") {
       node.replaceChildren(h("p", { class: "dim" }, "Set the dataset's folder (instance_data_dir) to see its images."));
       return;
@@ -91,7 +91,7 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
       const [answer] = await Promise.all([
         get("images", { folder, missing: filter.value === "missing", text: search.value.trim() }), ...conditions.map(findPartners),
       ]);
-      if (ownTurn !== turn) return;
+      if (requestNumber !== lastRequest) return;
       listing = answer;
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
@@ -127,10 +127,10 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
   }
 
   function factsText() {
-    if (!captions) return `${some(listing.total, "image")}. Each belongs to the image of the same name, in the datasets that list this one in conditioning_data.`;
+    if (!captions) return `${plural(listing.total, "image")}. Each belongs to the image of the same name, in the datasets that list this one in conditioning_data.`;
     const captioned = listing.without_caption ? `${count(listing.without_caption)} without a caption` : "each with a caption";
     const cropHint = scan === null ? "Scan to see the crops that training uses." : "Training uses the bright part of an image.";
-    return `${some(listing.total, "image")}, ${captioned}. ${cropHint}${masks.hidden ? "" : " Stripes mark where a mask is black or transparent."}`;
+    return `${plural(listing.total, "image")}, ${captioned}. ${cropHint}${masks.hidden ? "" : " Stripes mark where a mask is black or transparent."}`;
   }
 
   /** Load the images' partners in one reference or mask dataset; an unreadable dataset has none. */
@@ -192,7 +192,7 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
 
   function showVerbs() {
     const chosen = selection.size;
-    number.textContent = chosen === 0 ? some(shownNames.length, "image") : `${count(chosen)} of ${some(shownNames.length, "image")} selected`;
+    number.textContent = chosen === 0 ? plural(shownNames.length, "image") : `${count(chosen)} of ${plural(shownNames.length, "image")} selected`;
     copies.hidden = filter.value !== "duplicates" || shownNames.length === 0;
     all.disabled = chosen === shownNames.length;
     none.disabled = bin.disabled = chosen === 0;
@@ -205,7 +205,7 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
     past.replaceChildren();
     fill(past,
       listing.can_undo && captions ? button("Undo the last caption edit", () => undoLast("captions"), { icon: "reset", kind: "tiny" }) : null,
-      listing.trashed ? [h("span", { class: "small dim" }, `${some(listing.trashed, "deleted file")} in the trash.`),
+      listing.trashed ? [h("span", { class: "small dim" }, `${plural(listing.trashed, "deleted file")} in the trash.`),
         button("Undo the last deletion", () => undoLast("delete"), { icon: "reset", kind: "tiny" }), button("Empty the trash", emptyTrash, { kind: "tiny" })] : null);
     past.hidden = past.childElementCount === 0;
   }
@@ -221,17 +221,17 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
       return;
     }
     if (result === null) return;
-    toast(`${some(result.changed, "caption")} changed${result.left_out.length ? `, ${count(result.left_out.length)} not changed` : ""}.`, "good");
+    toast(`${plural(result.changed, "caption")} changed${result.left_out.length ? `, ${count(result.left_out.length)} not changed` : ""}.`, "good");
     await open();
   }
 
   async function remove() {
     const { names } = selection;
     const captioned = names.length - names.filter((name) => listing.missing.includes(name)).length;
-    const files = `${some(names.length, "image")}${captioned ? ` and ${captioned === 1 && names.length === 1 ? "its caption" : some(captioned, "caption")}` : ""}`;
-    if (!(await confirm(`Delete ${files}?`, `They are moved to ${path(".simpletuner/trash")}: you can undo this until you empty the trash.`, `Delete ${some(names.length, "image")}`, "danger"))) return;
+    const files = `${plural(names.length, "image")}${captioned ? ` and ${captioned === 1 && names.length === 1 ? "its caption" : plural(captioned, "caption")}` : ""}`;
+    if (!(await confirm(`Delete ${files}?`, `They are moved to ${path(".simpletuner/trash")}: you can undo this until you empty the trash.`, `Delete ${plural(names.length, "image")}`, "danger"))) return;
     const result = await post("images/delete", { folder, names });
-    toast(`${some(result.images, "image")} deleted${result.left_out.length ? `, ${count(result.left_out.length)} not deleted: ${result.left_out[0].detail}` : ""}.`, "good");
+    toast(`${plural(result.images, "image")} deleted${result.left_out.length ? `, ${count(result.left_out.length)} not deleted: ${result.left_out[0].detail}` : ""}.`, "good");
     selection.set([]);
     groups = null;
     await open();
@@ -239,13 +239,13 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
 
   async function undoLast(what) {
     const { undone, left_out: skipped } = await post("images/undo", { folder, what });
-    toast(`${some(undone, "file")} restored${skipped.length ? `; ${skipped.length} not restored: ${skipped[0].name} ${skipped[0].reason}` : ""}.`, "good");
+    toast(`${plural(undone, "file")} restored${skipped.length ? `; ${skipped.length} not restored: ${skipped[0].name} ${skipped[0].reason}` : ""}.`, "good");
     groups = null;
     await open();
   }
 
   async function emptyTrash() {
-    if (!(await confirm("Empty the trash?", `${some(listing.trashed, "file")} that you deleted from ${folder} cannot be restored afterwards.`, "Empty the trash", "danger"))) return;
+    if (!(await confirm("Empty the trash?", `${plural(listing.trashed, "file")} that you deleted from ${folder} cannot be restored afterwards.`, "Empty the trash", "danger"))) return;
     await post("images/empty-trash", { folder });
     await open();
   }
@@ -276,7 +276,7 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
     const group = groups.find(({ names }) => names.includes(name));
     if (previous !== undefined && group.names.includes(previous)) return null;
     return h("li", { class: "group-head" }, h("h3", {}, group.kind === "exact" ? "Identical files" : "Nearly identical"),
-      group.kind === "exact" ? null : h("span", { class: "hint" }, "Their thumbnails are alike: compare them before you delete one."));
+      group.kind === "exact" ? null : h("span", { class: "hint" }, "Their thumbnails look alike. Compare the images before you delete one."));
   }
 
   function tile(name) {
@@ -298,7 +298,7 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
       caption?.node);
     if (caption === null) return item;
     item.addEventListener("seen", caption.load, { once: true });
-    sight.observe(item);
+    visibility.observe(item);
     return item;
   }
 
@@ -314,7 +314,7 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
     return box;
   }
 
-  /** Show an image in large, with buttons to the previous and next one. */
+  /** Show an image enlarged, with buttons to the previous and next one. */
   function large(first) {
     let at = shownNames.indexOf(first);
     const body = h("div", { class: "stack large" });
@@ -357,13 +357,13 @@ export function setPictures({ folder, scan, captions, textFiles, whole }) {
       conditions = newConditions;
       return open();
     },
-    /** Paths of the images with a shown caption. */
+    /** Paths of the images whose captions are shown. */
     get shown() {
       return new Set(boxes.map((box) => box.path));
     },
     close() {
       for (const box of boxes) box.close();
-      sight.disconnect();
+      visibility.disconnect();
       look.stop();
       job.close();
     },

@@ -3,16 +3,18 @@
 import { h } from "./dom.js";
 import { count } from "./format.js";
 
-/** States of a run; live ones first. */
+/** States of a run; active ones first. */
 export const STATES = ["starting", "running", "waiting", "failed", "killed", "stopped", "done"];
 
+/** The color of each state's badge. */
 const KINDS = { waiting: "", starting: "accent", running: "accent", done: "good", stopped: "warn", failed: "bad", killed: "bad", cancelled: "warn" };
 
+/** As TITLES of simpletuner.runs.events. */
 const PHASES = {
   scan: "scanning the images",
   text: "encoding captions",
   latents: "encoding images",
-  load: "loading the model",
+  load: "loading the transformer",
   train: "training",
   validation: "validating",
   export: "writing the result",

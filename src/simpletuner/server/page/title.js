@@ -31,13 +31,13 @@ export function screenTitle(text) {
 }
 
 /** Update the run of the open screen; null if it was deleted. */
-export function ownInTitle(run) {
+export function showRunInTitle(run) {
   screenRun = run;
   showTitle();
 }
 
 /** Update the runs of the list. */
-export function othersInTitle(runs) {
+export function showOthersInTitle(runs) {
   const otherRuns = runs.filter(({ run }) => run !== screenRun?.run);
   const current = otherRun && otherRuns.find(({ run }) => run === otherRun.run);
   otherRun = (isLive(current ?? null) ? current : otherRuns.find(isLive)) ?? current ?? null;

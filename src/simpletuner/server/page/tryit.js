@@ -17,8 +17,8 @@ export class TryIt {
     this.run = run;
     this.detail = detail;
     this.loras = new LoraChoice(run, () => this.changed());
-    this.plain = () => (detail().config?.model_type === "full" ? "The run's model" : "Base");
-    this.samples = new Samples(run, this.plain);
+    this.baseLabel = () => (detail().config?.model_type === "full" ? "The run's model" : "Base");
+    this.samples = new Samples(run, this.baseLabel);
     this.job = jobPanel();
     this.faults = h("div", { class: "stack" });
     this.latest = h("section", { class: "sheet stack", "aria-label": "Latest images", hidden: true });
@@ -77,7 +77,7 @@ export class TryIt {
       this.store();
     }, { icon: "refresh", label: "Another seed" });
     seed.id = freshId("seed");
-    this.draw = h("button", { type: "submit", class: "primary" }, icon("picture"), h("span", {}, "Generate"));
+    this.generateButton = h("button", { type: "submit", class: "primary" }, icon("picture"), h("span", {}, "Generate"));
     strengths.addEventListener("input", () => strengths.setCustomValidity(""));
     return h("form", {
       class: "sheet stack",
@@ -95,12 +95,12 @@ export class TryIt {
     h("div", { class: "stack tight" }, h("span", { class: "label" }, "References"), this.references.node,
       h("p", { class: "hint" }, "Images that every prompt edits or refers to, in this order.")),
     this.loras.node,
-    field("Strengths", strengths, "One column of images each, such as 0, 0.5, 0.8, 1, 1.2. 0 is the base model."),
+    field("Strengths", strengths, "One column of images for each, such as 0, 0.5, 0.8, 1, 1.2. 0 is the base model."),
     h("div", { class: "fields" },
       h("div", { class: "stack tight" }, h("label", { for: seed.id }, "Seed"), h("div", { class: "row nowrap" }, seed, dice)),
-      field("Seeds", count), field("Width", width), field("Height", height),
+      field("Seed count", count), field("Width", width), field("Height", height),
       field("Sampler steps", steps), field("Guidance", guidance)),
-    h("div", { class: "row" }, this.draw));
+    h("div", { class: "row" }, this.generateButton));
   }
 
   /** Store the settings for the next visit. */
@@ -123,7 +123,7 @@ export class TryIt {
   async start() {
     const { prompts, seed, count, width, height, steps, guidance } = this.fields;
     const strengths = this.loras.list.length ? this.strengths() : [0];
-    if (strengths === null || this.draw.disabled) return;
+    if (strengths === null || this.generateButton.disabled) return;
     const optional = (input) => (input.value === "" ? null : Number(input.value));
     const loras = this.loras.chosen();
     const request = {
@@ -135,7 +135,7 @@ export class TryIt {
       ...(this.references.paths.length ? { references: this.references.paths } : {}),
     };
     this.faults.replaceChildren();
-    this.draw.disabled = true;
+    this.generateButton.disabled = true;
     let shownCount = -1;
     try {
       await this.job.run("sample", "Generating", request, ({ result }) => {
@@ -149,7 +149,7 @@ export class TryIt {
     } catch (error) {
       this.faults.replaceChildren(problemPanel(error));
     } finally {
-      this.draw.disabled = false;
+      this.generateButton.disabled = false;
     }
   }
 
@@ -159,7 +159,7 @@ export class TryIt {
     this.samples.except = new Set(paths);
     this.samples.draw();
     this.latest.hidden = false;
-    this.latest.replaceChildren(h("h2", {}, "Latest"), ...gridsOf(pictures, this.plain()).map(gridTable));
+    this.latest.replaceChildren(h("h2", {}, "Latest"), ...gridsOf(pictures, this.baseLabel()).map(gridTable));
   }
 }
 

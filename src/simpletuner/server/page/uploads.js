@@ -3,7 +3,7 @@
 import { ApiFault, get, upload } from "./api.js";
 import { button, fill, h, toast } from "./dom.js";
 import { ensureFolder } from "./folders.js";
-import { count, size, some } from "./format.js";
+import { count, size, plural } from "./format.js";
 
 const AT_ONCE = 4;
 const CAPTION = /\.(txt|caption)$/i;
@@ -132,7 +132,7 @@ export function uploads(folder, arrived) {
   return { node, take };
 }
 
-/** Files being uploaded into a folder, and the line that shows the progress. */
+/** One upload of several files into a folder, and the line that shows its progress. */
 class Batch {
   constructor(folder, line) {
     this.folder = folder;
@@ -227,13 +227,13 @@ class Batch {
 
   #show() {
     this.bar.value = this.sent;
-    this.words.textContent = `${count(this.done)} of ${some(this.files, "file")}, ${size(Math.round(this.sent))} of ${size(this.total)}`;
+    this.words.textContent = `${count(this.done)} of ${plural(this.files, "file")}, ${size(Math.round(this.sent))} of ${size(this.total)}`;
   }
 
   /** Replace the progress by a one-line summary. @param {HTMLElement|null} retry button below it */
   finish(retry) {
     const { image, caption } = this.saved;
-    const added = [image ? some(image, "image") : "", caption ? some(caption, "caption") : ""].filter(Boolean).join(" and ") || "nothing";
+    const added = [image ? plural(image, "image") : "", caption ? plural(caption, "caption") : ""].filter(Boolean).join(" and ") || "nothing";
     const parts = [`${added} added`, this.refused.length ? `${count(this.refused.length)} refused` : "", this.unsent.length ? `${count(this.unsent.length)} not sent` : ""];
     const text = parts.filter(Boolean).join(", ");
     const reasons = new Map();

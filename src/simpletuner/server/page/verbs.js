@@ -1,4 +1,4 @@
-// The actions on a run: each button is one CLI command.
+// The actions on a run: each button does what one CLI command does.
 
 import { get, post } from "./api.js";
 import { ask, button, h, toast } from "./dom.js";
