@@ -51,7 +51,13 @@ def test_a_grid_of_strengths_comes_picture_by_picture_from_one_sampler(
     url = f"{server.url}/#/run?run=output/{trained.root.name}&tab=try"
     page.goto(url)
     page.get_by_label("Prompts").fill("a flag")
-    for name, value in {"Width": "64", "Height": "64", "Sampler steps": "2", "Seed count": "2", "Strengths": "0, ¼"}.items():
+    for name, value in {
+        "Width": "64",
+        "Height": "64",
+        "Sampler steps": "2",
+        "Seed count": "2",
+        "Strengths": "0, ¼",
+    }.items():
         page.get_by_label(name, exact=True).fill(value)
     draw = page.get_by_role("button", name="Generate", exact=True)
     draw.click()
@@ -93,7 +99,7 @@ def test_a_grid_of_strengths_comes_picture_by_picture_from_one_sampler(
     command = [sys.executable, "-P", "-m", "simpletuner", *NEVER_TRAINS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
-    assert f"Process {first}, which kept a model to draw with, is ended" in run.stdout
+    assert f"Ending process {first}, which keeps a model to generate images" in run.stdout
     expect(page.get_by_text("the sampler ended because a training run")).to_be_visible()
     assert samplers(workspace) == []
 

@@ -23,15 +23,15 @@ class TimedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._stop_clock()
+            self._cancel_deadline()
         elif self._deadline is None:  # a later request starts
             self._deadline = self.loop.call_later(HEADERS_WITHIN_S, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_clock()
+        self._cancel_deadline()
         super().connection_lost(exc)
 
-    def _stop_clock(self) -> None:
+    def _cancel_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None

@@ -117,7 +117,7 @@ def write_draft(draft: Draft, environment: Environment, folder: Path) -> Written
             if document in named_paths:
                 flags.append(f"--{REFERENCES[document]}={path}")
                 overridden.append(REFERENCES[document])
-                problems += _refusals(environment, values, document)
+                problems += _path_problems(environment, values, document)
         elif document not in named_paths:
             environment.roots.resolve_for(REFERENCES[document], str(default_path))
             saved_text, _ = read_text(default_path)
@@ -126,7 +126,7 @@ def write_draft(draft: Draft, environment: Environment, folder: Path) -> Written
     return WrittenDraft(tuple(flags), folder, shown_paths, tuple(overridden), names, tuple(problems))
 
 
-def _refusals(environment: Environment, values: dict[str, Any], document: DocumentName) -> list[Problem]:
+def _path_problems(environment: Environment, values: dict[str, Any], document: DocumentName) -> list[Problem]:
     """The problems with the path that a draft's config names for a document."""
     key = REFERENCES[document]
     try:

@@ -174,7 +174,7 @@ class Guard:
             return
         now = self._clock()
         for _, guess in presented:
-            self._count(sha256_bytes(guess.encode(errors="replace")), now)
+            self._count_wrong_token(sha256_bytes(guess.encode(errors="replace")), now)
         if now < self._locked_until:
             retry = {"Retry-After": str(int(self._locked_until - now) + 1)}
             raise refusal(429, "too many wrong tokens", remedy="Wait a minute, then use the right one.", headers=retry)
@@ -183,7 +183,7 @@ class Guard:
             raise refusal(401, "no valid token", remedy="Open the link that the server printed.", headers=challenge)
         raise Refusal(PlainTextResponse(_NEEDS_TOKEN, status_code=401, headers=challenge))
 
-    def _count(self, guess: str, now: float) -> None:
+    def _count_wrong_token(self, guess: str, now: float) -> None:
         """Record a wrong token. A repeated one, as an open page with an old token sends it, is not a new guess."""
         recent = [entry for entry in self._guesses if now - entry[0] < GUESSES_WITHIN_S]
         if any(guess == earlier for _, earlier in recent):

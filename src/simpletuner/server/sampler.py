@@ -15,7 +15,7 @@ from simpletuner.server.faults import problem_answer
 from simpletuner.server.roots import Roots
 from simpletuner.server.runs import list_runs
 from simpletuner.server.shell import Finished, Shell, end_process, printed_problems
-from simpletuner.server.work import TERM_TIMEOUT_S, CommandJob, JobProgress, read_lines, take_line
+from simpletuner.server.work import TERM_TIMEOUT_S, CommandJob, JobProgress, read_lines, record_line
 
 IDLE_S = 300.0
 _LONGEST_EVENT = 2**20
@@ -75,12 +75,12 @@ class SamplerProcess:
             process = await self._shell.start("sample", "--serve", stdin=asyncio.subprocess.PIPE, limit=_LONGEST_EVENT)
             assert process.stderr is not None
             self._process = process
-            self._printed = asyncio.create_task(read_lines(process.stderr, self._take_line))
+            self._printed = asyncio.create_task(read_lines(process.stderr, self._record_line))
         return process
 
-    def _take_line(self, line: str) -> None:
+    def _record_line(self, line: str) -> None:
         if self._job is not None:
-            take_line(line, self._job)
+            record_line(line, self._job)
 
     async def _follow(self, job: CommandJob, request: Mapping[str, Any], display_path: Callable[[str], str]) -> None:
         process = await self._started()

@@ -133,7 +133,7 @@ def split(data: bytes) -> Iterator[Sequence[str]]:
     yield from _LINE.findall(data.decode(errors="replace"))
 
 
-def numbered(data: bytes) -> Iterator[tuple[int, str]]:
+def events_in(data: bytes) -> Iterator[tuple[int, str]]:
     """Yield id and JSON text of each event in `data`, skipping damaged lines. The text contains no line break."""
     lines = data.decode(errors="replace")
     for match in _LINE.finditer(lines):
@@ -241,11 +241,11 @@ class EventSummary:
             self.phases, self.notices = {}, []
         if line.get("type") == "end" and line.get("reason") == "error" and "start" in line:
             self.attempts = line["attempt"] - ("train" not in self.phases)
-        kind = _KINDS.get(str(line.get("type")))
-        if kind is None:  # reported by the run's status instead, or written by a later version
+        event_type = _EVENT_TYPES.get(str(line.get("type")))
+        if event_type is None:  # reported by the run's status instead, or written by a later version
             return
         try:
-            event = kind.model_validate(line, extra="ignore")
+            event = event_type.model_validate(line, extra="ignore")
         except ValidationError:
             raise DamagedText from None
         self._add(event)
@@ -271,7 +271,7 @@ class EventSummary:
                 self.notices = [*self.notices[1 - NOTICES_KEPT :], event.text]
 
 
-_KINDS: dict[str, type[Event]] = {
+_EVENT_TYPES: dict[str, type[Event]] = {
     "plan": PlanEvent,
     "phase": PhaseEvent,
     "progress": ProgressEvent,
@@ -310,18 +310,18 @@ class EventIndex:
             columns = dict(self._columns.json())
             validations = list(self.summary.validations.values())
             last_id = self.summary.last_id
-        measured = {event.step: event for event in validations if event.loss is not None}
-        steps = sorted(measured)
+        with_loss = {event.step: event for event in validations if event.loss is not None}
+        steps = sorted(with_loss)
         held_out = {
             "step": steps,
-            "loss": [measured[step].loss for step in steps],
-            "ema_loss": [measured[step].ema_loss for step in steps],
+            "loss": [with_loss[step].loss for step in steps],
+            "ema_loss": [with_loss[step].ema_loss for step in steps],
         }
-        moved = {event.step: event for event in validations if event.drift is not None}
+        with_drift = {event.step: event for event in validations if event.drift is not None}
         drift = {
-            "step": sorted(moved),
-            "drift": [moved[step].drift for step in sorted(moved)],
-            "ema_drift": [moved[step].ema_drift for step in sorted(moved)],
+            "step": sorted(with_drift),
+            "drift": [with_drift[step].drift for step in sorted(with_drift)],
+            "ema_drift": [with_drift[step].ema_drift for step in sorted(with_drift)],
         }
         columns |= {"held_out": json.dumps(held_out, allow_nan=False), "drift": json.dumps(drift, allow_nan=False)}
         body = ", ".join(f'"{name}": {values}' for name, values in columns.items())
@@ -341,7 +341,7 @@ class EventIndex:
             with self.path.open("rb") as file:
                 while data := whole_lines(file, offset):
                     for line in data.splitlines(keepends=True):
-                        if any(number > after for number, _ in numbered(line)):
+                        if any(number > after for number, _ in events_in(line)):
                             return offset, True
                         offset += len(line)
             return offset, True

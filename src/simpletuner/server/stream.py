@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simpletuner.server.series import EventIndexes, numbered, whole_lines
+from simpletuner.server.series import EventIndexes, events_in, whole_lines
 
 POLL_EVERY_S = 0.5
 HEARTBEAT_S = 15.0
@@ -87,7 +87,7 @@ class _Tail:
             if position.identity not in (None, identity) or status.st_size < position.offset:
                 return _Position(), RESET
             data = whole_lines(file, position.offset)
-        messages = "".join(f"id: {number}\ndata: {text}\n\n" for number, text in numbered(data))
+        messages = "".join(f"id: {number}\ndata: {text}\n\n" for number, text in events_in(data))
         return _Position(position.offset + len(data), identity), messages.encode()
 
 

@@ -200,7 +200,7 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
         yield path
 
 
-def name_part(part: Path, target: Path) -> None:
+def finish_part(part: Path, target: Path) -> None:
     """Move a complete file to its final name without overwriting.
 
     Raises:
@@ -285,7 +285,7 @@ def _extract(
             with opened.open(entry) as source, part.open("wb") as target:
                 shutil.copyfileobj(source, target, MIB)
             check_content(part, suffix)
-            name_part(part, target_folder / name)
+            finish_part(part, target_folder / name)
     return target_folder / name
 
 

@@ -131,7 +131,7 @@ class Jobs:
         assert process.stderr is not None
         try:
             out, err, exit_code = await asyncio.gather(
-                process.stdout.read(), read_lines(process.stderr, partial(take_line, job=job)), process.wait()
+                process.stdout.read(), read_lines(process.stderr, partial(record_line, job=job)), process.wait()
             )
         finally:
             await end_process(process, TERM_TIMEOUT_S)
@@ -165,7 +165,7 @@ async def read_lines(stream: asyncio.StreamReader, take: Callable[[str], None]) 
     return tail
 
 
-def take_line(line: str, job: CommandJob) -> None:
+def record_line(line: str, job: CommandJob) -> None:
     """Record a line that a command printed in its job: progress, or a line for people."""
     if line.startswith("{"):
         progress = _progress(line)

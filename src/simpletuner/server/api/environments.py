@@ -219,7 +219,7 @@ async def _checked(draft: Draft, context: ServerContext) -> DraftCheck:
             "config", "check", "--json", *written.flags, extra_roots=(folder,), slots=context.check_slots
         )
     out = with_real_paths(finished, written)
-    answer = _object(out.out)
+    answer = _json_object(out.out)
     if answer is None:
         if out.exit_code == 0:
             raise Fault.of(500, "the check's output cannot be parsed")
@@ -262,13 +262,13 @@ async def _planned(draft: PlanRequest, context: ServerContext) -> dict[str, Any]
             "plan", "--json", *sizes, *written.flags, extra_roots=(folder,), slots=context.plan_slots
         )
     out = with_real_paths(finished, written)
-    memory_plan = _object(out.out)
+    memory_plan = _json_object(out.out)
     if out.exit_code in (0, MemoryBudgetError.exit_code) and memory_plan is not None:
         return memory_plan
     raise Fault(422, *printed_problems(out))
 
 
-def _object(text: str) -> dict[str, Any] | None:
+def _json_object(text: str) -> dict[str, Any] | None:
     try:
         value = from_json(text)
     except ValueError:

@@ -261,7 +261,7 @@ async def _received(request: Request, folder: Path, name: str, roots: Roots) -> 
         if suffix == ZIP:
             return await asyncio.to_thread(uploads.unpack, part, name, folder, roots)
         await asyncio.to_thread(uploads.check_content, part, suffix)
-        uploads.name_part(part, folder / name)
+        uploads.finish_part(part, folder / name)
     return UploadOutcome(saved=[folder / name])
 
 

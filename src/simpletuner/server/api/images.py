@@ -185,7 +185,7 @@ async def edit_captions(edit: CaptionsEdit, request: Request, context: InContext
     flags += [f"--{name}" for name, is_on in switches.items() if is_on]
     try:
         async with asyncio.timeout(EDIT_TIMEOUT_S):
-            work = _dataset(context, "captions", path, edit.names, *flags)
+            work = _run_dataset_command(context, "captions", path, edit.names, *flags)
             return EditedCaptions.model_validate(await (until_disconnect(request, work) if edit.dry_run else work))
     except Fault as fault:
         if edit.revision and any(problem.found.startswith("--revision") for problem in fault.problems):
@@ -201,7 +201,7 @@ async def edit_captions(edit: CaptionsEdit, request: Request, context: InContext
 async def delete_images(deletion: Deletion, context: InContext) -> DeletedImages:
     """Move images and their captions to the folder's trash: `simpletuner dataset delete`."""
     path = context.roots.folder(deletion.folder)
-    deleted = DeletedImages.model_validate(await _dataset(context, "delete", path, deletion.names, "--yes"))
+    deleted = DeletedImages.model_validate(await _run_dataset_command(context, "delete", path, deletion.names, "--yes"))
     return (
         deleted.model_copy(update={"trash": context.roots.display_path(Path(deleted.trash))})
         if deleted.trash
@@ -213,14 +213,14 @@ async def delete_images(deletion: Deletion, context: InContext) -> DeletedImages
 async def undo(request: UndoRequest, context: InContext) -> UndoResult:
     """Undo the last caption edit or the last deletion."""
     path = context.roots.folder(request.folder)
-    return UndoResult.model_validate(await _dataset(context, request.what, path, None, "--undo"))
+    return UndoResult.model_validate(await _run_dataset_command(context, request.what, path, None, "--undo"))
 
 
 @router.post("/images/empty-trash")
 async def emptied_trash(request: FolderRequest, context: InContext) -> dict[str, int]:
     """Empty a folder's trash; the response counts the files."""
     path = context.roots.folder(request.folder)
-    return await _dataset(context, "delete", path, None, "--empty-trash", "--yes")
+    return await _run_dataset_command(context, "delete", path, None, "--empty-trash", "--yes")
 
 
 @router.post("/jobs/duplicates", status_code=202)
@@ -236,7 +236,7 @@ def _exists_in(folder: Path, name: str) -> bool:
     return not is_hidden and not name.startswith("/") and os.path.lexists(folder / name)
 
 
-async def _dataset(
+async def _run_dataset_command(
     context: ServerContext, verb: str, folder: Path, names: Sequence[str] | None, *flags: str
 ) -> dict[str, Any]:
     """Return the JSON output of `simpletuner dataset VERB` about images of a folder.

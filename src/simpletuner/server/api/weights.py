@@ -39,7 +39,7 @@ OUTPUT_LINES_HEADER = "X-Said"
 """Response header of an output file: the lines that the command printed, as a JSON list of strings."""
 LONGEST_HEADER_LINE = 400
 """Characters per line, so that any proxy passes the header on."""
-_WEIGHTS: dict[int | str, dict[str, Any]] = {
+_FILE_RESPONSE: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {"application/octet-stream": {}},
         "headers": {
@@ -110,7 +110,7 @@ async def inspect_here(path: PathQuery, request: Request, context: InContext) ->
     if not (real.is_file() and is_weight_file(real.name)):
         raise Fault.of(422, f"{path}: there is no weight file", f"a file that ends in {' or '.join(WEIGHT_FILES)}")
     return Inspection.model_validate(
-        await _answer(printed_json, context, request, "inspect", str(real), "--json") | {"path": path}
+        await _command_result(printed_json, context, request, "inspect", str(real), "--json") | {"path": path}
     )
 
 
@@ -132,7 +132,7 @@ async def inspect_sent(
         with uploads.scratch_folder(context.workspace / SCRATCH) as folder:
             with (folder / name).open("xb") as file:
                 await stream_into(request.stream(), file, LARGEST_INSPECTED)
-            answer = await _answer(
+            answer = await _command_result(
                 printed_json, context, request, "inspect", str(folder / name), "--json", scratch=folder
             )
             return Inspection.model_validate(answer | {"path": name})
@@ -140,29 +140,29 @@ async def inspect_sent(
         raise Fault.of(422, f"{name!a} is refused: {reason}") from None
 
 
-@router.post("/lora/convert", response_class=FileResponse, responses=_WEIGHTS)
+@router.post("/lora/convert", response_class=FileResponse, responses=_FILE_RESPONSE)
 async def convert(body: ConvertRequest, request: Request, context: InContext) -> TemporaryDownload:
     """Convert a LoRA to another format: `simpletuner convert`. 422 names the layers that its loader would drop."""
     source = lora_file(context.roots, body.path)
     stem = source.parent.name if source.name == LORA_NAME else source.stem
     flags = [f"--to={body.format}", *(["--allow-loss"] if body.allow_loss else [])]
-    return await _converted(
+    return await _output_file(
         context, request, f"{stem}-{body.format}.safetensors", "convert", str(source), OUTPUT_FILE, *flags
     )
 
 
-@router.post("/lora/merge", response_class=FileResponse, responses=_WEIGHTS)
+@router.post("/lora/merge", response_class=FileResponse, responses=_FILE_RESPONSE)
 async def merge(body: MergeRequest, request: Request, context: InContext) -> TemporaryDownload:
     """Merge LoRAs into one: `simpletuner merge`."""
     loras = [f"--lora={lora_file(context.roots, lora.path)}:{lora.strength}" for lora in body.loras]
     rank = [] if body.rank is None else [f"--rank={body.rank}"]
     name = f"merged-{body.format}.safetensors"
-    return await _converted(
+    return await _output_file(
         context, request, name, "merge", *loras, "--output", OUTPUT_FILE, *rank, f"--to={body.format}"
     )
 
 
-async def _answer(
+async def _command_result(
     read: Callable[[Finished], T],
     context: ServerContext,
     request: Request,
@@ -194,18 +194,18 @@ def _problem_without(folders: Sequence[Path], problem: Problem) -> Problem:
     return replace(problem, **{name: _without(folders, text) for name, text in texts.items()})
 
 
-async def _converted(context: ServerContext, request: Request, name: str, *arguments: str) -> TemporaryDownload:
+async def _output_file(context: ServerContext, request: Request, name: str, *arguments: str) -> TemporaryDownload:
     """Run a command that writes the file `name`, and return it as a download. `OUTPUT_FILE` among the `arguments`
     stands for its path.
 
     Raises:
-        Fault: as `_answer`.
+        Fault: as `_command_result`.
     """
     stack = ExitStack()
     folder = stack.enter_context(uploads.scratch_folder(context.workspace / SCRATCH))
     try:
         filled = [str(folder / name) if argument == OUTPUT_FILE else argument for argument in arguments]
-        printed_text = await _answer(output, context, request, *filled, scratch=folder)
+        printed_text = await _command_result(output, context, request, *filled, scratch=folder)
         return TemporaryDownload(folder / name, stack, _without([folder, context.workspace], printed_text).splitlines())
     except BaseException:
         stack.close()

@@ -173,16 +173,16 @@ export function ask(title, { label, value = "", yes = "OK", kind = "primary", no
 /** Disable the action "yes" of an open dialog while `check` finds a fault in its line of text; Enter presses it. */
 export function review(box, close, input, fault, check) {
   const accept = box.querySelector('[data-action="yes"]');
-  const look = () => {
+  const update = () => {
     const inputFault = check(input.value);
     fault.textContent = input.value === "" ? "" : inputFault;
     accept.disabled = inputFault !== "";
   };
-  input.addEventListener("input", look);
+  input.addEventListener("input", update);
   input.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !accept.disabled) close("yes");
   });
-  look();
+  update();
   input.focus();
 }
 

@@ -127,7 +127,7 @@ export class Environment extends EventTarget {
   /** Poll the files. Returns a function that stops it. */
   watch() {
     let last = "";
-    const look = async () => {
+    const poll = async () => {
       if (window.document.visibilityState !== "visible") return;
       let detail;
       try {
@@ -143,7 +143,7 @@ export class Environment extends EventTarget {
       last = "";
       for (const document of DOCUMENTS) this.#compare(document, detail.documents[document]);
     };
-    const timer = setInterval(look, POLL);
+    const timer = setInterval(poll, POLL);
     return () => clearInterval(timer);
   }
 

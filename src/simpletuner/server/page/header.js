@@ -27,13 +27,13 @@ export class Header {
     this.facts = h("dl", { class: "tiles" });
     this.phases = h("ol", { class: "phases", "aria-label": "Phases" });
     this.note = h("p", { class: "run-note grow" });
-    this.noting = button("Note", async () => {
+    this.noteButton = button("Note", async () => {
       if (await editNote(store.detail)) await store.refresh();
     }, { icon: "edit", kind: "quiet tiny", label: "Note on this run" });
     this.machine = new MachineLine();
     this.spoken = h("p", { class: "visually-hidden", "aria-live": "polite" });
     this.node = h("div", { class: "stack" },
-      h("div", { class: "head" }, h("h1", {}, store.detail.name), this.badge, h("span", { class: "grow" }), this.noting, verbs),
+      h("div", { class: "head" }, h("h1", {}, store.detail.name), this.badge, h("span", { class: "grow" }), this.noteButton, verbs),
       h("div", { class: "row" }, this.note, this.machine.node),
       this.lost, this.outcome,
       h("section", { class: "sheet stack", "aria-label": "Status" },
@@ -53,7 +53,7 @@ export class Header {
     }
     if (connection === "gone") {
       this.lost.replaceChildren(...goneText(this.store.run));
-      this.verbs.hidden = this.noting.hidden = true;
+      this.verbs.hidden = this.noteButton.hidden = true;
     }
     showRunInTitle(connection === "gone" ? null : detail);
     this.note.textContent = detail.note;
@@ -67,7 +67,7 @@ export class Header {
     const outcome = `${detail.state} ${detail.error} ${detail.lora} ${detail.saved}`;
     if (outcome !== this.shownOutcome) {
       this.shownOutcome = outcome;
-      this.outcome.replaceChildren(...this.endings(detail));
+      this.outcome.replaceChildren(...this.outcomePanels(detail));
     }
   }
 
@@ -107,14 +107,14 @@ export class Header {
       .map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", { class: "numbers" }, String(value))));
   }
 
-  endings(detail) {
+  outcomePanels(detail) {
     const link = (text, tab) => h("button", { type: "button", onclick: () => this.show(tab) }, text);
-    const ending = this.ending(detail, link);
+    const panels = this.endPanels(detail, link);
     const hasFailedStart = detail.error && ["done", "stopped", "killed"].includes(detail.state);
-    return hasFailedStart ? [failure(`The last start failed. ${detail.error}`, link), ...ending] : ending;
+    return hasFailedStart ? [failure(`The last start failed. ${detail.error}`, link), ...panels] : panels;
   }
 
-  ending({ state, error, lora, run, config, step, saved }, link) {
+  endPanels({ state, error, lora, run, config, step, saved }, link) {
     if (state === "done" && lora) {
       return [h("div", { class: "panel good row" },
         h("p", { class: "grow" }, h("strong", {}, "The LoRA is finished. "),

@@ -27,13 +27,13 @@ export function planPanel(draft, machine, apply, longer) {
     h("div", { class: "row" }, h("label", { for: ram.id }, "Planned for RAM"), h("span", {}, ram),
       h("label", { for: gpus.id }, "GPUs"), h("span", {}, gpus)), phases));
   const busy = h("span", { class: "hint", hidden: true }, "Planning …");
-  const again = button("Plan now", () => { stale(true); ask.now(); }, { icon: "refresh", kind: "tiny" });
+  const again = button("Plan now", () => { setStale(true); planning.now(); }, { icon: "refresh", kind: "tiny" });
   const node = h("section", { class: "sheet plan stack", "aria-labelledby": "plan-title" },
     h("div", { class: "head" }, h("h2", { id: "plan-title" }, "What will happen"), busy, again),
     sentence,
     details);
 
-  const ask = pausing(1000, async (signal) => {
+  const planning = pausing(1000, async (signal) => {
     const { vram_gib, ram_gib } = machine();
     try {
       const sizes = { vram_gib, ram_gib: ram.value === "" ? ram_gib : Number(ram.value), gpus: gpus.value === "" ? null : Number(gpus.value) };
@@ -43,7 +43,7 @@ export function planPanel(draft, machine, apply, longer) {
       sentence.replaceChildren(problemPanel(error));
       details.hidden = true;
     }
-    stale(false);
+    setStale(false);
   });
 
   function show({ summary, plan, remedy, workload, time, engine }) {
@@ -52,7 +52,7 @@ export function planPanel(draft, machine, apply, longer) {
     sentence.replaceChildren(h("div", { class: `panel stack ${plan.fits ? "good" : "bad"}` },
       h("p", { class: "sentence" }, summary),
       plan.fits ? "" : h("ul", {}, plan.lacks.map((lack) => h("li", {},
-        `${PHASES[lack.phase] ?? lack.phase}: needs ${gib(lack.needed)} of ${place(lack.place)}, has ${gib(lack.there)}.`))),
+        `${PHASES[lack.phase] ?? lack.phase}: needs ${gib(lack.needed)} of ${memoryName(lack.place)}, has ${gib(lack.there)}.`))),
       remedy ? remedyRow(remedy) : "",
       engine ? h("p", {}, engine.text) : "",
       stepsRow(time?.steps ?? null)));
@@ -84,27 +84,27 @@ export function planPanel(draft, machine, apply, longer) {
   }
 
   /** Mark the sentence as outdated: it is about an earlier draft. */
-  function stale(is) {
-    busy.hidden = !is;
-    sentence.classList.toggle("stale", is);
+  function setStale(isStale) {
+    busy.hidden = !isStale;
+    sentence.classList.toggle("stale", isStale);
   }
 
   function later() {
-    stale(true);
-    ask.later();
+    setStale(true);
+    planning.later();
   }
 
   /** Show why there is no plan yet. */
   function wait(why) {
-    ask.stop();
-    stale(false);
+    planning.stop();
+    setStale(false);
     sentence.replaceChildren(h("p", { class: "panel" }, why));
     details.hidden = true;
   }
 
-  return { node, wait, later, stop: ask.stop };
+  return { node, wait, later, stop: planning.stop };
 }
-const place = (name) => ({ accelerator: "GPU memory", ram: "RAM", disk: "disk" })[name] ?? name;
+const memoryName = (name) => ({ accelerator: "GPU memory", ram: "RAM", disk: "disk" })[name] ?? name;
 
 function phaseBars(phase, plan, color) {
   const { machine, peak } = plan;
@@ -120,7 +120,7 @@ function phaseBars(phase, plan, color) {
       const words = `${gib(used)}${available === null ? "" : ` of ${gib(available)}`}`;
       return h("div", { class: "phase-bar" },
         h("span", { class: "small dim" }, memory === "ram" ? "RAM" : "GPU"),
-        h("div", { class: "meter", role: "img", "aria-label": `${place(memory)}: ${words}. ${parts.map((part) => `${part.name} ${gib(part.bytes)}`).join(", ")}` },
+        h("div", { class: "meter", role: "img", "aria-label": `${memoryName(memory)}: ${words}. ${parts.map((part) => `${part.name} ${gib(part.bytes)}`).join(", ")}` },
           parts.map((part) => h("span", {
             title: `${part.name}: ${gib(part.bytes)}`, style: { width: `${(part.bytes / scale) * 100}%`, background: color(part.name) },
           })),

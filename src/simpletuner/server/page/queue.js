@@ -23,7 +23,7 @@ export class QueueList {
     let position = 0;
     const waiting = entries.filter(({ state }) => state === "waiting").length;
     const rows = entries.map((entry) => this.row(entry, entry.state === "waiting" ? (position += 1) : null, waiting));
-    this.node.replaceChildren(h("h2", {}, "Queue"), this.halted(entries), h("div", { class: "sheet scroll" }, h("table", {},
+    this.node.replaceChildren(h("h2", {}, "Queue"), this.resumePanel(entries), h("div", { class: "sheet scroll" }, h("table", {},
       h("thead", {}, h("tr", {}, ["Order", "Run", "Devices", "State", "Added", "Actions"].map((title) => h("th", { scope: "col" }, title)))),
       h("tbody", {}, rows))));
     if (focused) this.focus(focused);
@@ -36,8 +36,8 @@ export class QueueList {
     (pressed ?? this.node.querySelector(`[data-entry^="${CSS.escape(id)} "]:not([disabled])`))?.focus();
   }
 
-  /** The button that restarts a halted queue, after the machine was off or a disk was full. */
-  halted(entries) {
+  /** The panel that resumes a halted queue, after the machine was off or a disk was full. */
+  resumePanel(entries) {
     const busy = new Set(entries.filter(({ state }) => state === "running").map(({ devices }) => devices));
     if (!entries.some(({ state, devices }) => state === "waiting" && !busy.has(devices))) return "";
     const resume = button("Resume the queue", async () => {

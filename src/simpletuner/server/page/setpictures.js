@@ -68,12 +68,12 @@ export function datasetImages({ folder, scan, captions, textFiles, whole }) {
   const look = pausing(250, () => open());
   const area = h("div", {});
   const number = h("p", { class: "grow numbers", "aria-live": "polite" });
-  const copies = button("Select all but the first of each", () => selection.set(groups.flatMap((group) => group.names.slice(1))), { kind: "quiet" });
+  const copiesButton = button("Select all but the first of each", () => selection.set(groups.flatMap((group) => group.names.slice(1))), { kind: "quiet" });
   const all = button("Select all", () => selection.all(), { kind: "quiet", "aria-keyshortcuts": "Control+A" });
   const none = button("Clear", () => selection.set([]), { kind: "quiet" });
   const edit = button("Edit captions", change, { icon: "edit" });
-  const bin = button("Delete", remove, { icon: "trash", kind: "danger" });
-  const past = h("div", { class: "row" });
+  const deleteButton = button("Delete", remove, { icon: "trash", kind: "danger" });
+  const undoTools = h("div", { class: "row" });
   const facts = h("p", { class: "hint" });
   selection.attach(area);
   selection.addEventListener("change", showVerbs);
@@ -116,13 +116,13 @@ export function datasetImages({ folder, scan, captions, textFiles, whole }) {
         h("div", { class: "row image-filter" },
           h("div", {}, h("label", { for: id }, "Show"), filter),
           h("div", { class: "grow" }, h("label", { for: search.id }, captions ? "Name or caption contains" : "Name contains"), search), masks),
-        h("div", { class: "row picked" }, number, copies, all, none, edit, bin), job.node, past, area);
+        h("div", { class: "row picked" }, number, copiesButton, all, none, edit, deleteButton), job.node, undoTools, area);
     }
     showFilter();
     facts.textContent = factsText();
     shownNames = filteredNames(filter.value);
     selection.offer(shownNames);
-    showPast();
+    showUndoTools();
     draw();
   }
 
@@ -193,21 +193,21 @@ export function datasetImages({ folder, scan, captions, textFiles, whole }) {
   function showVerbs() {
     const chosen = selection.size;
     number.textContent = chosen === 0 ? plural(shownNames.length, "image") : `${count(chosen)} of ${plural(shownNames.length, "image")} selected`;
-    copies.hidden = filter.value !== "duplicates" || shownNames.length === 0;
+    copiesButton.hidden = filter.value !== "duplicates" || shownNames.length === 0;
     all.disabled = chosen === shownNames.length;
-    none.disabled = bin.disabled = chosen === 0;
+    none.disabled = deleteButton.disabled = chosen === 0;
     edit.lastElementChild.textContent = chosen === 0 ? "Edit all captions" : "Edit captions";
     edit.disabled = shownNames.length === 0;
     edit.hidden = !captions;
   }
 
-  function showPast() {
-    past.replaceChildren();
-    fill(past,
+  function showUndoTools() {
+    undoTools.replaceChildren();
+    fill(undoTools,
       listing.can_undo && captions ? button("Undo the last caption edit", () => undoLast("captions"), { icon: "reset", kind: "tiny" }) : null,
       listing.trashed ? [h("span", { class: "small dim" }, `${plural(listing.trashed, "deleted file")} in the trash.`),
         button("Undo the last deletion", () => undoLast("delete"), { icon: "reset", kind: "tiny" }), button("Empty the trash", emptyTrash, { kind: "tiny" })] : null);
-    past.hidden = past.childElementCount === 0;
+    undoTools.hidden = undoTools.childElementCount === 0;
   }
 
   async function change() {

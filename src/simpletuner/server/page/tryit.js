@@ -72,7 +72,7 @@ export class TryIt {
     const { prompts, strengths, seed, count, width, height, steps, guidance } = this.fields;
     this.references = referenceList(() => this.store());
     this.references.show(this.settings.references ?? []);
-    const dice = button("", () => {
+    const randomSeed = button("", () => {
       seed.value = Math.floor(Math.random() * 2 ** 31);
       this.store();
     }, { icon: "refresh", label: "Another seed" });
@@ -97,7 +97,7 @@ export class TryIt {
     this.loras.node,
     field("Strengths", strengths, "One column of images for each, such as 0, 0.5, 0.8, 1, 1.2. 0 is the base model."),
     h("div", { class: "fields" },
-      h("div", { class: "stack tight" }, h("label", { for: seed.id }, "Seed"), h("div", { class: "row nowrap" }, seed, dice)),
+      h("div", { class: "stack tight" }, h("label", { for: seed.id }, "Seed"), h("div", { class: "row nowrap" }, seed, randomSeed)),
       field("Seed count", count), field("Width", width), field("Height", height),
       field("Sampler steps", steps), field("Guidance", guidance)),
     h("div", { class: "row" }, this.generateButton));

@@ -55,29 +55,29 @@ export class Verbs {
     const { phase } = this.detail();
     const isTraining = phase === "train" || phase === "validation";
     return [
-      isTraining ? this.requester("Validate now", "eye", "validate", "After this step, the run generates validation images and measures the held-out loss.") : null,
-      isTraining ? this.requester("Save now", "save", "save", "The run writes a checkpoint after this step.") : null,
-      this.requester("Stop", "stop", "stop", isTraining ? "The run saves a checkpoint after this step and ends. It can be resumed."
+      isTraining ? this.requestButton("Validate now", "eye", "validate", "After this step, the run generates validation images and measures the held-out loss.") : null,
+      isTraining ? this.requestButton("Save now", "save", "save", "The run writes a checkpoint after this step.") : null,
+      this.requestButton("Stop", "stop", "stop", isTraining ? "The run saves a checkpoint after this step and ends. It can be resumed."
         : "The run ends now. It has not trained a step since it was started; prepared caches are kept.", "danger"),
     ].filter(Boolean);
   }
 
   ofEnded(state) {
-    if (state === "waiting") return [this.deleting()];
+    if (state === "waiting") return [this.deleteButton()];
     const resume = button(state === "failed" || state === "killed" ? "Start again" : "Resume", () => this.start(), {
       icon: "play", kind: "primary", title: "Resumes from the newest undamaged checkpoint",
     });
-    return [this.deleting(), state === "done" ? button("Train for longer", () => this.longer(), { icon: "play" }) : resume];
+    return [this.deleteButton(), state === "done" ? button("Train for longer", () => this.longer(), { icon: "play" }) : resume];
   }
 
-  deleting() {
+  deleteButton() {
     return button("Delete", async () => {
       if (await deleteRun(this.detail())) go("#/");
     }, { icon: "trash", kind: "quiet" });
   }
 
   /** A button that sends the run a request, which it handles after its current step. */
-  requester(text, icon, verb, message, kind = "") {
+  requestButton(text, icon, verb, message, kind = "") {
     const node = button(text, async () => {
       node.disabled = true;
       try {
