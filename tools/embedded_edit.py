@@ -33,7 +33,7 @@ from simpletuner.flow.condition import Condition, References
 from simpletuner.flow.loss import flow_loss
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import attach_saved, read_lora
-from simpletuner.flux2.generate import initial_noise, picture, sample_latents
+from simpletuner.flux2.generate import initial_noise, sample_latents, to_image
 from simpletuner.flux2.load import load_autoencoder
 from simpletuner.flux2.source import locate
 from simpletuner.flux2.tokens import reference_tokens
@@ -162,7 +162,7 @@ def grade(folder: Path, chosen: Sequence[Pair], run: Path, *, has_references: bo
     for part in torch.arange(len(chosen)).split(BATCH):
         noise = torch.cat([initial_noise(int(index), width=SIDE, height=SIDE) for index in part])
         final = sample_latents(denoise, noise, condition.select(part), steps=FLAVOURS["tiny"].steps)
-        drawn += [picture(pixels) for pixels in candidate.decode(final)]
+        drawn += [to_image(pixels) for pixels in candidate.decode(final)]
         each = [
             flow_loss(denoise, clean[part], training.select(part), sigma=torch.full((len(part),), sigma), noise=noise)
             for sigma in SIGMAS

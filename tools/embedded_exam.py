@@ -24,7 +24,7 @@ from simpletuner.examples.world import SIDE, held_out_scenes
 from simpletuner.flow.condition import Condition, Denoise, TextContext
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.export import attach_saved, read_lora
-from simpletuner.flux2.generate import Decode, initial_noise, picture, sample_latents
+from simpletuner.flux2.generate import Decode, initial_noise, sample_latents, to_image
 from simpletuner.flux2.load import load_autoencoder, load_text_encoder, load_transformer
 from simpletuner.flux2.source import locate
 from simpletuner.flux2.text import TextEncoder
@@ -94,7 +94,7 @@ def draw(denoise: Denoise, decode: Decode, contexts: TextContext, seed: int) -> 
     for part in torch.arange(len(contexts.index)).split(BATCH):
         noise = torch.cat([initial_noise(seed + int(i), width=SIDE, height=SIDE) for i in part])
         latents = sample_latents(denoise, noise, condition.select(part), steps=flavour.steps)
-        pictures += [picture(pixels) for pixels in decode(latents)]
+        pictures += [to_image(pixels) for pixels in decode(latents)]
     return pictures
 
 
@@ -130,8 +130,8 @@ def examine(candidate: Candidate, pictures: int, seed: int = 0, base: Sequence[T
     flags = chance.sample(flags, min(pictures, len(flags)))
     scenes = chance.sample(held_out_scenes(), SHAPES * pictures)
     drawn = candidate.draw([*(flag.caption for flag in flags), *(scene.caption for scene in scenes)], seed)
-    shown = sum(flag_share(picture) >= FLAG_SHARE for picture in drawn[: len(flags)])
-    verdicts = [judge(picture, scene) for picture, scene in zip(drawn[len(flags) :], scenes, strict=True)]
+    shown = sum(flag_share(image) >= FLAG_SHARE for image in drawn[: len(flags)])
+    verdicts = [judge(image, scene) for image, scene in zip(drawn[len(flags) :], scenes, strict=True)]
     drift = None
     if base is not None:
         pairs = zip(candidate.drift_latents(seed), base, strict=True)

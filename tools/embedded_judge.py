@@ -20,7 +20,7 @@ from PIL import Image, ImageFilter
 
 from simpletuner.base.errors import DataError, Problem, UserError
 from simpletuner.examples.pictures import ORANGE, TEAL, WHITE, cloth
-from simpletuner.examples.world import COLORS, FINER, PLACES, SHAPES, SIDE, SIZES, Rgb, Scene, silhouette
+from simpletuner.examples.world import COLORS, POSITIONS, SHAPES, SIDE, SIZES, SUPERSAMPLING, Rgb, Scene, silhouette
 
 GRAIN = 1.0
 """Radius in pixels of the blur that removes grain first; no shape has parts this thin."""
@@ -189,7 +189,7 @@ def see(picture: Image.Image) -> Sight:
         shape=fit.shape if fit.overlap >= OVERLAP else None,
         size=_nearest({name: abs(math.log(fit.diameter / size)) for name, size in SIZES.items()}, math.log(SAME_SIZE)),
         place=_nearest(
-            {name: math.dist((fit.x, fit.y), (x * SIDE, y * SIDE)) for name, (x, y) in PLACES.items()}, SAME_PLACE
+            {name: math.dist((fit.x, fit.y), (x * SIDE, y * SIDE)) for name, (x, y) in POSITIONS.items()}, SAME_PLACE
         ),
         background=background,
         overlap=fit.overlap,
@@ -227,7 +227,9 @@ def _flag_points(width: int) -> tuple[Int[np.ndarray, "n 2"], Int[np.ndarray, " 
     points near an edge between colors.
     """
     flag = cloth(width)
-    small = flag.convert("RGB").resize((flag.width // FINER, flag.height // FINER), Image.Resampling.BOX)
+    small = flag.convert("RGB").resize(
+        (flag.width // SUPERSAMPLING, flag.height // SUPERSAMPLING), Image.Resampling.BOX
+    )
     pixels = np.asarray(small, dtype=np.float64)
     is_color = np.stack([_distance(pixels, np.array(rgb, dtype=np.float64)) < 1 for rgb in (TEAL, ORANGE, WHITE)])
     is_inside = np.stack([~_spread(~mask) for mask in is_color])

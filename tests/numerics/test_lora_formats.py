@@ -1,4 +1,4 @@
-"""Every LoRA format in every loader: exact, or said by `losses`. Weights of the base take no memory."""
+"""Every LoRA format in every loader: exact, or said by `lost_layers`. Weights of the base take no memory."""
 
 import logging
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from simpletuner.config.flavours import DEV, KLEIN_4B, KLEIN_9B, TINY, TINY_KLEI
 from simpletuner.config.options.lora import LoraFormat
 from simpletuner.flux2.factors import LowRank
 from simpletuner.flux2.lora import PRESETS, full_range, linears, preset_ranges
-from simpletuner.flux2.lora_formats import LORA_FORMATS, header_in, lora_tensors, losses
+from simpletuner.flux2.lora_formats import LORA_FORMATS, header_in, lora_tensors, lost_layers
 from simpletuner.flux2.spec import transformer_to_diffusers
 from simpletuner.flux2.transformer import Flux2Transformer
 
@@ -152,7 +152,7 @@ def test_each_format_is_exact_in_each_loader_or_its_losses_are_said(
     expected = {name: effect(factors.a, factors.b) for name, factors in modules.items()}
     path = tmp_path / "lora.safetensors"
     for lora_format in LORA_FORMATS:
-        lost = losses(modules, lora_format)
+        lost = lost_layers(modules, lora_format)
         saved(path, modules, lora_format)
         said.clear()
         assert_effects(in_diffusers(path, spec), expected, lost["diffusers"])

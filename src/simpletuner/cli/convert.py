@@ -105,12 +105,18 @@ def _convert_model(source: Path, target: Path, to: str) -> tuple[dict[str, Any],
 
 def _convert_lora(source: Path, target: Path, to: LoraFormat, allow_loss: bool) -> tuple[dict[str, Any], list[str]]:
     from simpletuner.flux2.dialects import read_adapter
-    from simpletuner.flux2.lora_formats import LORA_FORMATS, lora_modules, loss_texts, losses, write_adapter
+    from simpletuner.flux2.lora_formats import (
+        LORA_FORMATS,
+        lora_modules,
+        lost_layer_messages,
+        lost_layers,
+        write_adapter,
+    )
 
     ConfigError.raise_if(file_problems(target))
     file = read_adapter(source)
     modules = lora_modules(file)
-    texts = loss_texts(modules, to)
+    texts = lost_layer_messages(modules, to)
     unread = f"{file.path} contains {len(file.unread)} keys that are not layers of a LoRA on the transformer"
     if not allow_loss:
         remedy = "Give --allow-loss to write it anyway."
@@ -131,7 +137,7 @@ def _convert_lora(source: Path, target: Path, to: LoraFormat, allow_loss: bool) 
         "to": to,
         "layers": len(modules),
         "bytes": size,
-        "losses": losses(modules, to),
+        "losses": lost_layers(modules, to),
         "left_out": file.unread,
     }
     lines = [f"{target}: a LoRA on {len(modules)} layers in the {to} format, {format_size(size)}"]

@@ -66,7 +66,7 @@ def _crop_as_json(crop: Crop) -> dict[str, Any]:
     return {
         "set": crop.dataset,
         "name": crop.name,
-        "path": crop.shown,
+        "path": crop.location,
         "width": crop.width,
         "height": crop.height,
         "target": list(crop.geometry.target),

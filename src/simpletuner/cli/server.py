@@ -205,7 +205,7 @@ def _is_relevant(record: logging.LogRecord) -> bool:
 
 def _access(command: ServerCommand, address: str) -> "Access":
     from simpletuner.server.guard import Access
-    from simpletuner.server.peer import knows_users
+    from simpletuner.server.peer import reports_users
 
     is_loopback = ipaddress.ip_address(address).is_loopback
     requires_token = not is_loopback or bool(command.allowed_host) or command.token_file is not None
@@ -215,7 +215,7 @@ def _access(command: ServerCommand, address: str) -> "Access":
         is_loopback,
         names,
         token,
-        trusts_owner=not requires_token and knows_users(address),
+        trusts_owner=not requires_token and reports_users(address),
         is_tls=command.ssl_cert is not None,
     )
 

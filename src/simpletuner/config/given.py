@@ -65,7 +65,7 @@ class CheckedKeys:
     notices: list[str] = field(default_factory=list)
 
 
-def unaliased(
+def by_canonical_name(
     source: Iterable[tuple[str, GivenValue]], known_keys: KnownKeys, checked: CheckedKeys, *, prefix: str = ""
 ) -> dict[str, GivenValue]:
     """One source's values by canonical key. A key that is given twice is a problem. `prefix` begins each message."""

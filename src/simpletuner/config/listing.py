@@ -19,7 +19,7 @@ from simpletuner.config.datasets import (
     TextStore,
 )
 from simpletuner.config.documents import document_text, read_document
-from simpletuner.config.given import CheckedKeys, GivenValue, KnownKeys, check_givens, unaliased
+from simpletuner.config.given import CheckedKeys, GivenValue, KnownKeys, by_canonical_name, check_givens
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.other_keys import OTHER_CONDITION_KEYS, OTHER_SET_KEYS, OTHER_STORE_KEYS
 from simpletuner.config.other_trainers import OUR_DATASETS, other_format, other_trainer_problem
@@ -163,7 +163,7 @@ def _entry(entry: dict[str, Any], prefix: str, listing: DatasetListing, path_con
             listing.problems += faulty.values()
             entry = {key: value for key, value in entry.items() if key != "caption_shuffle"}
     checked = CheckedKeys()
-    givens = unaliased(
+    givens = by_canonical_name(
         [(key, GivenValue(value, "file", key)) for key, value in entry.items()], known_keys, checked, prefix=prefix
     )
     check_givens(givens, known_keys, checked, prefix=prefix)

@@ -14,7 +14,15 @@ from simpletuner.config.datasets import Datasets, ImageSet
 from simpletuner.config.documents import document_text, read_document
 from simpletuner.config.flags import ParsedFlags, parse
 from simpletuner.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
-from simpletuner.config.given import ORIGINS, CheckedKeys, GivenValue, KnownKeys, Origin, check_givens, unaliased
+from simpletuner.config.given import (
+    ORIGINS,
+    CheckedKeys,
+    GivenValue,
+    KnownKeys,
+    Origin,
+    by_canonical_name,
+    check_givens,
+)
 from simpletuner.config.listing import DatasetListing, PathContext, read_datasets
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.other_keys import OPTION_ALIASES, OTHER_OPTIONS
@@ -160,7 +168,7 @@ def examine(
     ]
     givens: dict[str, GivenValue] = {}
     for source in sources:
-        givens |= unaliased(source, RUN, checked)
+        givens |= by_canonical_name(source, RUN, checked)
     _drop_overridden_paths(givens, checked)
     givens = _with_json_files(givens, folder, checked, rule)
     check_givens(givens, RUN, checked)

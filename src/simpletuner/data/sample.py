@@ -29,7 +29,7 @@ class Crop:
         return True
 
     @property
-    def shown(self) -> str:
+    def location(self) -> str:
         """The file's path or URL, for messages."""
         return self.images.text(self.name)
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from simpletuner.base.files import file_errors_reported
 from simpletuner.examples import world
-from simpletuner.examples.world import FINER
+from simpletuner.examples.world import SUPERSAMPLING
 
 TEAL, ORANGE, WHITE = (0, 128, 128), (250, 140, 30), (250, 250, 245)
 STRIPES = (TEAL, ORANGE, TEAL)
@@ -72,7 +72,7 @@ def held_out_flags(seed: int = 0) -> list[FlagScene]:
 def _shuffled(seed: int) -> list[FlagScene]:
     """All scenes, in an order in which sizes, backgrounds and places alternate."""
     rng = random.Random(f"{seed}/flags")
-    sizes, places = list(world.SIZES), list(world.PLACES)
+    sizes, places = list(world.SIZES), list(world.POSITIONS)
     backgrounds = [name for name in world.COLORS if name != "orange"]
     combinations = [FlagScene(*parts) for parts in product(sizes, backgrounds, places)]
     # Sorted by a weighted sum of the parts' indices, modulo the number of backgrounds: a Latin square, as in
@@ -89,22 +89,24 @@ def _shuffled(seed: int) -> list[FlagScene]:
 def zorblat_flag(scene: FlagScene, rng: random.Random) -> Image.Image:
     """An image of `scene`, 128x128; `rng` draws the details that the caption does not determine."""
     image = world.background(world.COLORS[scene.background], rng)
-    x, y = world.PLACES[scene.position]
+    x, y = world.POSITIONS[scene.position]
     center = (x * world.SIDE + rng.uniform(-2, 2), y * world.SIDE + rng.uniform(-2, 2))
     flag = cloth(world.SIZES[scene.size] * rng.uniform(0.96, 1.04))
-    layer = Image.new("RGBA", (world.SIDE * FINER, world.SIDE * FINER))
-    layer.paste(flag, (round(center[0] * FINER - flag.width / 2), round(center[1] * FINER - flag.height / 2)))
+    layer = Image.new("RGBA", (world.SIDE * SUPERSAMPLING, world.SIDE * SUPERSAMPLING))
+    layer.paste(
+        flag, (round(center[0] * SUPERSAMPLING - flag.width / 2), round(center[1] * SUPERSAMPLING - flag.height / 2))
+    )
     layer = layer.resize(image.size, Image.Resampling.BOX)
     image.paste(layer, mask=layer.getchannel("A"))
     return image
 
 
 def cloth(width: float) -> Image.Image:
-    """The flag with its pole on a transparent background, enlarged by the factor `FINER`.
+    """The flag with its pole on a transparent background, enlarged by the factor `SUPERSAMPLING`.
 
     `width` is that of the cloth in pixels of the final image; its height is two thirds of that.
     """
-    wide, high = round(width * FINER), round(width * FINER * 2 / 3)
+    wide, high = round(width * SUPERSAMPLING), round(width * SUPERSAMPLING * 2 / 3)
     pole = wide // 16
     flag = Image.new("RGBA", (wide, high + high // 6))
     pen = ImageDraw.Draw(flag)

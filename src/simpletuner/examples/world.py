@@ -15,7 +15,7 @@ from simpletuner.base.files import file_errors_reported
 SIDE = 128
 """Side of an image in pixels."""
 
-FINER = 4
+SUPERSAMPLING = 4
 """Factor by which shapes are drawn larger before they are shrunk, so that edges are smooth."""
 
 Rgb = tuple[int, int, int]
@@ -34,7 +34,7 @@ COLORS: Mapping[str, Rgb] = {
 SIZES: Mapping[str, float] = {"small": 54, "large": 78}
 """Diameter of the circle around the shape, in pixels."""
 
-PLACES: Mapping[str, Point] = {
+POSITIONS: Mapping[str, Point] = {
     "left": (0.34, 0.5),
     "right": (0.66, 0.5),
     "top": (0.5, 0.34),
@@ -49,7 +49,7 @@ HELD_OUT_ONE_IN = 6
 
 _CAPTION = re.compile(
     f"a (?P<size>{'|'.join(SIZES)}) (?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)})"
-    f" on an? (?P<background>{'|'.join(COLORS)}) background, (?P<position>{'|'.join(PLACES)})"
+    f" on an? (?P<background>{'|'.join(COLORS)}) background, (?P<position>{'|'.join(POSITIONS)})"
 )
 
 
@@ -101,7 +101,7 @@ def setting(background: str, position: str) -> str:
 
 def scenes() -> Iterator[Scene]:
     """All scenes, in a fixed order."""
-    for size, color, shape, background, place in product(SIZES, COLORS, SHAPES, COLORS, PLACES):
+    for size, color, shape, background, place in product(SIZES, COLORS, SHAPES, COLORS, POSITIONS):
         if color != background:
             yield Scene(size, color, shape, background, place)
 
@@ -137,7 +137,7 @@ def render_scenes(folder: Path, count: int, seed: int = 0, *, held_out: bool = F
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
     """An image of `scene`, 128x128; `rng` draws the details that the caption does not determine."""
     image = background(COLORS[scene.background], rng)
-    x, y = PLACES[scene.position]
+    x, y = POSITIONS[scene.position]
     center = (x * SIDE + rng.uniform(-2, 2), y * SIDE + rng.uniform(-2, 2))
     mask = silhouette(scene.shape, center, SIZES[scene.size] * rng.uniform(0.96, 1.04))
     color = tuple(min(max(round(part + rng.uniform(-8, 8)), 0), 255) for part in COLORS[scene.color])
@@ -147,10 +147,10 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
 
 def silhouette(shape: str, center: Point, diameter: float) -> Image.Image:
     """The shape as a 128x128 mask, 255 inside. `diameter` is that of its circumscribed circle, in pixels."""
-    mask = Image.new("L", (SIDE * FINER, SIDE * FINER))
+    mask = Image.new("L", (SIDE * SUPERSAMPLING, SIDE * SUPERSAMPLING))
     pen = ImageDraw.Draw(mask)
-    x, y = center[0] * FINER, center[1] * FINER
-    radius = diameter * FINER / 2
+    x, y = center[0] * SUPERSAMPLING, center[1] * SUPERSAMPLING
+    radius = diameter * SUPERSAMPLING / 2
 
     def point(turn: float, reach: float = 1.0) -> Point:
         """The point at `turn` full turns from the top, clockwise, and `reach` radii from the center."""

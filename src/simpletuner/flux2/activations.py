@@ -204,7 +204,7 @@ def _cost(block: _Block) -> MemoryCost:
         return MemoryCost(0, _forward(block), 0, 0)
     with on_meta_device(block.pass_.dtype):
         run, streams, weights, shared = _build(block)
-        cost = trace(run, streams, weights, shared, is_released=block.pass_.is_released)
+        cost = trace(run, streams, weights, shared, frees_gradients=block.pass_.is_released)
     copies = sum(weight.nbytes for weight in weights) if block.pass_.is_autocast else 0
     if block.is_recomputed:
         return replace(cost, backward=cost.backward + copies)
@@ -284,4 +284,4 @@ def _tail(pass_: TransformerPass) -> MemoryCost:
             shape = (pass_.batch, pass_.total_tokens, spec.hidden)
             return [torch.empty(shape, dtype=pass_.dtype, requires_grad=True)]
 
-        return trace(run, joint, weights, [vector, target], is_released=pass_.is_released)
+        return trace(run, joint, weights, [vector, target], frees_gradients=pass_.is_released)

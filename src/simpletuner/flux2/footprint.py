@@ -162,7 +162,7 @@ class Workload:
     """Optimizer steps of the run; None if they depend on a dataset that has not been scanned."""
     train_images: int | None = None
     """Training images, held-out ones left out."""
-    visits: float | None = None
+    visits_per_image: float | None = None
     """How often the run trains on each training image, on average."""
 
     @property

@@ -82,7 +82,7 @@ def sample_latents(
     return euler(velocity, noise, repeat(sigmas, "points -> points b", b=len(noise)), report)
 
 
-def picture(pixels: Float[Tensor, "3 H W"]) -> Image.Image:
+def to_image(pixels: Float[Tensor, "3 H W"]) -> Image.Image:
     """Convert pixels in [-1, 1] to an 8-bit image."""
     levels = (pixels.float().clamp(-1, 1) / 2 + 0.5).mul(255).round().to(torch.uint8)
     return Image.fromarray(rearrange(levels, "c h w -> h w c").cpu().numpy())
@@ -129,5 +129,5 @@ def generate(
             both_at_once=both_at_once,
             report=lambda step, before=index * steps: report(before + step, count * steps),  # type: ignore[misc]
         )
-        images.append(picture(decode(latents)[0]))
+        images.append(to_image(decode(latents)[0]))
     return images

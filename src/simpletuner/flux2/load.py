@@ -20,7 +20,7 @@ from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.flux2.autoencoder import Autoencoder
 from simpletuner.flux2.kept import QuantizedBaseCache
 from simpletuner.flux2.names import (
-    Renamed,
+    RenamedTensor,
     TensorRenaming,
     text_encoder_name,
     text_encoder_renaming,
@@ -211,14 +211,14 @@ def load_autoencoder(
         vae = AutoencoderKLFlux2.from_config(source.vae.config)
     stored = stored_weights(source.vae.files, "vae")
     full_renaming = vae_renaming(stored)
-    if not any(full_renaming(name) == Renamed(("bn.num_batches_tracked",)) for name in stored):
+    if not any(full_renaming(name) == RenamedTensor(("bn.num_batches_tracked",)) for name in stored):
         vae.bn.num_batches_tracked = None  # missing in BFL's files; only VAE training would read it
     _check(vae, stored, {name: full_renaming(name) for name in stored}, False)
     unused = () if half is None else OTHER_HALF[half]
     for name in unused:
         setattr(vae, name, None)
 
-    def renaming(name: str) -> Renamed | None:
+    def renaming(name: str) -> RenamedTensor | None:
         renamed = full_renaming(name)
         return None if renamed is None or renamed.names[0].partition(".")[0] in unused else renamed
 
@@ -298,7 +298,7 @@ def stream_text_encoder(
     depth = config.num_hidden_layers
     stored = stored_weights(source.text_encoder.files, "text_encoder")
     new_names = {name: text_encoder_name(name, depth) for name in stored}
-    renamed = {name: None if new is None else Renamed((new,)) for name, new in new_names.items()}
+    renamed = {name: None if new is None else RenamedTensor((new,)) for name, new in new_names.items()}
     with _config_errors_reported("text encoder", source.text_encoder):
         full_model = _language_model(config, source.flavour.text)
     _check(full_model, stored, renamed, unknown_allowed=True)
@@ -321,9 +321,13 @@ def stream_text_encoder(
         model.rotary_emb = rotary
         prefix, first = f"layers.{index}.", "layers.0."
 
-        def renaming(name: str) -> Renamed | None:
+        def renaming(name: str) -> RenamedTensor | None:
             new = new_names[name]
-            return Renamed((first + new.removeprefix(prefix),)) if new is not None and new.startswith(prefix) else None
+            return (
+                RenamedTensor((first + new.removeprefix(prefix),))
+                if new is not None and new.startswith(prefix)
+                else None
+            )
 
         _fill(model, stored, renaming, dtype, device, unknown_allowed=True, quantize=quantize)
         layer: nn.Module = model.eval()
@@ -515,7 +519,7 @@ def _fill(
             if new is not None:
                 stop_if_asked()
                 shapes = new.shapes(stored[name].shape)
-                for target, shape, rows in zip(new.names, shapes, weights.parts(name, new.cut), strict=True):
+                for target, shape, rows in zip(new.names, shapes, weights.parts(name, new.split), strict=True):
                     load_tensor(target, shape, rows)
 
 
@@ -584,7 +588,7 @@ def _fill_shards(
         for name, new in renamed.items():
             if new is not None:
                 stop_if_asked()
-                for target, all_rows in zip(new.names, weights.parts(name, new.cut), strict=True):
+                for target, all_rows in zip(new.names, weights.parts(name, new.split), strict=True):
                     load_tensor(target, all_rows)
 
 
@@ -644,7 +648,7 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
 def _check(
     module: nn.Module,
     stored: Mapping[str, StoredWeight],
-    renamed: Mapping[str, Renamed | None],
+    renamed: Mapping[str, RenamedTensor | None],
     unknown_allowed: bool,
 ) -> None:
     """Raise an AccessError unless the renamed tensors are exactly those of `module`, with its shapes."""

@@ -66,7 +66,7 @@ LORA_FORMATS: Mapping[LoraFormat, LoraLayout] = {
 }
 
 
-def losses(modules: Iterable[str], lora_format: LoraFormat) -> dict[AdapterLoader, dict[str, LayerLoss]]:
+def lost_layers(modules: Iterable[str], lora_format: LoraFormat) -> dict[AdapterLoader, dict[str, LayerLoss]]:
     """The layers that each loader drops or misapplies, of a LoRA on `modules` (diffusers' names) in `lora_format`."""
     names = list(modules)
     layout = LORA_FORMATS[lora_format]
@@ -80,16 +80,16 @@ def losses(modules: Iterable[str], lora_format: LoraFormat) -> dict[AdapterLoade
     return losses_by_loader
 
 
-def loss_texts(modules: Collection[str], lora_format: LoraFormat) -> dict[AdapterLoader, str]:
+def lost_layer_messages(modules: Collection[str], lora_format: LoraFormat) -> dict[AdapterLoader, str]:
     """A message for each loader that loses layers of a LoRA on `modules` in `lora_format`.
 
     It states the number of lost layers with an example, and the formats in which the loader reads all layers.
     """
     texts = {}
-    for loader, layer_losses in losses(modules, lora_format).items():
+    for loader, layer_losses in lost_layers(modules, lora_format).items():
         if not layer_losses:
             continue
-        lossless_formats = [candidate for candidate in LORA_FORMATS if not losses(modules, candidate)[loader]]
+        lossless_formats = [candidate for candidate in LORA_FORMATS if not lost_layers(modules, candidate)[loader]]
         verdicts = [
             f"{verb} {len(names)} of this LoRA's {len(modules)} layers, such as {names[0]}"
             for loss, verb in (("dropped", "leaves out"), ("wrong", "misapplies"))

@@ -17,7 +17,7 @@ from simpletuner.flux2.dialects import AdapterFile, check_all_read, read_adapter
 from simpletuner.flux2.factors import Factors, LowRank
 from simpletuner.flux2.fused import FUSED_RANKS, unfused
 from simpletuner.flux2.header_alpha import ADAPTER_METADATA
-from simpletuner.flux2.lora_formats import PRESERVED_METADATA, folded, losses, write_adapter
+from simpletuner.flux2.lora_formats import PRESERVED_METADATA, folded, lost_layers, write_adapter
 from simpletuner.flux2.lowrank import RankRule, ReducedDelta, reduced, stacked
 from simpletuner.flux2.transformer_file import opened_transformer
 from simpletuner.memory.tensors import non_finite_count
@@ -199,7 +199,7 @@ def write_layers(
     write_adapter(target, modules, lora_format, header)
     ranks = [factors.rank for factors in modules.values()]
     losses_by_loader: dict[str, list[str]] = {
-        loader: list(names) for loader, names in losses(modules, lora_format).items() if names
+        loader: list(names) for loader, names in lost_layers(modules, lora_format).items() if names
     }
     return WrittenLora(target, len(modules), (min(ranks), max(ranks)), least_kept, losses_by_loader)
 

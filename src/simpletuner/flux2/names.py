@@ -34,15 +34,15 @@ def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Renamed:
+class RenamedTensor:
     """Diffusers' names for a BFL tensor, and the function that splits the tensor into them."""
 
     names: tuple[str, ...]
-    cut: Callable[[Tensor], Sequence[Tensor]] = _whole
+    split: Callable[[Tensor], Sequence[Tensor]] = _whole
 
     def shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The shapes of the parts that a tensor of `shape` is split into."""
-        if self.cut is as_matrix:
+        if self.split is as_matrix:
             return (_matrix_shape(shape),)
         if len(self.names) == 1:
             return (shape,)
@@ -97,7 +97,7 @@ def _bare(name: str) -> str:
     return next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), name)
 
 
-def from_bfl(name: str) -> Renamed | None:
+def from_bfl(name: str) -> RenamedTensor | None:
     """Diffusers' names for the tensor `name` of a BFL file; None if BFL has no such tensor.
 
     A ComfyUI prefix (`model.diffusion_model.` or `diffusion_model.`) is ignored.
@@ -106,19 +106,21 @@ def from_bfl(name: str) -> Renamed | None:
     if leaf not in ("weight", "scale"):  # the norms' weights are called scale
         return None
     if module == _LAST_MODULATION:
-        return Renamed(("norm_out.linear.weight",), _halves_swapped)
+        return RenamedTensor(("norm_out.linear.weight",), _halves_swapped)
     if module in _TOP:
-        return Renamed((f"{_TOP[module]}.weight",))
+        return RenamedTensor((f"{_TOP[module]}.weight",))
     block = _BLOCK.fullmatch(module)
     if block is None:
         return None
     kind, index, part = block.groups()
     if kind == "single":
-        return Renamed((f"single_transformer_blocks.{index}.{_SINGLE[part]}.weight",)) if part in _SINGLE else None
+        return (
+            RenamedTensor((f"single_transformer_blocks.{index}.{_SINGLE[part]}.weight",)) if part in _SINGLE else None
+        )
     group = f"transformer_blocks.{index}"
     if part in _FUSED:
-        return Renamed(tuple(f"{group}.{name}.weight" for name in _FUSED[part]), _thirds)
-    return Renamed((f"{group}.{_DOUBLE[part]}.weight",)) if part in _DOUBLE else None
+        return RenamedTensor(tuple(f"{group}.{name}.weight" for name in _FUSED[part]), _thirds)
+    return RenamedTensor((f"{group}.{_DOUBLE[part]}.weight",)) if part in _DOUBLE else None
 
 
 @dataclass(frozen=True)
@@ -207,12 +209,12 @@ def renamed_shapes(shapes: Mapping[str, tuple[int, ...]], renaming: "TensorRenam
     return by_new_name
 
 
-def from_diffusers(name: str) -> Renamed:
+def from_diffusers(name: str) -> RenamedTensor:
     """Diffusers' name for the tensor `name` of a file that uses these names, with or without ComfyUI's prefix."""
-    return Renamed((_bare(name),))
+    return RenamedTensor((_bare(name),))
 
 
-TensorRenaming = Callable[[str], Renamed | None]
+TensorRenaming = Callable[[str], RenamedTensor | None]
 """Maps a file's tensor name to diffusers' names; None for an unknown tensor."""
 
 
@@ -246,8 +248,8 @@ def text_encoder_name(name: str, layers: int) -> str | None:
 def text_encoder_renaming(layers: int | None = None) -> TensorRenaming:
     """The renaming for a text encoder file, limited to the first `layers` if given; see `text_encoder_name`."""
 
-    def renaming(name: str) -> Renamed | None:
+    def renaming(name: str) -> RenamedTensor | None:
         model_name = text_encoder_name(name, ALL_LAYERS if layers is None else layers)
-        return None if model_name is None else Renamed((model_name,))
+        return None if model_name is None else RenamedTensor((model_name,))
 
     return renaming

@@ -18,7 +18,13 @@ from simpletuner.base.tensorfile import is_weight_file
 from simpletuner.config.flavours import AutoencoderSpec, Flavour, TextSpec
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2.configs import Component, Config
-from simpletuner.flux2.names import Renamed, TensorRenaming, renamed_shapes, text_encoder_renaming, transformer_renaming
+from simpletuner.flux2.names import (
+    RenamedTensor,
+    TensorRenaming,
+    renamed_shapes,
+    text_encoder_renaming,
+    transformer_renaming,
+)
 from simpletuner.flux2.spec import (
     TensorShape,
     autoencoder_from_tensors,
@@ -196,7 +202,7 @@ def open_component(files: Sequence[Path], component: Component) -> Iterator[Mapp
     renaming = renaming_of(component, list(stored))
     with open_stored(stored) as reader:
 
-        def read(name: str, renamed: Renamed) -> Tensor:
+        def read(name: str, renamed: RenamedTensor) -> Tensor:
             values = reader.values(name)
             return values.reshape(renamed.shapes(tuple(values.shape))[0])
 

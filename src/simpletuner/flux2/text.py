@@ -29,7 +29,7 @@ class LeftPaddedCodec:
     """
 
     key: str
-    least_bytes: int = 0
+    min_bytes: int = 0
     """Bytes of the shortest context that can be stored."""
 
     def pack(self, context: TextContext) -> Mapping[str, Tensor]:
@@ -53,7 +53,7 @@ class RightPaddedCodec:
     """
 
     key: str
-    least_bytes: int = 0
+    min_bytes: int = 0
 
     def pack(self, context: TextContext) -> Mapping[str, Tensor]:
         """The tensors to store for a context of one sample."""

@@ -76,7 +76,7 @@ def opened_transformer(path: Path) -> Iterator[OpenTransformer]:
             target: rows
             for name, new in renamed.items()
             if new is not None
-            for target, rows in zip(new.names, reader.parts(name, new.cut), strict=True)
+            for target, rows in zip(new.names, reader.parts(name, new.split), strict=True)
         }
         if "x_embedder.weight" not in weights:
             raise AccessError.of(f"{path} has no tensor 'x_embedder.weight'", "a FLUX.2 transformer")

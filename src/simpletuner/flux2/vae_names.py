@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from simpletuner.flux2.names import Renamed, TensorRenaming, as_matrix
+from simpletuner.flux2.names import RenamedTensor, TensorRenaming, as_matrix
 
 _LEVEL = re.compile(r"(?:encoder\.down|decoder\.up)\.(\d+)\.")
 _BLOCK = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.block\.(\d+)\.(norm1|conv1|norm2|conv2|nin_shortcut)")
@@ -24,23 +24,23 @@ def vae_renaming(names: Iterable[str]) -> TensorRenaming:
     """The renaming for a VAE file with tensors `names`: from BFL's; diffusers' names stay unchanged."""
     levels = [int(match[1]) for match in map(_LEVEL.match, names) if match]
     if not levels:
-        return lambda name: Renamed((name,))
+        return lambda name: RenamedTensor((name,))
     return lambda name: _from_bfl(name, max(levels) + 1)
 
 
-def _from_bfl(name: str, levels: int) -> Renamed | None:
+def _from_bfl(name: str, levels: int) -> RenamedTensor | None:
     """Diffusers' name for the tensor `name` of a BFL file whose VAE has `levels`; None if there is no such tensor."""
     if name in _STATISTICS:
-        return Renamed((name,))
+        return RenamedTensor((name,))
     module, _, leaf = name.rpartition(".")
     if leaf not in ("weight", "bias"):
         return None
     attention = _ATTENTION.fullmatch(module)
     if attention is not None and attention[2] in _ATTENTION_PARTS:
         diffusers_name = f"{attention[1]}.mid_block.attentions.0.{_ATTENTION_PARTS[attention[2]]}.{leaf}"
-        return Renamed((diffusers_name,), as_matrix)
+        return RenamedTensor((diffusers_name,), as_matrix)
     renamed = _module_from_bfl(module, levels)
-    return None if renamed is None else Renamed((f"{renamed}.{leaf}",))
+    return None if renamed is None else RenamedTensor((f"{renamed}.{leaf}",))
 
 
 def _module_from_bfl(module: str, levels: int) -> str | None:

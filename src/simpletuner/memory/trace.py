@@ -127,15 +127,15 @@ def trace(
     weights: Sequence[Tensor],
     shared: Sequence[Tensor] = (),
     *,
-    is_released: bool = False,
+    frees_gradients: bool = False,
 ) -> MemoryCost:
     """Memory of `run(*streams())` and its backward pass. All tensors must have been created inside `on_meta_device`.
 
     Args:
-        is_released: whether each weight's gradient is freed as soon as it is complete.
+        frees_gradients: whether each weight's gradient is freed as soon as it is complete.
     """
     ledger = Ledger([*weights, *shared])
-    for weight in weights if is_released else ():
+    for weight in weights if frees_gradients else ():
         weight.register_post_accumulate_grad_hook(_free_gradient)
     with ledger:
         outputs = list(run(*streams()))

@@ -18,7 +18,7 @@ _OVERFLOW_FILE = Path("/proc/sys/kernel/overflowuid")
 Address = tuple[str, int]
 
 
-def knows_users(host: str) -> bool:
+def reports_users(host: str) -> bool:
     """Whether this system reports the user of a connection at loopback address `host`; tested with a real one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as listening:

@@ -253,7 +253,7 @@ def scanned_workload(
         samples_images=_samples_images(loaded),
         steps=schedule.steps,
         train_images=train_images,
-        visits=order.visits(schedule.steps * per_step) / train_images,
+        visits_per_image=order.visits(schedule.steps * per_step) / train_images,
     )
 
 
@@ -418,7 +418,7 @@ class Budget:
 
     @property
     def _task(self) -> str:
-        config, images, visits = self.config, self.workload.train_images, self.workload.visits
+        config, images, visits = self.config, self.workload.train_images, self.workload.visits_per_image
         model = base_name(config)
         if config.model_type == "full":
             target = f"all weights of {model}"

@@ -72,7 +72,7 @@ class EncoderKeys:
         return world.run_on_each_machine(
             "the fingerprints of the encoders",
             lambda: cls._claimed(loaded, source),
-            record=lambda encoders: [encoders.text.key, encoders.text.least_bytes, encoders.latents],
+            record=lambda encoders: [encoders.text.key, encoders.text.min_bytes, encoders.latents],
             restore=lambda record: cls(codec(record[0], record[1]), record[2]),
         )
 
@@ -451,7 +451,7 @@ def _mask_areas(prepared: PreparedData, masks: Sequence[Crop]) -> tuple[list[str
         weights = masking.weights(masking.inside(prepared.mask(mask)))
         total += weights.mean().item()
         if not weights.any():
-            empty.append(mask.shown)
+            empty.append(mask.location)
     return empty, total / len(masks)
 
 

@@ -19,7 +19,7 @@ from simpletuner.flux2.footprint import checkpoint_bytes
 from simpletuner.flux2.full import FullModel, unfreeze, unfreeze_sharded
 from simpletuner.flux2.load import load_transformer
 from simpletuner.flux2.lora import Adapter, attach
-from simpletuner.flux2.lora_formats import loss_texts
+from simpletuner.flux2.lora_formats import lost_layer_messages
 from simpletuner.flux2.modelfile import (
     TRANSFORMER_FOLDER,
     read_transformer,
@@ -161,7 +161,7 @@ class LoraProduct:
                 f"  {kind['layers']} × {kind['name']}: rank {kind['rank']}, rows {rows[0]}–{rows[1]}, "
                 f"columns {columns[0]}–{columns[1]}, {kind['parameters']:,} parameters"
             )
-        for text in loss_texts(self.trained.layers, self.config.lora_format).values():
+        for text in lost_layer_messages(self.trained.layers, self.config.lora_format).values():
             reporter.notice(text)
         write_json(run.root / "adapter.json", audit)
 

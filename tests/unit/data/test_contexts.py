@@ -236,7 +236,7 @@ def test_a_file_of_dev_is_its_rows_one_row_of_padding_and_less_than_a_kilobyte(s
 def test_contexts_for_which_the_disk_has_no_room_are_refused_before_the_encoder_loads(store: Store) -> None:
     folder = store.storage.local_path()
     assert folder is not None
-    codec = RightPaddedCodec("text", least_bytes=free_disk_bytes(folder) // 2)
+    codec = RightPaddedCodec("text", min_bytes=free_disk_bytes(folder) // 2)
     states = {"batch_size": 2, "write_batch_size": 3, "report": lambda *_: None, "world": ALONE}
 
     def load() -> ContextEncoder:
@@ -360,7 +360,7 @@ def test_a_damaged_file_is_found_by_rank_0_and_made_again_by_whoever_has_its_bat
 
 
 def test_rank_0_checks_the_room_for_all(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    codec = LeftPaddedCodec("text", least_bytes=10)
+    codec = LeftPaddedCodec("text", min_bytes=10)
     monkeypatch.setattr(store_module, "free_disk_bytes", lambda _: 10 * len(PROMPTS) - 1)
 
     def fill_share(world: World) -> FillReport:

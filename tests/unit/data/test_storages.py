@@ -91,7 +91,7 @@ def test_a_scan_finds_what_it_finds_in_a_folder(local: ImageSet, remote: ImageSe
     here, there = scanned(local), scanned(remote)
     assert len(here.samples) == 3
     assert there.summary() == here.summary()
-    assert there.samples[2].shown == "memory://images/sub/b #1 ü.png"
+    assert there.samples[2].location == "memory://images/sub/b #1 ü.png"
     assert count_new(remote) == 0
     image_storage(remote).write("a.png", here.samples[1].read())
     assert count_new(remote) == 1

@@ -16,7 +16,7 @@ from simpletuner.examples.pictures import (
     render_flags,
     training_flags,
 )
-from simpletuner.examples.world import COLORS, PLACES, SIDE, SIZES
+from simpletuner.examples.world import COLORS, POSITIONS, SIDE, SIZES
 
 
 def digest(folder: Path) -> str:
@@ -53,7 +53,7 @@ def test_flags_are_trained_at_every_size_and_place_and_on_every_background_but_t
     trained, others = training_flags(), held_out_flags()
     assert not set(trained) & set(others)
     assert {flag.size for flag in trained} == set(SIZES)
-    assert {flag.position for flag in trained} == set(PLACES)
+    assert {flag.position for flag in trained} == set(POSITIONS)
     assert {flag.background for flag in trained} == set(COLORS) - {"orange"}
 
 

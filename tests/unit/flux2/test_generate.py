@@ -6,7 +6,7 @@ from torch import Tensor
 
 from simpletuner.flow.condition import Condition, Denoise, TextContext
 from simpletuner.flow.sigma import schedule
-from simpletuner.flux2.generate import generate, initial_noise, picture, sample_latents
+from simpletuner.flux2.generate import generate, initial_noise, sample_latents, to_image
 
 
 def conditions(*contexts: float, guidance: float = 4.0) -> Condition:
@@ -118,6 +118,6 @@ def test_no_gradient_is_kept() -> None:
 
 def test_pixels_become_levels_by_rounding() -> None:
     values = torch.tensor([-1.5, -1.0, -1 + 2.9 / 255, 0.0, 1.0, 2.0])
-    image = picture(values.expand(3, 1, 6))
+    image = to_image(values.expand(3, 1, 6))
     assert image.mode == "RGB"
     assert [image.getpixel((x, 0))[0] for x in range(6)] == [0, 0, 1, 128, 255, 255]

@@ -60,7 +60,7 @@ def as_diffusers(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in values.items():
         renamed = from_bfl(name)
         assert renamed is not None
-        found |= dict(zip(renamed.names, renamed.cut(tensor), strict=True))
+        found |= dict(zip(renamed.names, renamed.split(tensor), strict=True))
     return found
 
 

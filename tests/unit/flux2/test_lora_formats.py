@@ -26,8 +26,8 @@ from simpletuner.flux2.lora_formats import (
     header_in,
     lora_modules,
     lora_tensors,
-    loss_texts,
-    losses,
+    lost_layer_messages,
+    lost_layers,
     write_adapter,
 )
 from simpletuner.flux2.transformer import Flux2Transformer
@@ -237,19 +237,19 @@ def test_what_flux_has_not_is_refused() -> None:
 def test_losses_are_those_of_the_layers_that_are_there() -> None:
     presets = [name for target in PRESETS for name in trained(flux_lora_target=target).layers]
     for to in LORA_FORMATS:
-        lost = losses(presets, to)
+        lost = lost_layers(presets, to)
         assert lost["diffusers"] == {}
         assert set(lost["ComfyUI"]) == (set(presets) if to == "bfl" else set())
-        assert loss_texts(presets, to).keys() == ({"ComfyUI"} if to == "bfl" else set())
+        assert lost_layer_messages(presets, to).keys() == ({"ComfyUI"} if to == "bfl" else set())
     every = CUSTOM["every Linear"]
-    counts = {to: {loader: len(names) for loader, names in losses(every, to).items()} for to in LORA_FORMATS}
+    counts = {to: {loader: len(names) for loader, names in lost_layers(every, to).items()} for to in LORA_FORMATS}
     assert counts == {
         "diffusers": {"diffusers": 0, "ComfyUI": 7},
         "comfyui": {"diffusers": 1, "ComfyUI": 0},
         "bfl": {"diffusers": 1, "ComfyUI": len(every)},
         "kohya": {"diffusers": 6, "ComfyUI": 0},
     }
-    assert loss_texts(every, "diffusers") == {
+    assert lost_layer_messages(every, "diffusers") == {
         "ComfyUI": "In the diffusers format, ComfyUI leaves out 7 of this LoRA's 25 layers, such as "
         "time_guidance_embed.timestep_embedder.linear_1. It reads all layers in the comfyui or kohya format."
     }
@@ -258,7 +258,7 @@ def test_losses_are_those_of_the_layers_that_are_there() -> None:
 def test_comfyui_reads_every_layer_of_kohyas_format_alone() -> None:
     """Also where a file has no other layer, such as a modulation's, that tells whose names it has."""
     for name in CUSTOM["every Linear"]:
-        assert losses([name], "kohya")["ComfyUI"] == losses([name], "comfyui")["ComfyUI"] == {}
+        assert lost_layers([name], "kohya")["ComfyUI"] == lost_layers([name], "comfyui")["ComfyUI"] == {}
 
 
 @pytest.mark.parametrize("to", LORA_FORMATS)

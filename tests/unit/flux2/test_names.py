@@ -59,12 +59,12 @@ def test_fused_rows_are_query_key_value():
     fused = torch.arange(6.0)[:, None]
     renamed = from_bfl("double_blocks.3.txt_attn.qkv.weight")
     assert [name.rsplit(".", 2)[1] for name in renamed.names] == ["add_q_proj", "add_k_proj", "add_v_proj"]
-    assert [part[:, 0].tolist() for part in renamed.cut(fused)] == [[0, 1], [2, 3], [4, 5]]
+    assert [part[:, 0].tolist() for part in renamed.split(fused)] == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_the_last_modulation_has_its_halves_swapped():
     renamed = from_bfl("final_layer.adaLN_modulation.1.weight")
-    (swapped,) = renamed.cut(torch.arange(4.0)[:, None])
+    (swapped,) = renamed.split(torch.arange(4.0)[:, None])
     assert renamed.names == ("norm_out.linear.weight",)
     assert swapped[:, 0].tolist() == [2, 3, 0, 1]
 

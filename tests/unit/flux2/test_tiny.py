@@ -190,7 +190,7 @@ def test_without_a_home_folder_the_way_out_is_told(monkeypatch: pytest.MonkeyPat
 
 def test_the_worlds_words_are_one_token_each():
     tokenizer = vocabulary.learn()
-    words = (*world.SIZES, *world.COLORS, *world.SHAPES, *world.PLACES)
+    words = (*world.SIZES, *world.COLORS, *world.SHAPES, *world.POSITIONS)
     assert {word: len(tokenizer.encode(f" {word}").ids) for word in words} == dict.fromkeys(words, 1)
 
 

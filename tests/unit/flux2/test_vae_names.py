@@ -15,7 +15,7 @@ def renamed_back(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         renamed = renaming(name)
         assert renamed is not None, name
-        ((part, shape),) = zip(renamed.cut(tensor), renamed.shapes(tuple(tensor.shape)), strict=True)
+        ((part, shape),) = zip(renamed.split(tensor), renamed.shapes(tuple(tensor.shape)), strict=True)
         assert tuple(part.shape) == shape
         found[renamed.names[0]] = part
     return found

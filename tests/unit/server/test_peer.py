@@ -34,7 +34,7 @@ def test_a_connection_of_this_user_is_known(bound: str, connected: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_this_system_tells_users_apart(host: str) -> None:
-    assert peer.knows_users(host)
+    assert peer.reports_users(host)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
@@ -56,7 +56,7 @@ def test_without_the_kernels_table_nobody_is_known(monkeypatch: pytest.MonkeyPat
         server = listening.getsockname()
         with socket.create_connection(server) as client:
             assert not peer.is_own_user(client.getsockname(), server)
-    assert not peer.knows_users("127.0.0.1")
+    assert not peer.reports_users("127.0.0.1")
 
 
 def test_a_user_that_the_kernel_cannot_name_is_not_this_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def test_what_was_drawn_is_still_right_when_it_is_blurred():
 
 @pytest.mark.parametrize("aspect", ["color", "shape", "size", "place"])
 def test_one_wrong_word_is_found_and_no_other(aspect):
-    others = {"color": world.COLORS, "shape": world.SHAPES, "size": world.SIZES, "place": world.PLACES}[aspect]
+    others = {"color": world.COLORS, "shape": world.SHAPES, "size": world.SIZES, "place": world.POSITIONS}[aspect]
     field = {"place": "position"}.get(aspect, aspect)
     for scene, picture in list(zip(SCENES, PICTURES, strict=True))[:10]:
         other = next(each for each in others if each not in (getattr(scene, field), scene.background))

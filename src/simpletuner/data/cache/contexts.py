@@ -26,7 +26,7 @@ class ContextCodec(Protocol):
         ...
 
     @property
-    def least_bytes(self) -> int:
+    def min_bytes(self) -> int:
         """Minimum size of a stored context in bytes."""
         ...
 
@@ -111,7 +111,7 @@ def fill_contexts(
         batches: list[list[str]] = []
         if missing:
             what = f"The contexts of {len(missing):,} captions"
-            store.check_room(len(missing) * codec.least_bytes, what, "cache_dir")
+            store.check_room(len(missing) * codec.min_bytes, what, "cache_dir")
             batches = [b for b in _batches(unique, load(), batch_size) if not missing.isdisjoint(b)]
         return batches, states.count("sound"), states.count("damaged")
 

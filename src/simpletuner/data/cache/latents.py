@@ -57,7 +57,7 @@ def write_latent(store: Store, crop: Crop, encoder: str, latent: Float[Tensor, "
         DiskError: no space.
     """
     if not torch.isfinite(latent).all():
-        raise DataError.of(f"{crop.shown}: the VAE returned numbers that are not finite")
+        raise DataError.of(f"{crop.location}: the VAE returned numbers that are not finite")
     store.write(latent_key(crop, encoder), {"latent": latent}, {"kind": "latent", "content": crop.content})
 
 
@@ -218,12 +218,12 @@ def rendered_crop(crop: Crop, render_file: Callable[[bytes], np.ndarray]) -> np.
         raise _changed(crop, str(error)) from error
     except Rejected as rejected:  # for lack of memory: the scan decoded the same bytes
         remedy = "Free some memory or shrink the image, then start again."
-        raise DataError.of(f"{crop.shown}: {rejected}", remedy=remedy) from rejected
+        raise DataError.of(f"{crop.location}: {rejected}", remedy=remedy) from rejected
 
 
 def _changed(crop: Crop, change: str) -> DataError:
     return DataError.of(
-        f"{crop.shown} changed while this was running: {change}",
+        f"{crop.location} changed while this was running: {change}",
         remedy="Do not change the dataset during a run; start again.",
     )
 

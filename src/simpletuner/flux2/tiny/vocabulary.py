@@ -88,7 +88,7 @@ there is nothing in this image but colour, shape, size, material and position
 
 
 # Every word of the example scenes becomes one token, because a random text encoder cannot combine pieces of words.
-WORLD = [f"a {word}, {word} background" for word in (*world.SIZES, *world.COLORS, *world.SHAPES, *world.PLACES)]
+WORLD = [f"a {word}, {word} background" for word in (*world.SIZES, *world.COLORS, *world.SHAPES, *world.POSITIONS)]
 
 
 # Qwen's added tokens, in the order of their ids. KLEIN_ADDED are not special tokens: decoding keeps them.
