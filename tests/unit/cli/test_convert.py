@@ -129,7 +129,7 @@ def _foreign(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
-        (_truncated, "whole"),
+        (_truncated, "complete"),
         (_with_nan, "NaN"),
         (_loha, "LoKr or LoHa factors for"),
         (_dora, r"holds DoRA \(PEFT\) in 3 keys, .* diffusers and PEFT can apply it"),

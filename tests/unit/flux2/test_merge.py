@@ -283,7 +283,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "a strength of nan": ("merge", "--lora", "good.safetensors:nan", "--output", "out.safetensors"),
     "does not end in .safetensors": ("merge", "--lora", "good.safetensors", "--output", "out.bin"),
     "exists already": ("resize", "good.safetensors", "good.safetensors"),
-    "no folder": ("resize", "good.safetensors", "nowhere/out.safetensors"),
+    "the folder nowhere does not exist": ("resize", "good.safetensors", "nowhere/out.safetensors"),
     "--rank = '0'": ("resize", "good.safetensors", "out.safetensors", "--rank", "0"),
     "--energy = '99'": ("resize", "good.safetensors", "out.safetensors", "--energy", "99"),
     "--energy = 'nan'": ("resize", "good.safetensors", "out.safetensors", "--energy=nan"),

@@ -194,7 +194,7 @@ def test_a_full_disk_and_an_interrupt_leave_nothing(
     with monkeypatch.context() as patched:
         patched.setattr("simpletuner.base.machine.free_disk_bytes", lambda _: 1000)
         assert main(arguments) == 7
-    assert "1000 B are free" in capsys.readouterr().err
+    assert "1000 B free" in capsys.readouterr().err
     seen = []
 
     def interrupted(_: Tensor) -> int:

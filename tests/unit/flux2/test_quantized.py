@@ -169,7 +169,7 @@ def test_a_shape_that_does_not_divide_is_refused_before_a_weight_is_read(tiny_so
     with torch.device("meta"):
         empty = {name: torch.empty(t.shape, device="cpu") for name, t in Flux2Transformer(spec).state_dict().items()}
     source = dataclasses.replace(tiny_source, transformer=sharded(empty, tmp_path, 1))
-    with pytest.raises(ConfigError, match=r"int4-quanto cannot hold transformer_blocks.0.attn.to_q, and \d+ more"):
+    with pytest.raises(ConfigError, match=r"int4-quanto cannot hold transformer_blocks.0.attn.to_q and \d+ more"):
         load_transformer(source, BF16, "cpu", "int4-quanto")
 
 

@@ -49,7 +49,7 @@ def test_the_schema_carries_meaning_and_range(capsys: pytest.CaptureFixture[str]
     assert list(schema["properties"]) == list(OPTION_NAMES)
     assert schema["properties"]["lora_rank"] == {
         "default": 16,
-        "description": "Rank of each adapter. A higher rank can learn more and makes a larger file.",
+        "description": "Rank of each adapter. A higher rank can learn more but makes a larger file.",
         "group": "LoRA",
         "minimum": 1,
         "title": "Lora Rank",

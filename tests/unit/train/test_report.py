@@ -77,7 +77,7 @@ def test_what_was_done_before_a_phase_is_done_again_after_it(reporter: Reporter)
     with reporter.phase("train"):
         reporter.activity = "training step 7 (1 × 64x64)"
         with reporter.phase("validation"):
-            assert reporter.activity == "drawing"
+            assert reporter.activity == "validating"
         assert reporter.activity == "training step 7 (1 × 64x64)"
 
 
