@@ -272,7 +272,7 @@ def test_a_stop_saves_and_says_how_to_go_on(
     finally:
         process.kill()
     assert process.returncode == 75, error
-    assert "same command again to go on" in error
+    assert "Run the same command again to resume" in error
     end = workplace.events("end")[-1]
     assert (end["reason"], end["exit_code"]) == ("stopped", 75)
     steps = end["step"]
