@@ -152,7 +152,7 @@ def test_the_form_is_short_until_more_is_asked_for(server: Server, page: Page, w
 
     # A search looks at words, keys and help, also in folded sections.
     search = page.get_by_label("Search the options")
-    for words in ("stratified", "timestep_strata", "different n-th"):
+    for words in ("stratified", "timestep_strata", "equal parts of the"):
         search.fill(words)
         expect(page.get_by_role("radiogroup", name="Stratified timesteps")).to_be_visible()
         expect(page.locator(".field:visible")).to_have_count(1)
