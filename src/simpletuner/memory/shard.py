@@ -10,7 +10,7 @@ Adapters are attached after `shard`, so FSDP does not manage them: they stay pla
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -148,10 +148,9 @@ class RowSplit:
 
         All ranks call it. The result is bit-identical for every dtype.
         """
-        padded = rows.new_zeros((self.rows_per_rank, *self.shape[1:]))
-        padded[: rows.shape[0]].copy_(rows)
-        parts = world.gather(padded, to)
-        return None if parts is None else torch.cat([part.cpu() for part in parts])[: self.shape[0]]
+        counts = [math.prod(replace(self, rank=rank).local_shape) for rank in range(self.size)]
+        whole = world.gather_pieces(rows.reshape(-1), counts, to)
+        return None if whole is None else whole.cpu().view(self.shape)
 
 
 @dataclass(frozen=True)

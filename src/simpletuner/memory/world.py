@@ -184,21 +184,6 @@ class World:
                 tensor.copy_(part.view_as(tensor))
 
     @torch.no_grad()
-    def gather(self, tensor: Tensor, to: int) -> list[Tensor] | None:
-        """Every rank's `tensor`, by rank, on rank `to`; None on the others. Bit-identical for every dtype.
-
-        Raises:
-            RanksError: a rank is gone or timed out.
-        """
-        if self.is_alone:
-            return [tensor]
-        sent = tensor.contiguous().view(-1).view(torch.uint8)
-        received = [torch.empty_like(sent) for _ in range(self.size)] if self.rank == to else None
-        with collective_errors_reported("gathering a tensor"):
-            dist.gather(sent, received, group=self.group, group_dst=to)
-        return None if received is None else [each.view(tensor.dtype).view(tensor.shape) for each in received]
-
-    @torch.no_grad()
     def gather_pieces(self, piece: Tensor, counts: Sequence[int], to: int) -> Tensor | None:
         """Concatenate the flat pieces of all ranks on rank `to`; None on the others. Bit-identical for every dtype.
 
