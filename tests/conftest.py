@@ -61,6 +61,7 @@ import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 MODULES_PER_FREEZE = 50
+NEEDED_BYTES = 4 * 2**30
 frozen_modules = 0
 
 
@@ -80,6 +81,18 @@ def pytest_runtest_setup() -> None:
         gc.collect()
         gc.freeze()
         frozen_modules = len(sys.modules)
+
+
+def pytest_configure() -> None:
+    """Ask for room on the disk before 7,000 tests start: a training run stops where less than 2 GiB are free."""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if HOME_MADE_HERE and free < NEEDED_BYTES:
+        shutil.rmtree(HOME, ignore_errors=True)
+        raise pytest.UsageError(
+            f"{folder} has {free / 2**30:.1f} GiB free, the tests need {NEEDED_BYTES / 2**30:.0f}: "
+            "free some space, or set TMPDIR to a folder on another disk"
+        )
 
 
 def pytest_unconfigure() -> None:
