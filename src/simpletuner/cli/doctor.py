@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> int:
     say(table([(check.state, check.name, check.found) for check in checks]))
     remedies = [check for check in checks if check.remedy]
     if remedies:
-        say("\n" + "\n".join(f"{check.name}: {check.remedy}" for check in remedies))
+        say("\n" + "\n".join(dict.fromkeys(f"{check.name}: {check.remedy}" for check in remedies)))
     say("\nTraining can start." if code == 0 else "\nTraining cannot start yet.")
     return code
 
@@ -195,23 +195,31 @@ def _torch(config: RunConfig, cards: Sequence[Gpu]) -> Iterator[MachineCheck]:
             remedy = "Use a machine with an NVIDIA GPU of 8 GB or more, or try: simpletuner train --example tiny-lora"
             yield MachineCheck("GPU", "missing", "no NVIDIA GPU was found", remedy, MemoryBudgetError.exit_code)
         return
+    with_cuda = f"pip uninstall -y torch && {install}"
     if build is None:
-        remedy = f"pip uninstall -y torch && {install}"
-        yield MachineCheck("torch", "missing", f"{finding}, although there is a GPU", remedy, ConfigError.exit_code)
+        yield MachineCheck("torch", "missing", f"{finding}, although there is a GPU", with_cuda, ConfigError.exit_code)
     else:
         yield MachineCheck("torch", "ok", finding)
+    # By name: nvidia-smi orders the GPUs by bus and lists all, torch orders them by speed and lists the visible ones.
+    devices = range(torch.cuda.device_count() if build and torch.cuda.is_available() else 0)
+    capabilities = {torch.cuda.get_device_name(each): torch.cuda.get_device_capability(each) for each in devices}
     for card in cards:
         size = "" if card.total_bytes is None else f", {format_size(card.total_bytes)}"
         finding = f"{card.name}{size}, driver {card.driver}"
-        needed = DRIVERS.get(int(build.partition(".")[0]), 0) if build else 0
+        if build is None:
+            finding = f"{finding}, which this torch cannot use"
+            yield MachineCheck("GPU", "missing", finding, with_cuda, ConfigError.exit_code)
+            continue
+        needed = DRIVERS.get(int(build.partition(".")[0]), 0)
         major = card.driver.partition(".")[0]
+        capability = capabilities.get(card.name, BF16_CAPABILITY)
         if major.isdecimal() and int(major) < needed:
             remedy = f"Install an NVIDIA driver of {needed} or newer: CUDA {build} needs it."
             yield MachineCheck("GPU", "missing", finding, remedy, ConfigError.exit_code)
-        elif build and not torch.cuda.is_available():
+        elif not torch.cuda.is_available():
             remedy = "Restart the machine after a driver update; in a container, pass the GPU to it."
             yield MachineCheck("GPU", "missing", f"{finding}, which torch cannot use", remedy, ConfigError.exit_code)
-        elif build and torch.cuda.get_device_capability(0) < BF16_CAPABILITY and config.mixed_precision == "bf16":
+        elif capability < BF16_CAPABILITY and config.mixed_precision == "bf16":
             yield MachineCheck("GPU", "warning", f"{finding}, without bf16", "Give --mixed_precision=fp16.")
         else:
             yield MachineCheck("GPU", "ok", finding)

@@ -13,7 +13,8 @@ from PIL import Image
 from tests.loopback_hub import loopback_hub
 
 from simpletuner.base.errors import ConfigError
-from simpletuner.cli.doctor import _disk, run
+from simpletuner.base.machine import gpus
+from simpletuner.cli.doctor import _disk, _torch, run
 from simpletuner.cli.init import run as init
 from simpletuner.config.run import RunConfig
 
@@ -32,10 +33,11 @@ def bare(own_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> P
 
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def install(name: str = "NVIDIA RTX 4090", driver: str = "580.65", mib: int = 24564, count: int = 1) -> None:
+    def install(*names: str, driver: str = "580.65", mib: int = 24564) -> None:
         command = tmp_path / "bin" / "nvidia-smi"
         command.parent.mkdir()
-        rows = "".join(f"echo '{index}, {name}, {driver}, {mib}, 300, 0'\n" for index in range(count))
+        listed = enumerate(names or ("NVIDIA RTX 4090",))
+        rows = "".join(f"echo '{index}, {name}, {driver}, {mib}, 300, 0'\n" for index, name in listed)
         command.write_text(f"#!/bin/sh\n{rows}")
         command.chmod(0o755)
         monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
@@ -100,17 +102,38 @@ def test_each_missing_thing_has_its_stages_code(capsys: pytest.CaptureFixture[st
 def test_torch_for_the_cpu_beside_a_gpu_is_named(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.version.cuda is not None:
         pytest.skip("torch is built for CUDA")
-    gpu()
+    gpu("NVIDIA RTX 4090", "NVIDIA RTX 4090")
     code, checks = examined(capsys)
     assert code == 2
     assert checks["torch"]["state"] == "missing"
     assert "built for the CPU, although there is a GPU" in checks["torch"]["found"]
-    assert checks["GPU"]["found"] == "NVIDIA RTX 4090, 23.99 GiB, driver 580.65"
+    card = checks["GPU"]
+    assert (card["state"], card["exit_code"], card["remedy"]) == ("missing", 2, checks["torch"]["remedy"])
+    assert card["found"] == "NVIDIA RTX 4090, 23.99 GiB, driver 580.65, which this torch cannot use"
     assert checks["VRAM"]["state"] == "ok", "int8 and streaming, as for a card of 24 GB"
+    assert run([]) == 2
+    assert capsys.readouterr().out.count(f"GPU: {card['remedy']}\n") == 1, "once for all GPUs"
+
+
+def test_each_gpu_has_its_own_capability_in_whichever_order_torch_lists_them(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu("Tesla T4", "NVIDIA RTX 4090", "NVIDIA RTX 2080")
+    listed_by_torch = [("NVIDIA RTX 4090", (8, 9)), ("Tesla T4", (7, 5))]  # the third is not visible
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(listed_by_torch))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: listed_by_torch[index][0])
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: listed_by_torch[index][1])
+    cards = [check for check in _torch(RunConfig(mixed_precision="bf16"), gpus()) if check.name == "GPU"]
+    assert [(card.state, card.found.partition(",")[0]) for card in cards] == [
+        ("warning", "Tesla T4"), ("ok", "NVIDIA RTX 4090"), ("ok", "NVIDIA RTX 2080")
+    ]  # fmt: skip
+    assert cards[0].found.endswith(", without bf16")
 
 
 def test_several_gpus_are_told_with_what_plans_for_them(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    gpu(count=2)
+    gpu("NVIDIA RTX 4090", "NVIDIA RTX 4090")
     _, checks = examined(capsys)
     assert checks["GPUs"]["found"] == "2, of which one trains; simpletuner plan --gpus=2 shows how to train on all"
     tiny_project(num_processes=2)
