@@ -35,7 +35,8 @@ class UserError(Exception):
     """All problems of one stage. Ends the command with `exit_code` and without a traceback."""
 
     exit_code: ClassVar[int] = 1
-    where: ClassVar[str] = "here"
+    where: ClassVar[str] = ""
+    """What several problems are about, after "2 problems"; empty if only the problems themselves say it."""
 
     def __init__(self, *problems: Problem) -> None:
         if not problems:
@@ -59,7 +60,7 @@ class UserError(Exception):
         if len(self.problems) == 1:
             return str(self.problems[0])
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
-        return f"{len(self.problems)} problems {self.where}:\n{lines}"
+        return f"{len(self.problems)} problems{self.where and f' {self.where}'}:\n{lines}"
 
 
 class ConfigError(UserError):

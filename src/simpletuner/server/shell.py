@@ -22,7 +22,7 @@ COMMANDS_AT_ONCE = 4
 DISCONNECT_POLL_S = 0.25
 """Interval at which a waiting request checks whether its client is still connected."""
 
-_PROBLEM_COUNT = re.compile(r"\d+ problems .*:")
+_PROBLEM_COUNT = re.compile(r"\d+ problems( .*)?:")
 
 Answer = TypeVar("Answer")
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from simpletuner.base.errors import Problem, UserError
 from simpletuner.config.load import PAGE_ROOTS_VARIABLE
 from simpletuner.server.faults import Fault
 from simpletuner.server.shell import Finished, Shell, printed_problems
@@ -149,6 +150,9 @@ def test_problems_are_read_from_what_people_see() -> None:
         "lora_rank = 0: expected 1.",
         "sede: no such option.",
     ]
+    without_stage = str(UserError(Problem("a fault"), Problem("another")))
+    assert without_stage.startswith("2 problems:\n")
+    assert [str(problem) for problem in printed_problems(Finished(1, "", without_stage))] == ["a fault.", "another."]
     assert printed_problems(Finished(3, "", "a notice\nno such folder.\n"))[0].found == "no such folder."
     bug = 'Traceback (most recent call last):\n  File "/secret/x.py", line 1\nValueError: 3\nThis is a bug in it.\n'
     (told,) = printed_problems(Finished(1, "", bug))
