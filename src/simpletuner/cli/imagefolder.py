@@ -125,6 +125,9 @@ def _captions(folder: Path, command: FolderCommand) -> Result:
     if command.undo:
         undone, left_out = undo_captions(folder)
         text = f"{undone} captions are restored."
+        if not undone and left_out:
+            retry = command_text("simpletuner", "dataset", "captions", folder, "--undo")
+            text = f"No caption is restored, because all changed since the edit. `{retry}` tries it again."
         return {"undone": undone, "left_out": _as_rows(left_out)}, _with_left_out(text, left_out)
     names = _names(command.names) if command.names else None
     if command.missing:

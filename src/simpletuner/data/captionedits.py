@@ -177,7 +177,7 @@ def apply_caption_plan(plan: CaptionPlan) -> list[Rejection]:
 
 def undo_captions(folder: Path) -> tuple[int, list[Rejection]]:
     """Undo the last edit of a folder's captions. Returns the number of restored files, and the files that were changed
-    since the edit, which are skipped.
+    since the edit, which are skipped. If all are skipped, the edit can be undone later.
 
     Raises:
         DataError: there is no edit to undo.
@@ -195,7 +195,8 @@ def undo_captions(folder: Path) -> tuple[int, list[Rejection]]:
                 changed_since.append(Rejection(file, CHANGED_SINCE, "it stays as it is"))
             else:
                 undone += 1
-        (hidden / UNDO_FILE).unlink()
+        if undone or not changed_since:
+            (hidden / UNDO_FILE).unlink()
     return undone, changed_since
 
 

@@ -42,6 +42,23 @@ def test_captions_are_found_replaced_and_taken_back(folder: Path, capsys: pytest
     assert (folder / "picture-1.txt").read_text() == "a soft thing"
 
 
+def test_an_undo_that_restores_nothing_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "picture-0.txt").write_text("a cat")
+    run(["captions", "images", "--find", "cat", "--replace", "dog"])
+    (folder / "picture-0.txt").write_text("typed after the change")
+    capsys.readouterr()
+    undo = ["captions", "images", "--undo"]
+    assert run(undo) == 0
+    assert capsys.readouterr().out == (
+        "No caption is restored, because all changed since the edit. "
+        "`simpletuner dataset captions images --undo` tries it again.\n"
+        "Left out:\n  picture-0.txt  changed since  it stays as it is\n"
+    )
+    (folder / "picture-0.txt").write_text("a dog")
+    assert run(undo) == 0
+    assert (folder / "picture-0.txt").read_text() == "a cat"
+
+
 def test_missing_captions_are_listed_and_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "picture-4.txt").unlink()
     assert run(["captions", "images", "--missing"]) == 0

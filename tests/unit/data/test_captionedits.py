@@ -109,6 +109,20 @@ def test_what_somebody_else_changed_meanwhile_stays(folder: Path) -> None:
     assert plan_caption_edit(folder, TextEdit(find="typed")).revision != plan.revision
 
 
+def test_an_undo_that_restores_nothing_can_be_repeated(folder: Path) -> None:
+    before = texts(folder)
+    apply_caption_plan(plan_caption_edit(folder, TextEdit(find="red", replace="blue")))
+    edited = (folder / "a.txt").read_bytes()
+    (folder / "a.txt").write_text("typed after the change")
+    undone, left = undo_captions(folder)
+    assert (undone, [each.name for each in left]) == (0, ["a.txt"])
+    (folder / "a.txt").write_bytes(edited)
+    assert undo_captions(folder) == (1, [])
+    assert texts(folder) == before
+    with pytest.raises(DataError, match="no change of captions to undo"):
+        undo_captions(folder)
+
+
 def test_no_link_is_followed_and_no_other_text_is_guessed(folder: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

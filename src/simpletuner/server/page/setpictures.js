@@ -239,7 +239,7 @@ export function datasetImages({ folder, scan, captions, textFiles, whole }) {
 
   async function undoLast(what) {
     const { undone, left_out: skipped } = await post("images/undo", { folder, what });
-    toast(`${plural(undone, "file")} restored${skipped.length ? `; ${skipped.length} not restored: ${skipped[0].name} ${skipped[0].reason}` : ""}.`, "good");
+    toast(`${plural(undone, "file")} restored${skipped.length ? `; ${skipped.length} not restored: ${skipped[0].name} ${skipped[0].reason}` : ""}.`, undone ? "good" : "bad");
     groups = null;
     await open();
   }
