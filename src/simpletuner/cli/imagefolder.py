@@ -23,7 +23,14 @@ from simpletuner.data.captionedits import (
     without_caption,
 )
 from simpletuner.data.ownfolder import listed_images
-from simpletuner.data.removal import empty_trash, plan_partner_removal, plan_removal, remove_images, restore_images
+from simpletuner.data.removal import (
+    empty_trash,
+    plan_partner_removal,
+    plan_removal,
+    remove_images,
+    restore_images,
+    trashed_files,
+)
 from simpletuner.data.sample import Rejection
 
 MAX_SHOWN = 10
@@ -210,8 +217,15 @@ def _duplicates(folder: Path, command: FolderCommand) -> Result:
 def _delete(folder: Path, command: FolderCommand) -> Result:
     if command.undo:
         restored, left_out = restore_images(folder)
-        text = f"{restored} files are restored."
-        return {"undone": restored, "left_out": _as_rows(left_out)}, _with_left_out(text, left_out)
+        remaining = trashed_files(folder)
+        earlier = remaining - len(left_out)
+        text = f"{restored} files of the last deletion are restored."
+        if earlier:
+            text += f" {earlier} files of earlier deletions are still in the trash"
+            undo = command_text("simpletuner", "dataset", "delete", folder, "--undo")
+            text += "." if left_out else f"; `{undo}` undoes the deletion before it."
+        counts = {"undone": restored, "remaining": remaining}
+        return {**counts, "left_out": _as_rows(left_out)}, _with_left_out(text, left_out)
     if command.empty_trash:
         _ask(f"Delete the files in the trash of {folder} permanently?", command)
         count = empty_trash(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import DataError
 from simpletuner.base.files import file_errors_reported
-from simpletuner.base.imagefiles import TRASH_FOLDER, caption_key, find_partners
+from simpletuner.base.imagefiles import SIMPLETUNER_FOLDER, TRASH_FOLDER, caption_key, find_partners
 from simpletuner.data.ownfolder import check_names, inside, listed_images, own_folder
 from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Rejection
@@ -80,8 +80,8 @@ def remove_images(plan: RemovalPlan) -> Path:
 
 
 def restore_images(folder: Path) -> tuple[int, list[Rejection]]:
-    """Undo the last deletion. Returns the number of restored files, and the files that stay in the trash because a file
-    of their name exists.
+    """Undo the last deletion that is in the trash, not the earlier ones. Returns the number of restored files, and the
+    files that stay in the trash because a file of their name exists.
 
     Raises:
         DataError: the trash is empty.
@@ -107,6 +107,12 @@ def restore_images(folder: Path) -> tuple[int, list[Rejection]]:
     return returned, blocked
 
 
+def trashed_files(folder: Path) -> int:
+    """Number of files in a folder's trash, of all deletions."""
+    trash = folder / SIMPLETUNER_FOLDER / TRASH_FOLDER
+    return sum(each.is_symlink() or not each.is_dir() for each in trash.rglob("*"))
+
+
 def empty_trash(folder: Path) -> int:
     """Delete the files in a folder's trash permanently. Returns their number.
 
@@ -115,7 +121,7 @@ def empty_trash(folder: Path) -> int:
     """
     with own_folder(folder) as hidden, file_errors_reported(hidden, doing="delete in"):
         trash = hidden / TRASH_FOLDER
-        files = sum(each.is_symlink() or not each.is_dir() for each in trash.rglob("*"))
+        files = trashed_files(folder)
         if trash.is_dir() and not trash.is_symlink():
             shutil.rmtree(trash)
     return files

@@ -80,6 +80,20 @@ def test_images_are_deleted_once_asked_and_come_back(
     assert answer(capsys, *delete, "--yes")["trash"] == "images/.simpletuner/trash/1"
     assert not (folder / "picture-0.png").exists()
     assert answer(capsys, "delete", "images", "--undo")["undone"] == 4
+    for name in ("picture-0.png", "picture-3.png"):
+        (own_folder / "one.txt").write_text(f"{name}\n")
+        run(["delete", "images", "--names", "one.txt", "--yes"])
+    capsys.readouterr()
+    undo = "simpletuner dataset delete images --undo"
+    assert run(undo.split()[2:]) == 0
+    assert capsys.readouterr().out == (
+        "2 files of the last deletion are restored. "
+        f"2 files of earlier deletions are still in the trash; `{undo}` undoes the deletion before it.\n"
+    )
+    (folder / "picture-0.txt").write_text("a new caption")
+    blocked = answer(capsys, "delete", "images", "--undo")
+    assert (blocked["undone"], blocked["remaining"], len(blocked["left_out"])) == (1, 1, 1)
+    assert answer(capsys, "delete", "images", "--empty-trash", "--yes")["deleted"] == 1
     run([*delete, "--yes"])
     capsys.readouterr()
     assert answer(capsys, "delete", "images", "--empty-trash", "--yes")["deleted"] == 4

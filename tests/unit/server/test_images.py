@@ -98,7 +98,7 @@ def test_captions_change_together_and_go_back(client: TestClient, folder: Path) 
     assert "captions changed since the preview" in again.json()["problems"][0]["text"]
     assert listed(client)["can_undo"]
     undone = client.post("/api/images/undo", json={"folder": FOLDER, "what": "captions"}).json()
-    assert undone == {"undone": 2, "left_out": []}
+    assert undone == {"undone": 2, "remaining": 0, "left_out": []}
     assert not listed(client)["can_undo"]
     wrong = client.post("/api/images/captions", json={"folder": FOLDER, "find": "(", "regex": True, "dry_run": True})
     assert "not a regular expression" in wrong.json()["problems"][0]["text"]
@@ -121,7 +121,10 @@ def test_images_are_deleted_and_come_back(client: TestClient) -> None:
     deleted = client.post("/api/images/delete", json={"folder": FOLDER, "names": ["picture-2.png"]}).json()
     assert deleted == {"images": 1, "captions": 1, "trash": f"{FOLDER}/.simpletuner/trash/1", "left_out": []}
     assert (listed(client)["total"], listed(client)["trashed"]) == (5, 2)
-    assert client.post("/api/images/undo", json={"folder": FOLDER, "what": "delete"}).json()["undone"] == 2
+    client.post("/api/images/delete", json={"folder": FOLDER, "names": ["picture-3.png", "picture-4.png"]})
+    undo = {"folder": FOLDER, "what": "delete"}
+    assert client.post("/api/images/undo", json=undo).json() == {"undone": 4, "remaining": 2, "left_out": []}
+    assert client.post("/api/images/undo", json=undo).json() == {"undone": 2, "remaining": 0, "left_out": []}
     assert listed(client)["total"] == 6
     client.post("/api/images/delete", json={"folder": FOLDER, "names": ["picture-2.png"]})
     assert client.post("/api/images/empty-trash", json={"folder": FOLDER}).json() == {"deleted": 2}

@@ -128,9 +128,11 @@ class UndoRequest(FolderRequest):
 
 
 class UndoResult(BaseModel):
-    """How many files were restored."""
+    """How many files were restored, and how many are left to restore."""
 
     undone: int
+    remaining: int = 0
+    """Deleted files still in the trash: those in `left_out`, and those of earlier deletions. 0 for captions."""
     left_out: list[SkippedFile]
 
 
@@ -211,7 +213,7 @@ async def delete_images(deletion: Deletion, context: InContext) -> DeletedImages
 
 @router.post("/images/undo")
 async def undo(request: UndoRequest, context: InContext) -> UndoResult:
-    """Undo the last caption edit or the last deletion."""
+    """Undo the last caption edit or the last deletion; to undo earlier deletions, repeat it while files remain."""
     path = context.roots.folder(request.folder)
     return UndoResult.model_validate(await _run_dataset_command(context, request.what, path, None, "--undo"))
 

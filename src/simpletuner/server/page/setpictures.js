@@ -238,8 +238,9 @@ export function datasetImages({ folder, scan, captions, textFiles, whole }) {
   }
 
   async function undoLast(what) {
-    const { undone, left_out: skipped } = await post("images/undo", { folder, what });
-    toast(`${plural(undone, "file")} restored${skipped.length ? `; ${skipped.length} not restored: ${skipped[0].name} ${skipped[0].reason}` : ""}.`, undone ? "good" : "bad");
+    const { undone, remaining, left_out: skipped } = await post("images/undo", { folder, what });
+    const earlier = what === "delete" ? remaining - skipped.length : 0;
+    toast(`${plural(undone, "file")} restored${skipped.length ? `; ${skipped.length} not restored: ${skipped[0].name} ${skipped[0].reason}` : ""}${earlier ? `; ${plural(earlier, "file")} of earlier deletions left in the trash` : ""}.`, undone ? "good" : "bad");
     groups = null;
     await open();
   }
