@@ -29,8 +29,22 @@ def checked_alpha(path: Path, key: str, value: object, location: str = " in its 
     raise CheckpointError.of(
         f"{path}: {key} = {str(value)[:60]}{location}",
         f"a number above 0, up to {_ALPHA_LIMIT:g}",
-        "With an alpha of 0 a LoRA has no effect: save it again with another alpha. Set its strength where you use it, "
-        "as in `simpletuner sample --lora FILE:0.5`.",
+        _alpha_remedy(value),
+    )
+
+
+def _alpha_remedy(value: object) -> str:
+    """What to do about an invalid alpha."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -_ALPHA_LIMIT <= value <= 0:
+        return SAVE_AGAIN
+    if value == 0:
+        return (
+            "With an alpha of 0 a LoRA has no effect: save it again with another alpha, such as its rank. Set its "
+            "strength where you use it, as in `simpletuner sample --lora FILE:0.5`."
+        )
+    return (
+        f"A negative alpha subtracts a LoRA: save it again with an alpha of {-value:g}, and subtract it where you use "
+        "it, as in `simpletuner sample --lora FILE:-1`."
     )
 
 

@@ -305,11 +305,21 @@ def test_metadata_that_is_no_object_is_refused(tmp_path: Path, text: str) -> Non
         read_lora(tmp_path / "odd.safetensors")
 
 
-@pytest.mark.parametrize("alpha", ["0", "-1", "nan", "inf", "", "four", "1e999"])
-def test_an_alpha_of_ours_that_makes_no_lora_is_refused(tmp_path: Path, alpha: str) -> None:
+@pytest.mark.parametrize(
+    ("alpha", "remedy"),
+    [
+        ("0", "save it again with another alpha, such as its rank"),
+        ("-1.5", "A negative alpha subtracts a LoRA: save it again with an alpha of 1.5"),
+        *(
+            (text, "The file is damaged: use another copy")
+            for text in ("nan", "inf", "-inf", "2e9", "", "four", "1e999")
+        ),
+    ],
+)
+def test_an_alpha_of_ours_that_makes_no_lora_is_refused(tmp_path: Path, alpha: str, remedy: str) -> None:
     tensors = foreign(tmp_path / "odd.safetensors", None)
     save_file(tensors, tmp_path / "odd.safetensors", {"simpletuner.alpha": alpha})
-    with pytest.raises(CheckpointError, match=r"simpletuner\.alpha = .*expected a number above 0"):
+    with pytest.raises(CheckpointError, match=rf"simpletuner\.alpha = .*expected a number above 0.* {remedy}"):
         read_lora(tmp_path / "odd.safetensors")
 
 
