@@ -87,14 +87,14 @@ def test_a_grid_of_strengths_comes_picture_by_picture_from_one_sampler(
     for name, value in {"Width": "256", "Height": "256", "Sampler steps": "400"}.items():
         page.get_by_label(name, exact=True).fill(value)
     draw.click()
-    expect(page.get_by_text(re.compile(r"drawing, [1-9]\d* of"))).to_be_visible(timeout=LONG_MS)
+    expect(page.get_by_text(re.compile(r"Generating: [1-9]\d* of"))).to_be_visible(timeout=LONG_MS)
     page.get_by_role("button", name="Cancel").click()
     expect(page.get_by_text("Generating: cancelled.")).to_be_visible()
     assert samplers(workspace) == [first]
 
     # A run that starts has the memory, and the page says why the pictures do not come.
     draw.click()
-    expect(page.get_by_text(re.compile(r"drawing, [1-9]\d* of"))).to_be_visible(timeout=LONG_MS)
+    expect(page.get_by_text(re.compile(r"Generating: [1-9]\d* of"))).to_be_visible(timeout=LONG_MS)
     (workspace / "damaged.safetensors").write_bytes(b"damaged")
     command = [sys.executable, "-P", "-m", "simpletuner", *NEVER_TRAINS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

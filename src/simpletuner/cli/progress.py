@@ -28,11 +28,11 @@ def progress_of(options: SampleOptions) -> Iterator[ReportSteps]:
             # Imported late, because the import is slow: only when there is progress to show.
             from tqdm import tqdm
 
-            bars.append(opened.enter_context(tqdm(total=total, desc="sampling", unit="step", disable=None)))
+            bars.append(opened.enter_context(tqdm(total=total, desc="generating", unit="step", disable=None)))
 
         yield report
 
 
 def progress_of_steps(done: int, total: int) -> dict[str, object]:
     """The progress as a JSON object."""
-    return {"what": "drawing", "done": done, "total": total}
+    return {"what": "generating", "done": done, "total": total}

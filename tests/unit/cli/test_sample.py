@@ -283,7 +283,7 @@ def test_pictures_with_their_parameters(tiny_folder: Path, lora: Path, capsys: p
     )
     captured = capsys.readouterr()
     told = [json.loads(line) for line in captured.err.splitlines() if line.startswith("{")]
-    assert told == [{"what": "drawing", "done": done, "total": 8} for done in range(1, 9)]
+    assert told == [{"what": "generating", "done": done, "total": 8} for done in range(1, 9)]
     paths = [Path(line) for line in captured.out.splitlines()]
     assert [path.name for path in paths] == [
         "a-red-fish_32x48_8.png",

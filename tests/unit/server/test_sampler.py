@@ -21,7 +21,7 @@ for line in sys.stdin:
     if request.get("train"): os.kill(os.getpid(), signal.SIGTERM)
     print("a line for people", file=sys.stderr, flush=True)
     if request.get("wait"):
-        say(event="progress", id=request["id"], what="drawing", done=1, total=9)
+        say(event="progress", id=request["id"], what="generating", done=1, total=9)
         continue
     if "cancel" in request:
         say(event="cancelled", id=request["cancel"])

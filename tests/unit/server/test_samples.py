@@ -215,7 +215,7 @@ def test_train_look_and_draw(client: TestClient, environment: str) -> None:
     job = client.post("/api/jobs/sample", json=wanted, headers=SAME).json()
     done = wait_for(lambda: (found := get(f"jobs/{job['id']}"))["state"] != "running" and found)
     assert done["state"] == "done", done
-    assert done["progress"] == {"what": "drawing", "done": 2, "total": 2}
+    assert done["progress"] == {"what": "generating", "done": 2, "total": 2}
     pictures = done["result"]["pictures"]
     assert len(pictures) == 2
     assert pictures[0].startswith("output/mine/samples/")

@@ -39,7 +39,8 @@ export function jobPanel() {
         changed(job);
         const { progress } = job;
         if (progress !== null) {
-          words.textContent = `${title}: ${progress.what}, ${count(progress.done)} of ${count(progress.total)}`;
+          const what = progress.what === title.toLowerCase() ? "" : `${progress.what}, `;
+          words.textContent = `${title}: ${what}${count(progress.done)} of ${count(progress.total)}`;
           bar.max = Math.max(1, progress.total);
           bar.value = progress.done;
         } else if (job.lines.length) words.textContent = `${title}: ${job.lines.at(-1)}`;
