@@ -255,6 +255,6 @@ def test_what_ends_one_machine_is_named_on_both_and_the_next_start_goes_on(
     assert (status.state, status.saved) == ("stopped", status.step)
     assert "Machine 1 was asked to stop." in printed[0]
     assert printed[0][-1] == (
-        f"stopped after step {status.step} of 4000; it is saved. Run the same command again to resume."
+        f"stopped after step {status.step} of 4000; the run is saved. Run the same command again to resume."
     )
-    assert printed[1][-1].startswith("stopped with machine 0, which says what is saved.")
+    assert printed[1][-1].startswith("stopped with machine 0, which reports what is saved.")
