@@ -129,8 +129,15 @@ def assert_same_run(place: Workplace, other: Workplace) -> None:
 def test_two_nodes_of_slurm_train_what_one_process_does(
     network: Network, workplace: Workplace, uninterrupted: Workplace
 ) -> None:
-    """To the bit, from filling the caches on. They listen on their addresses in the network alone."""
+    """To the bit, from filling the caches on. They listen on their addresses in the network alone. Both machines' idle
+    GPUs are in the events."""
+    driver = workplace.folder / "bin" / "nvidia-smi"
+    driver.parent.mkdir()
+    rows = "".join(f"echo '{index}, NVIDIA RTX 4090, 580.65, 24564, 300, 0'\n" for index in range(2))
+    driver.write_text(f"#!/bin/sh\n{rows}")
+    driver.chmod(0o755)
     slurm = {
+        "PATH": f"{driver.parent}{os.pathsep}{os.environ['PATH']}",
         "SLURM_JOB_ID": "4711",
         "SLURM_STEP_NUM_NODES": "2",
         "SLURM_STEP_NUM_TASKS": "2",
@@ -144,6 +151,8 @@ def test_two_nodes_of_slurm_train_what_one_process_does(
         assert [listening([each.pid, *children(each.pid)]) for each in machines] == [{each} for each in hexadecimal]
         assert [ended(machine) for machine in machines] == [(0, ""), (0, "")]
     assert_same_run(workplace, uninterrupted)
+    idle = [text for event in workplace.events("notice") if "stay idle" in (text := event["text"])]
+    assert [text.partition(", ")[0] for text in idle] == [f"2 GPUs are visible on machine {each}" for each in range(2)]
 
 
 def test_two_nodes_of_torchrun_train_what_one_process_does(

@@ -23,7 +23,7 @@ from simpletuner.config.values import no_effect
 from simpletuner.runs.layout import RunDirectory
 from simpletuner.runs.machines import meet
 from simpletuner.runs.process import stop_if_asked
-from simpletuner.runs.ranks import Supervisor, as_rank, read_rank_place, train_command
+from simpletuner.runs.ranks import RANKS_NOTICE, Supervisor, as_rank, read_rank_place, train_command
 from simpletuner.runs.samplers import stop_samplers
 
 MAY_DIFFER_BETWEEN_MACHINES = {"machine_rank", "main_process_port", "max_workers"}
@@ -52,9 +52,7 @@ def run(arguments: list[str]) -> int:
                 notice = _idle_gpus(loaded.config, gpus)
                 loaded = _settled(loaded, size)
                 if size > 1 and (loaded.config.num_machines > 1 or not _is_trained(loaded.config)):
-                    if notice is not None:
-                        say(f"Note: {notice}")
-                    return _supervise(loaded.arguments, loaded, size)
+                    return _supervise(loaded.arguments, loaded, size, notice)
                 if notice is not None:
                     loaded = replace(loaded, notices=(*loaded.notices, notice))
             if rank_place is None or rank_place.rank == 0:
@@ -65,6 +63,9 @@ def run(arguments: list[str]) -> int:
 
             stop_if_asked()
             world = join(os.environ, float(loaded.config.distributed_timeout_s))
+            if rank_place is not None and rank_place.folder is not None and rank_place.machines > 1:
+                of_machines = world.gather_json(os.environ.get(RANKS_NOTICE))
+                loaded = replace(loaded, notices=(*loaded.notices, *(text for text in of_machines if text is not None)))
             return job.run(job.build(loaded, world))
 
 
@@ -87,10 +88,15 @@ def processes(options: RankOptions, gpus: int) -> int:
     return count
 
 
-def _supervise(arguments: Sequence[str], loaded: LoadedConfig, size: int) -> int:
-    """Train with `size` processes, and run this machine's share of them; returns the exit code."""
+def _supervise(arguments: Sequence[str], loaded: LoadedConfig, size: int, notice: str | None) -> int:
+    """Train with `size` processes, and run this machine's share of them; returns the exit code.
+
+    Rank 0 reports the notices of all machines. Other machines print their own `notice` too, where the ranks are silent.
+    """
     config = loaded.config
     local_size = size // config.num_machines
+    if notice is not None and config.machine_rank > 0:
+        say(f"Note: {notice}")
     stop_samplers(Path.cwd(), {**os.environ, "LOCAL_WORLD_SIZE": str(local_size)}, say)
     stop_if_asked()
     machines = None
@@ -103,7 +109,10 @@ def _supervise(arguments: Sequence[str], loaded: LoadedConfig, size: int) -> int
             _terms(loaded, size),
             config.distributed_timeout_s,
         )
-    return Supervisor(local_size, RunDirectory(Path(config.output_dir)), machines)(train_command(arguments), os.environ)
+    environ = {name: value for name, value in os.environ.items() if name != RANKS_NOTICE}
+    if notice is not None:
+        environ[RANKS_NOTICE] = notice
+    return Supervisor(local_size, RunDirectory(Path(config.output_dir)), machines)(train_command(arguments), environ)
 
 
 def _terms(loaded: LoadedConfig, size: int) -> dict[str, Any]:

@@ -45,6 +45,8 @@ RANKS_LIFELINE = "RANKS_LIFELINE"
 """Environment variable: the file descriptor of a pipe that closes when the supervisor ends."""
 RANKS_LISTENER = "RANKS_LISTENER"
 """Environment variable of rank 0 on several machines: the file descriptor on which its store listens."""
+RANKS_NOTICE = "RANKS_NOTICE"
+"""Environment variable: the supervisor's notice for the run's events; not set without one."""
 GRACE_S = 15.0
 """Seconds that rank 0 has to fail by itself and write its events, after another rank has failed."""
 REST_S = 2.0

@@ -185,3 +185,5 @@ def test_machines_meet_before_the_processes_start(
     monkeypatch.setattr(train, "visible_gpus", lambda _: 4)
     assert train.run([*flags]) == 0
     assert capsys.readouterr().out.startswith("Note: 4 GPUs are visible on machine 1, one trains, and 3 stay idle.")
+    assert train.run([*flags, "--machine_rank=0"]) == 0
+    assert "Note:" not in capsys.readouterr().out, "rank 0 prints it"
