@@ -2,6 +2,7 @@
 
 import { get } from "./api.js";
 import { button, freshId, h, problemPanel } from "./dom.js";
+import { LIMITS } from "./limits.js";
 
 export class LoraChoice {
   /** @param {string} run @param {() => void} changed called when a LoRA is added or removed */
@@ -60,7 +61,7 @@ export class LoraChoice {
   row(one) {
     const id = freshId("weight");
     const weight = h("input", {
-      type: "number", id, min: -10, max: 10, step: 0.05, value: one.strength,
+      type: "number", id, min: LIMITS.strengths.min, max: LIMITS.strengths.max, step: 0.05, value: one.strength,
       oninput: () => {
         one.strength = Number(weight.value);
       },

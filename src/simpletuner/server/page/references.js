@@ -4,8 +4,9 @@ import { ApiFault, address, upload } from "./api.js";
 import { button, fill, h, toast } from "./dom.js";
 import { browse, ensureFolder } from "./folders.js";
 import { count } from "./format.js";
+import { LIMITS } from "./limits.js";
 
-const MAX_REFERENCES = 10;
+const MAX_REFERENCES = LIMITS.references.items;
 /** Folder in the workspace for files uploaded from this computer. */
 const FOLDER = "references";
 const THUMBNAIL_PX = 160;

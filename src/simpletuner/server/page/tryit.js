@@ -2,13 +2,11 @@
 
 import { button, freshId, h, icon, problemPanel } from "./dom.js";
 import { jobPanel } from "./job.js";
+import { LIMITS } from "./limits.js";
 import { LoraChoice } from "./loras.js";
 import { fileName, referenceList } from "./references.js";
 import { Samples, gridTable, gridsOf } from "./samples.js";
 
-const SIDE_STEP = 16;
-const LONGEST_SIDE = 2048;
-const MAX_STRENGTHS = 12;
 const STORAGE_PREFIX = "simpletuner.tryit.";
 
 export class TryIt {
@@ -62,12 +60,12 @@ export class TryIt {
     this.fields = {
       prompts: h("textarea", { rows: 3, required: true, value: this.settings.prompts ?? validationImage?.prompt ?? "" }),
       strengths: h("input", { value: this.settings.strengths ?? "0, 0.5, 1", inputmode: "text", autocomplete: "off", spellcheck: "false" }),
-      seed: number("seed", config?.seed ?? 42, { min: 0, max: 2 ** 32 - 1, step: 1 }),
-      count: number("count", 1, { min: 1, max: 16, step: 1 }),
-      width: number("width", validationImage?.width ?? 1024, { min: SIDE_STEP, max: LONGEST_SIDE, step: SIDE_STEP }),
-      height: number("height", validationImage?.height ?? 1024, { min: SIDE_STEP, max: LONGEST_SIDE, step: SIDE_STEP }),
-      steps: number("steps", config?.validation_num_inference_steps, { min: 1, max: 500, step: 1, placeholder: "the model's" }),
-      guidance: number("guidance", config?.validation_guidance, { min: 0, max: 50, step: 0.1, placeholder: "the model's" }),
+      seed: number("seed", config?.seed ?? 42, { ...LIMITS.seed, step: 1 }),
+      count: number("count", 1, { ...LIMITS.count, step: 1 }),
+      width: number("width", validationImage?.width ?? 1024, LIMITS.width),
+      height: number("height", validationImage?.height ?? 1024, LIMITS.height),
+      steps: number("steps", config?.validation_num_inference_steps, { ...LIMITS.steps, step: 1, placeholder: "the model's" }),
+      guidance: number("guidance", config?.validation_guidance, { ...LIMITS.guidance, step: 0.1, placeholder: "the model's" }),
     };
     const { prompts, strengths, seed, count, width, height, steps, guidance } = this.fields;
     this.references = referenceList(() => this.store());
@@ -115,8 +113,9 @@ export class TryIt {
     const { strengths } = this.fields;
     const words = strengths.value.split(/[\s,;]+/).filter(Boolean);
     const numbers = [...new Set(words.map(Number))];
-    const isValid = numbers.length > 0 && numbers.length <= MAX_STRENGTHS && numbers.every((one) => Math.abs(one) <= 10);
-    strengths.setCustomValidity(isValid ? "" : `Enter 1 to ${MAX_STRENGTHS} numbers from -10 to 10, separated by commas: 0, 0.5, 1.`);
+    const { min, max, items } = LIMITS.strengths;
+    const isValid = numbers.length > 0 && numbers.length <= items && numbers.every((one) => one >= min && one <= max);
+    strengths.setCustomValidity(isValid ? "" : `Enter 1 to ${items} numbers from ${min} to ${max}, separated by commas: 0, 0.5, 1.`);
     return isValid ? numbers : (strengths.reportValidity(), null);
   }
 
