@@ -163,6 +163,41 @@ def test_a_set_of_references_is_added_and_shown_beside_its_images(server: Server
     assert [entry.get("conditioning_data") for entry in raw] == [["cats-references"], None, None]
 
 
+def test_references_and_masks_are_deleted_with_their_image(server: Server, page: Page, workspace: Path) -> None:
+    folder = workspace / "config" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_flavour": "tiny", "output_dir": "output/mine"}')
+    image_set = {"id": "cats", "instance_data_dir": "datasets/cats", "conditioning_data": ["sketches", "masks"]}
+    conditions = [
+        {"id": name, "dataset_type": "conditioning", "conditioning_type": kind, "instance_data_dir": f"datasets/{name}"}
+        for name, kind in (("sketches", "reference_loose"), ("masks", "mask"))
+    ]
+    (folder / "multidatabackend.json").write_text(json.dumps([image_set, STORE, *conditions]))
+    files = [workspace / "datasets" / name for name in ("sketches/one.1.png", "sketches/one.2.png", "masks/one.png")]
+    for file in (
+        *files,
+        *(workspace / "datasets" / name for name in ("cats/one.png", "cats/two.png", "masks/two.png")),
+    ):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(file)
+    page.goto(f"{server.url}/#/datasets/mine")
+    dialog = page.get_by_role("dialog")
+    for is_checked in (False, True):
+        page.get_by_label("Select one.png", exact=True).click()
+        page.get_by_role("button", name="Delete", exact=True).click()
+        tick = dialog.get_by_label("Also delete 3 references and masks of this image")
+        expect(tick).not_to_be_checked()
+        if is_checked:
+            tick.check()
+        dialog.get_by_role("button", name="Delete 1 image").click()
+        expect(page.locator(".picture > .path")).to_have_text(["two.png"])
+        assert [file.exists() for file in files] == [not is_checked] * 3
+        page.get_by_role("button", name="Undo the last deletion").click()
+        expect(page.locator(".picture > .path")).to_have_text(["one.png", "two.png"])
+    expect(page.get_by_text("1 image deleted with 3 references and masks.")).to_be_visible()
+    assert (workspace / "datasets" / "masks" / "two.png").is_file()
+
+
 @pytest.fixture
 def library(workspace: Path) -> Path:
     """The prompts of an environment named mine."""

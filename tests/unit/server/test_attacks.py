@@ -25,7 +25,7 @@ from simpletuner.server.roots import Roots
 ORIGIN = "http://localhost:8001"
 SECRET = "the-secret-outside"
 
-PATHS = {"path", "folder", "run", "names", "beside", "references"}
+PATHS = {"path", "folder", "run", "names", "beside", "references", "partners"}
 """Parameters that name a file or folder, or several."""
 NAMES = {"name", "new_name", "source", "environment", "example", "confirm", "job_id"}
 """Parameters that name something of ours, and become part of a path or a command."""
@@ -51,6 +51,7 @@ HARMLESS: dict[str, Any] = {
     "path": "one.png",
     "folder": "inner",
     "beside": "inner",
+    "partners": ["inner"],
     "numbered": "false",
     "run": "output/mine",
     "name": "mine",

@@ -119,7 +119,9 @@ def test_an_expression_that_never_ends_is_ended(
 @pytest.mark.usefixtures("folder")
 def test_images_are_deleted_and_come_back(client: TestClient) -> None:
     deleted = client.post("/api/images/delete", json={"folder": FOLDER, "names": ["picture-2.png"]}).json()
-    assert deleted == {"images": 1, "captions": 1, "trash": f"{FOLDER}/.simpletuner/trash/1", "left_out": []}
+    assert deleted == {
+        "images": 1, "captions": 1, "partners": 0, "trash": f"{FOLDER}/.simpletuner/trash/1", "left_out": []
+    }  # fmt: skip
     assert (listed(client)["total"], listed(client)["trashed"]) == (5, 2)
     client.post("/api/images/delete", json={"folder": FOLDER, "names": ["picture-3.png", "picture-4.png"]})
     undo = {"folder": FOLDER, "what": "delete"}
@@ -129,6 +131,28 @@ def test_images_are_deleted_and_come_back(client: TestClient) -> None:
     client.post("/api/images/delete", json={"folder": FOLDER, "names": ["picture-2.png"]})
     assert client.post("/api/images/empty-trash", json={"folder": FOLDER}).json() == {"deleted": 2}
     assert (listed(client)["total"], listed(client)["trashed"]) == (5, 0)
+
+
+def test_references_and_masks_are_deleted_with_their_images(client: TestClient, folder: Path) -> None:
+    for name in ("before", "masks"):
+        (folder.parent / name).mkdir()
+    for name in ("before/picture-0.1.png", "before/picture-0.2.png", "before/picture-1.png", "masks/picture-0.png"):
+        shutil.copy(folder / "picture-0.png", folder.parent / name)
+    deletion = {"folder": FOLDER, "names": ["picture-0.png"]}
+    for partners, status in (
+        (["/etc"], 403),
+        (["datasets/none"], 404),
+        ([FOLDER], 422),
+        (["datasets/before"] * 12, 422),
+    ):
+        assert client.post("/api/images/delete", json=deletion | {"partners": partners}).status_code == status
+    assert listed(client)["total"] == 6
+    beside = ["datasets/before", "datasets/masks"]
+    deleted = client.post("/api/images/delete", json=deletion | {"partners": beside}).json()
+    assert (deleted["images"], deleted["captions"], deleted["partners"]) == (1, 1, 3)
+    assert [path.name for path in folder.parent.glob("*/*-[01]*.png")] == ["picture-1.png"] * 2
+    undo = {"folder": "datasets/before", "what": "delete"}
+    assert client.post("/api/images/undo", json=undo).json()["undone"] == 2
 
 
 def test_nothing_outside_of_the_folder_is_deleted(client: TestClient, folder: Path, tmp_path: Path) -> None:

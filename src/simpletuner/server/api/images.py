@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 
 from simpletuner.base.imagefiles import caption_key, find_partners
+from simpletuner.config.datasets import MAX_REFERENCES
 from simpletuner.server.body import RequestBody
 from simpletuner.server.commands import LONGEST_TEXT, printed_json
 from simpletuner.server.context import InContext, ServerContext
@@ -110,13 +111,17 @@ class Deletion(FolderRequest):
     """Images to delete."""
 
     names: Names
+    partners: list[FolderText] = Field(default=[], max_length=MAX_REFERENCES + 1)
+    """Folders of references or masks. Those of the images are deleted too, unless another image uses them."""
 
 
 class DeletedImages(BaseModel):
-    """How many images and captions were deleted, and the trash folder that holds them."""
+    """How many files were deleted, and the trash folder that holds the images and captions."""
 
     images: int
     captions: int
+    partners: int = 0
+    """References and masks, which are in the trash of their own folder."""
     trash: str
     left_out: list[SkippedFile]
 
@@ -201,9 +206,12 @@ async def edit_captions(edit: CaptionsEdit, request: Request, context: InContext
 
 @router.post("/images/delete")
 async def delete_images(deletion: Deletion, context: InContext) -> DeletedImages:
-    """Move images and their captions to the folder's trash: `simpletuner dataset delete`."""
+    """Move images and their captions to the folder's trash, and references and masks to those of their folders:
+    `simpletuner dataset delete`."""
     path = context.roots.folder(deletion.folder)
-    deleted = DeletedImages.model_validate(await _run_dataset_command(context, "delete", path, deletion.names, "--yes"))
+    partners = [f"--partners={context.roots.folder(text)}" for text in deletion.partners]
+    result = await _run_dataset_command(context, "delete", path, deletion.names, "--yes", *partners)
+    deleted = DeletedImages.model_validate(result)
     return (
         deleted.model_copy(update={"trash": context.roots.display_path(Path(deleted.trash))})
         if deleted.trash

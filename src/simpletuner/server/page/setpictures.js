@@ -137,6 +137,7 @@ export function datasetImages({ folder, scan, captions, textFiles, whole }) {
   async function findPartners(condition) {
     try {
       const { path: partnerFolder, names } = await get("images/partners", { folder, beside: condition.folder, numbered: condition.isReference });
+      condition.path = partnerFolder;
       condition.partners = new Map(Object.entries(names).map(([name, files]) => [name, files.map((file) => `${partnerFolder}/${file}`)]));
     } catch (error) {
       if (!(error instanceof ApiFault)) throw error;
@@ -229,12 +230,37 @@ export function datasetImages({ folder, scan, captions, textFiles, whole }) {
     const { names } = selection;
     const captioned = names.length - names.filter((name) => listing.missing.includes(name)).length;
     const files = `${plural(names.length, "image")}${captioned ? ` and ${captioned === 1 && names.length === 1 ? "its caption" : plural(captioned, "caption")}` : ""}`;
-    if (!(await confirm(`Delete ${files}?`, `They are moved to ${path(".simpletuner/trash")}: you can undo this until you empty the trash.`, `Delete ${plural(names.length, "image")}`, "danger"))) return;
-    const result = await post("images/delete", { folder, names });
-    toast(`${plural(result.images, "image")} deleted${result.left_out.length ? `, ${count(result.left_out.length)} not deleted: ${result.left_out[0].detail}` : ""}.`, "good");
+    const partners = deletablePartners(names);
+    const ofPartners = (number) => plural(number, "reference or mask", "references and masks");
+    const withPartners = h("input", { type: "checkbox" });
+    const answer = await dialog({
+      title: `Delete ${files}?`,
+      body: [
+        h("p", {}, `They are moved to ${path(".simpletuner/trash")}: you can undo this until you empty the trash.`),
+        partners.files ? h("label", { class: "tick" }, withPartners, `Also delete ${ofPartners(partners.files)} of ${names.length === 1 ? "this image" : "these images"}; to undo that, open ${partners.ids.length === 1 ? "the dataset" : "the datasets"} ${partners.ids.join(", ")}`) : null,
+      ],
+      actions: [{ label: "Cancel", value: false }, { label: `Delete ${plural(names.length, "image")}`, value: true, kind: "danger" }],
+    });
+    if (answer !== true) return;
+    const result = await post("images/delete", { folder, names, partners: withPartners.checked ? partners.folders : [] });
+    toast(`${plural(result.images, "image")} deleted${result.partners ? ` with ${ofPartners(result.partners)}` : ""}${result.left_out.length ? `, ${count(result.left_out.length)} not deleted: ${result.left_out[0].detail}` : ""}.`, "good");
     selection.set([]);
     groups = null;
     await open();
+  }
+
+  /** The references and masks that belong to images `names` and to no other: their number, folders and datasets. */
+  function deletablePartners(names) {
+    const deleted = new Set(names);
+    const found = new Map();
+    for (const { id: dataset, folder: beside, path: partnerFolder, partners } of conditions) {
+      if (!partners || partnerFolder === listing.path) continue;
+      const kept = new Set([...partners].flatMap(([name, paths]) => (deleted.has(name) ? [] : paths)));
+      const paths = [...partners].flatMap(([name, files]) => (deleted.has(name) ? files : [])).filter((file) => !kept.has(file));
+      if (paths.length) found.set(partnerFolder, { beside, dataset, paths });
+    }
+    const each = [...found.values()];
+    return { files: new Set(each.flatMap(({ paths }) => paths)).size, folders: each.map(({ beside }) => beside), ids: each.map(({ dataset }) => dataset) };
   }
 
   async function undoLast(what) {
