@@ -12,6 +12,7 @@ from simpletuner.base.files import file_errors_reported
 from simpletuner.cli.like import LikeOptions, like_options
 from simpletuner.config.flags import parse
 from simpletuner.config.load import DATASETS_NAME, NO_CONFIGURATION, ExaminedConfig, LoadedConfig, examine
+from simpletuner.config.paths import allow_any_path
 from simpletuner.flux2 import routes
 from simpletuner.server.reach import page_reach
 
@@ -89,7 +90,8 @@ def examine_here(arguments: Sequence[str], *, extra_roots: Sequence[Path] = ()) 
             folder = Path("datasets") / example
             materialize(example, folder if reach is None else reach.checked_path(str(folder)))
     with file_errors_reported(Path(), ConfigError, doing="read"):
-        rule = None if reach is None else replace(reach, extra_roots=(*reach.extra_roots, *extra_roots)).refusal
+        reach = reach and replace(reach, extra_roots=(*reach.extra_roots, *extra_roots))
+        rule = allow_any_path if reach is None else reach.refusal
         examined = examine(arguments, folder=Path(), environ=os.environ, rule=rule)
     if like is not None:
         examined = replace(examined, problems=tuple(map(_without_datasets, examined.problems)))

@@ -23,7 +23,7 @@ from simpletuner.config.given import CheckedKeys, GivenValue, KnownKeys, by_cano
 from simpletuner.config.options.kinds import Slice
 from simpletuner.config.other_keys import OTHER_CONDITION_KEYS, OTHER_SET_KEYS, OTHER_STORE_KEYS
 from simpletuner.config.other_trainers import OUR_DATASETS, other_format, other_trainer_problem
-from simpletuner.config.paths import PathRule, fill_placeholders, join_working_folder
+from simpletuner.config.paths import PathRule, allow_any_path, fill_placeholders, join_working_folder
 from simpletuner.config.run import OPTION_NAMES
 from simpletuner.config.values import join_names, kinds, nearest, no_effect, value_text
 
@@ -81,8 +81,21 @@ class PathContext:
     environ: Mapping[str, str] | None
     """Values for `{env:NAME}`; None rejects those."""
 
-    rule: PathRule | None = None
-    """Check of every resolved path; None allows all."""
+    rule: PathRule = allow_any_path
+    """Check of every resolved path."""
+
+    def resolve(self, prefix: str, key: str, text: str, **names: str) -> str | Problem:
+        """`text` as a path that may be read, or the problem with it, which begins with `prefix` and `key`.
+
+        `names` are values of further placeholders.
+        """
+        try:
+            path = join_working_folder(self.folder, fill_placeholders(text, {**self.names, **names}, self.environ))
+        except ValueError as error:
+            return Problem(f"{prefix}{key} = {value_text(text)}: {error}")
+        refused = self.rule(key, path)
+        # The key is in the file that `prefix` names, not in the config.
+        return path if refused is None else replace(refused, found=prefix + refused.found, key="")
 
 
 @dataclass
@@ -210,16 +223,14 @@ def _with_filter_file(
     without_filter = {name: value for name, value in entry.items() if name != key}
     label = f"{prefix}{key} = {value_text(typed)}"
     try:
-        names = {**path_context.names, "id": str(entry.get("id"))}
-        path = join_working_folder(path_context.folder, fill_placeholders(typed, names, path_context.environ))
-        refused = None if path_context.rule is None else path_context.rule(key, path)
-        if refused is not None:
-            listing.problems.append(replace(refused, found=prefix + refused.found, key=""))
+        path = path_context.resolve(prefix, key, typed, id=str(entry.get("id")))
+        if isinstance(path, Problem):
+            listing.problems.append(path)
             return without_filter
         if Path(path).suffix == ".json":
             return entry | {key: read_document(Path(path), label)}
         lines = document_text(Path(path), label).splitlines()
-    except ValueError as error:
+    except ValueError as error:  # a NUL in the path
         listing.problems.append(Problem(f"{label}: {error}"))
         return without_filter
     except ConfigError as error:
@@ -242,21 +253,14 @@ def _filter_faults(store: TextStore) -> Iterator[Problem]:
 def _with_paths(checked: CheckedKeys, model: type[Slice], prefix: str, path_context: PathContext) -> dict[str, Any]:
     """The valid values, and the defaults of paths, with every path resolved."""
     values = dict(checked.valid)
-    names = {**path_context.names, "id": values["id"]}
     for key, kind in kinds(model).items():
         if kind.is_path:
             text = values.get(key, model.model_fields[key].default)
-            try:
-                values[key] = join_working_folder(
-                    path_context.folder, fill_placeholders(text, names, path_context.environ)
-                )
-            except ValueError as error:
-                checked.problems[key] = Problem(f"{prefix}{key} = {value_text(text)}: {error}")
-                continue
-            refused = None if path_context.rule is None else path_context.rule(key, values[key])
-            if refused is not None:
-                # The key is in the dataset list, not in the config.
-                checked.problems[key] = replace(refused, found=prefix + refused.found, key="")
+            resolved = path_context.resolve(prefix, key, text, id=values["id"])
+            if isinstance(resolved, Problem):
+                checked.problems[key] = resolved
+            else:
+                values[key] = resolved
     return values
 
 

@@ -33,7 +33,7 @@ from simpletuner.config.other_trainers import (
     other_text_problem,
     other_trainer_problem,
 )
-from simpletuner.config.paths import PathRule, fill_placeholders, is_local_model, join_working_folder
+from simpletuner.config.paths import PathRule, allow_any_path, fill_placeholders, is_local_model, join_working_folder
 from simpletuner.config.previews import with_preview_defaults
 from simpletuner.config.prompts import Prompt, load_prompts
 from simpletuner.config.rules import findings, notices, validation_image_notices
@@ -145,11 +145,11 @@ def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) 
 
 
 def examine(
-    arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str], rule: PathRule | None = None
+    arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str], rule: PathRule = allow_any_path
 ) -> ExaminedConfig:
     """The same as `load`, but with the problems in the result instead of raised.
 
-    `rule` checks every path before it is read. With a rule, the placeholder `{env:NAME}` is rejected.
+    `rule` checks every path before it is read. With a rule of its own, the placeholder `{env:NAME}` is rejected.
     """
     flags = parse(arguments)
     problems = list(flags.problems)
@@ -176,7 +176,7 @@ def examine(
     flavour = FLAVOURS[checked.valid.get("model_flavour", DEFAULT_FLAVOUR)]
     config = RunConfig(**flavour.option_defaults | checked.valid)
     config = with_launched_processes(config, givens, checked, environ)
-    variables = environ if rule is None else None
+    variables = environ if rule is allow_any_path else None
     config, names = _with_paths(config, givens, checked, PathContext(folder, {}, variables, rule))
     datasets_file = _datasets_file(config, config_file)
     config = with_preview_defaults(config, set(checked.valid))
@@ -335,22 +335,20 @@ def _label(path: Path, folder: Path) -> str:
     return str(path)
 
 
-def _refusal(rule: PathRule | None, key: str, path: Path | None) -> Problem | None:
+def _refusal(rule: PathRule, key: str, path: Path | None) -> Problem | None:
     """The problem that `rule` has with reading `path`; None if it may be read, as the program's examples always may."""
-    if rule is None or path is None or path.is_relative_to(EXAMPLES_FOLDER):
-        return None
-    return rule(key, str(path))
+    return None if path is None or path.is_relative_to(EXAMPLES_FOLDER) else rule(key, str(path))
 
 
 def _with_json_files(
-    givens: dict[str, GivenValue], folder: Path, checked: CheckedKeys, rule: PathRule | None
+    givens: dict[str, GivenValue], folder: Path, checked: CheckedKeys, rule: PathRule
 ) -> dict[str, GivenValue]:
     """`givens`, with the names of JSON files replaced by the files' contents for options with a JSON value."""
     resolved_givens = dict(givens)
     for key, kind in kinds(RunConfig).items():
         value = givens[key].value if key in givens else None
         if kind.is_json and isinstance(value, str) and value.endswith(".json"):
-            if refused := None if rule is None else rule(key, join_working_folder(folder, value)):
+            if refused := rule(key, join_working_folder(folder, value)):
                 checked.problems[key] = _as_typed(refused, key, givens)
                 del resolved_givens[key]
                 continue
@@ -420,8 +418,7 @@ def _with_paths(
             names["output_dir"] = text
         if kind.is_path or is_local_model(path_context.folder, text):
             update[key] = join_working_folder(path_context.folder, text)
-            refused = None if path_context.rule is None else path_context.rule(key, update[key])
-            if refused is not None:
+            if refused := path_context.rule(key, update[key]):
                 checked.problems[key] = _as_typed(refused, key, givens)
                 update[key] = RunConfig.model_fields[key].default
     names.setdefault("output_dir", "output")

@@ -13,6 +13,11 @@ from simpletuner.config.values import join_names, value_text
 PathRule = Callable[[str, str], Problem | None]
 """A check `rule(key, path)` of an option's or dataset key's resolved path. Returns a problem, or None if allowed."""
 
+
+def allow_any_path(_key: str, _path: str) -> None:
+    """The path rule that allows every path."""
+
+
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _SHELL_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 

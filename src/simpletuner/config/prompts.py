@@ -14,7 +14,6 @@ from simpletuner.config.datasets import MAX_REFERENCES, Datasets
 from simpletuner.config.documents import read_document
 from simpletuner.config.listing import PathContext
 from simpletuner.config.options.validation import ValidationOptions
-from simpletuner.config.paths import fill_placeholders, join_working_folder
 from simpletuner.config.values import join_names, value_text
 
 SUBJECT = "<subject>"
@@ -124,23 +123,11 @@ def _prompt(entry: Any, label: str, path_context: PathContext) -> Prompt:
     if not isinstance(typed, list) or not all(isinstance(path, str) and is_visible(path) for path in typed):
         problems.append(Problem(f"{label}.references = {value_text(typed)}", 'a list of paths, ["a.png"]'))
         typed = []
-    paths = []
-    for path in typed:
-        try:
-            paths.append(
-                join_working_folder(
-                    path_context.folder, fill_placeholders(path, path_context.names, path_context.environ)
-                )
-            )
-        except ValueError as error:
-            problems.append(Problem(f"{label}.references = {value_text(path)}: {error}"))
-            continue
-        refused = None if path_context.rule is None else path_context.rule("references", paths[-1])
-        if refused is not None:
-            paths.pop()
-            problems.append(replace(refused, found=f"{label}.{refused.found}", key=""))
-    ConfigError.raise_if([*problems, *reference_faults(f"{label}.references", tuple(paths))])
-    return Prompt(str(text), tuple(paths))
+    resolved = [path_context.resolve(f"{label}.", "references", path) for path in typed]
+    problems += [path for path in resolved if isinstance(path, Problem)]
+    paths = tuple(path for path in resolved if isinstance(path, str))
+    ConfigError.raise_if([*problems, *reference_faults(f"{label}.references", paths)])
+    return Prompt(str(text), paths)
 
 
 _OBJECT = '{"prompt": "text", "references": ["a.png"]}'
