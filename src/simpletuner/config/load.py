@@ -70,11 +70,15 @@ _MODEL_PATHS = (
 
 
 @dataclass(frozen=True)
-class LoadedConfig:
-    """A run's complete, valid configuration."""
+class ExaminedConfig:
+    """A run's configuration, which may have problems."""
 
     config: RunConfig
-    datasets: Datasets
+    """The options, with defaults for missing and faulty ones."""
+
+    datasets: Datasets | None
+    """None if they have problems."""
+
     prompts: dict[str, Prompt]
     """Prompts of validation images by name, with `<subject>` replaced."""
 
@@ -87,7 +91,7 @@ class LoadedConfig:
     config_file: Path | None
     """The config that was read."""
 
-    datasets_file: Path
+    datasets_file: Path | None
     """The dataset list that was read."""
 
     prompts_file: Path | None
@@ -95,6 +99,25 @@ class LoadedConfig:
 
     arguments: tuple[str, ...]
     """Arguments after `simpletuner train`."""
+
+    problems: tuple[Problem, ...]
+
+    def loaded(self) -> "LoadedConfig":
+        """The configuration, if it has no problems.
+
+        Raises:
+            ConfigError: lists every problem.
+        """
+        ConfigError.raise_if(self.problems)
+        return LoadedConfig(**vars(self))
+
+
+@dataclass(frozen=True)
+class LoadedConfig(ExaminedConfig):
+    """A run's complete, valid configuration. It has no problems."""
+
+    datasets: Datasets
+    datasets_file: Path
 
     @property
     def validation_prompts(self) -> tuple[Prompt, ...]:
@@ -104,33 +127,6 @@ class LoadedConfig:
     def command(self, **changes: object) -> str:
         """The command that the user typed, with `changes` to some options, as text that can be typed again."""
         return command_text("simpletuner", "train", *with_flags(self.arguments, changes, OPTION_ALIASES))
-
-
-@dataclass(frozen=True)
-class ExaminedConfig:
-    """A configuration that may have problems."""
-
-    config: RunConfig
-    """The options, with defaults for missing and faulty ones."""
-    datasets: Datasets | None
-    """None if they have problems."""
-    prompts: dict[str, Prompt]
-    notices: tuple[str, ...]
-    origins: dict[str, Origin]
-    config_file: Path | None
-    datasets_file: Path | None
-    prompts_file: Path | None
-    arguments: tuple[str, ...]
-    problems: tuple[Problem, ...]
-
-    def loaded(self) -> LoadedConfig:
-        """The configuration, if it has no problems.
-
-        Raises:
-            ConfigError: lists every problem.
-        """
-        ConfigError.raise_if(self.problems)
-        return LoadedConfig(**{name: value for name, value in vars(self).items() if name != "problems"})
 
 
 def load(arguments: Sequence[str], *, folder: Path, environ: Mapping[str, str]) -> LoadedConfig:
