@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Literal, Self
 from pydantic import ValidationError
 
 from simpletuner.runs.events import (
+    EVENTS,
     SCHEMA_VERSION,
     CheckpointEvent,
     Event,
@@ -241,11 +242,10 @@ class EventSummary:
             self.phases, self.notices = {}, []
         if line.get("type") == "end" and line.get("reason") == "error" and "start" in line:
             self.attempts = line["attempt"] - ("train" not in self.phases)
-        event_type = _EVENT_TYPES.get(str(line.get("type")))
-        if event_type is None:  # reported by the run's status instead, or written by a later version
+        if line.get("type") not in _SUMMARIZED:
             return
         try:
-            event = event_type.model_validate(line, extra="ignore")
+            event = EVENTS[line["type"]].model_validate(line, extra="ignore")
         except ValidationError:
             raise DamagedText from None
         self._add(event)
@@ -271,14 +271,8 @@ class EventSummary:
                 self.notices = [*self.notices[1 - NOTICES_KEPT :], event.text]
 
 
-_EVENT_TYPES: dict[str, type[Event]] = {
-    "plan": PlanEvent,
-    "phase": PhaseEvent,
-    "progress": ProgressEvent,
-    "validation": ValidationEvent,
-    "checkpoint": CheckpointEvent,
-    "notice": NoticeEvent,
-}
+_SUMMARIZED = ("plan", "phase", "progress", "validation", "checkpoint", "notice")
+"""Types of the events that `EventSummary` reads. Others are in the run's status, or were written by a later version."""
 
 
 class EventIndex:
@@ -310,20 +304,11 @@ class EventIndex:
             columns = dict(self._columns.json())
             validations = list(self.summary.validations.values())
             last_id = self.summary.last_id
-        with_loss = {event.step: event for event in validations if event.loss is not None}
-        steps = sorted(with_loss)
-        held_out = {
-            "step": steps,
-            "loss": [with_loss[step].loss for step in steps],
-            "ema_loss": [with_loss[step].ema_loss for step in steps],
-        }
-        with_drift = {event.step: event for event in validations if event.drift is not None}
-        drift = {
-            "step": sorted(with_drift),
-            "drift": [with_drift[step].drift for step in sorted(with_drift)],
-            "ema_drift": [with_drift[step].ema_drift for step in sorted(with_drift)],
-        }
-        columns |= {"held_out": json.dumps(held_out, allow_nan=False), "drift": json.dumps(drift, allow_nan=False)}
+        for curve, name in (("held_out", "loss"), ("drift", "drift")):
+            measured = {event.step: vars(event) for event in validations if vars(event)[name] is not None}
+            rows = [measured[step] for step in sorted(measured)]
+            values = {key: [row[key] for row in rows] for key in ("step", name, f"ema_{name}")}
+            columns[curve] = json.dumps(values, allow_nan=False)
         body = ", ".join(f'"{name}": {values}' for name, values in columns.items())
         return f'{{"last_id": {last_id}, {body}}}'
 
