@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -47,9 +46,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="simpletuner-text-") as name:
         folder = Path(name)
         source = drawn(folder, given.hidden, dtype)
-        settings: dict[str, Any] = {"layers": LAYERS, "max_length": LENGTH, "fix_regex": False}
-        resident = load_text_encoder(source, dtype, device, **settings)
-        streamed = stream_text_encoder(source, dtype, device, **settings, folder=folder)
+        resident = load_text_encoder(source, dtype, device, fix_regex=False)
+        streamed = stream_text_encoder(source, dtype, device, fix_regex=False, folder=folder)
         captions = written(resident, given.captions, given.tokens)
         batches = [captions[start : start + given.batch] for start in range(0, len(captions), given.batch)]
         lengths = resident.lengths(captions)
@@ -100,7 +98,7 @@ def drawn(folder: Path, hidden: int, dtype: torch.dtype) -> Source:
             tensors[f"{layer}.{name}.weight"] = torch.randn(shape, generator=draws) * shape[1] ** -0.5
     file = folder / "model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, file)
-    return dataclasses.replace(tiny, text_encoder=Weights((file,), text))
+    return dataclasses.replace(tiny, text_encoder=Weights((file,), text), text_layers=LAYERS, text_length=LENGTH)
 
 
 def written(encoder: TextEncoder, count: int, tokens: int) -> list[str]:
@@ -128,7 +126,8 @@ def padded_call(
     model = model.to_empty(device=device).to(dtype)
     with torch.device(device):
         model.rotary_emb = type(model.rotary_emb)(config=model.config)
-    whole = load_text_encoder(source, dtype, device, layers=(LAYERS[-1] + 1,), max_length=LENGTH, fix_regex=False)
+    one_more = dataclasses.replace(source, text_layers=(LAYERS[-1] + 1,))
+    whole = load_text_encoder(one_more, dtype, device, fix_regex=False)
     model.load_state_dict(whole._model.state_dict(), strict=False)
     torch.nn.init.ones_(model.norm.weight)
     model.eval()

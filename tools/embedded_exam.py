@@ -60,9 +60,7 @@ class Candidate:
             AccessError: it does not exist, or is not a FLUX.2.
         """
         source = locate(options, report=lambda text: None)
-        encoder = load_text_encoder(
-            source, dtype, "cpu", layers=source.text_layers, max_length=source.text_length, fix_regex=False
-        )
+        encoder = load_text_encoder(source, dtype, "cpu", fix_regex=False)
         decode = load_autoencoder(source, torch.float32, "cpu").decode
         return cls(load_transformer(source, dtype, "cpu"), decode, encoder)
 

@@ -1,5 +1,6 @@
 """klein against diffusers' Flux2KleinPipeline and transformers' Qwen3, in fp32 with the same weights."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -37,8 +38,8 @@ def source_of(folder: Path, flavour: FlavourName) -> Source:
 
 
 def encoder_of(source: Source, length: int = LENGTH) -> ResidentTextEncoder:
-    layers = source.text_layers
-    return load_text_encoder(source, torch.float32, "cpu", layers=layers, max_length=length, fix_regex=False)
+    source = dataclasses.replace(source, text_length=length)
+    return load_text_encoder(source, torch.float32, "cpu", fix_regex=False)
 
 
 def pipeline_of(folder: Path) -> Any:
@@ -88,15 +89,8 @@ def test_contexts_are_the_pipelines_padding_included(
 def test_streamed_contexts_are_the_bits_of_the_resident_encoder(
     source: Source, encoder: ResidentTextEncoder, tmp_path: Path
 ) -> None:
-    streamed = stream_text_encoder(
-        source,
-        torch.float32,
-        "cpu",
-        layers=source.text_layers,
-        max_length=LENGTH,
-        fix_regex=False,
-        folder=tmp_path,
-    )
+    source = dataclasses.replace(source, text_length=LENGTH)
+    streamed = stream_text_encoder(source, torch.float32, "cpu", fix_regex=False, folder=tmp_path)
     batches = [PROMPTS[:2], PROMPTS[2:]]
     for batch, contexts in zip(batches, streamed.encode_batches(batches), strict=True):
         for one, two in zip(contexts, encoder.encode(batch), strict=True):

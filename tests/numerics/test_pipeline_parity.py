@@ -1,5 +1,6 @@
 """Whole pictures against diffusers' Flux2Pipeline: same weights, same noise, same prompt."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,7 @@ def test_from_the_words_on_with_a_lora(tmp_path: Path, pipe: Any, source: Source
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     save_lora(tmp_path / LORA_NAME, adapter, metadata={})
 
-    encoder = load_text_encoder(
-        source, torch.float32, "cpu", layers=source.text_layers, max_length=512, fix_regex=False
-    )
+    encoder = load_text_encoder(dataclasses.replace(source, text_length=512), torch.float32, "cpu", fix_regex=False)
     condition = Condition.at(encoder.encode([PROMPT])[0], 4.0)
     fresh = load_transformer(source, torch.float32, "cpu")
     attach_saved(fresh, read_lora(tmp_path))

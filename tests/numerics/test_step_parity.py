@@ -80,9 +80,7 @@ def test_what_is_cached_is_what_the_encoders_give(prepared: tuple[PreparedData, 
             for sample, latent in zip(batch, live, strict=True):
                 cached = read_latent(found.latent_store(manifest.image_set), sample, found.encoders.latents)
                 assert torch.equal(cached, latent)
-    encoder = load_text_encoder(
-        source, torch.float32, CPU, layers=source.text_layers, max_length=source.text_length, fix_regex=False
-    )
+    encoder = load_text_encoder(source, torch.float32, CPU, fix_regex=False)
     prompts = sorted({"", *(caption for sample in manifest.samples for caption in sample.captions)})
     lengths = dict(zip(prompts, encoder.lengths(prompts), strict=True))
     prompts.sort(key=lambda prompt: (lengths[prompt], prompt))

@@ -1,6 +1,7 @@
 """Contexts against those of diffusers' pipeline, in fp32 with the same weights."""
 
 import bisect
+import dataclasses
 
 import pytest
 import torch
@@ -29,8 +30,8 @@ def pipeline(tiny_folder):
 @pytest.fixture(scope="module")
 def encoder(tiny_folder) -> TextEncoder:
     options = ModelOptions(model_flavour="tiny", pretrained_model_name_or_path=str(tiny_folder))
-    source = locate(options, report=print)
-    return load_text_encoder(source, torch.float32, "cpu", layers=source.text_layers, max_length=512, fix_regex=False)
+    source = dataclasses.replace(locate(options, report=print), text_length=512)
+    return load_text_encoder(source, torch.float32, "cpu", fix_regex=False)
 
 
 @pytest.mark.parametrize("batched", [True, False])

@@ -58,8 +58,6 @@ def text_codec(
     key = text_encoder_id(
         source,
         dtype,
-        layers=source.text_layers,
-        max_length=source.text_length,
         fix_regex=model.tokenizer_fix_regex,
         precision=precision.text_encoder_1_precision,
         all_bytes=all_bytes,
@@ -142,14 +140,14 @@ def open_text_encoder(
         AccessError: it cannot be loaded.
         ConfigError: it has fewer layers than the options use, or the context is too short for the template.
     """
-    dtype, layers = DTYPES[precision.text_dtype], source.text_layers
-    length, fix_regex = source.text_length, model.tokenizer_fix_regex
-    precision_name = precision.text_encoder_1_precision
+    dtype, precision_name = DTYPES[precision.text_dtype], precision.text_encoder_1_precision
     mode = "streamed" if offload.group_offload_text_encoder else precision.text_encoder_mode
     if mode == "auto":
-        tokens = precision.text_encoder_batch_size * length
+        tokens = precision.text_encoder_batch_size * source.text_length
         text = text_from_config(source.text_encoder.config or {})
-        needed = sum(resident_text_bytes(text, layers, tokens=tokens, precision=precision_name, dtype=dtype))
+        needed = sum(
+            resident_text_bytes(text, source.text_layers, tokens=tokens, precision=precision_name, dtype=dtype)
+        )
         free = free_memory_bytes(device) // processes
         mode = "resident" if needed <= free else "streamed"
         per_process = f" for each of {processes} processes" if processes > 1 else ""
@@ -159,16 +157,13 @@ def open_text_encoder(
         )
         report(f"The text encoder is {choice} up to {format_size(needed)}; {memory}.")
     load = partial(stream_text_encoder, folder=folder) if mode == "streamed" else load_text_encoder
-    quantize_on = quantized_on(precision, device)
     return load(
         source,
         dtype,
         device,
-        layers=layers,
-        max_length=length,
-        fix_regex=fix_regex,
+        fix_regex=model.tokenizer_fix_regex,
         precision=precision_name,
-        quantize_on=quantize_on,
+        quantize_on=quantized_on(precision, device),
     )
 
 

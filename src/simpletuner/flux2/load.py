@@ -239,21 +239,19 @@ def load_text_encoder(
     dtype: torch.dtype,
     device: torch.device | str,
     *,
-    layers: tuple[int, ...],
-    max_length: int,
     fix_regex: bool,
     precision: str = NO_CHANGE,
     quantize_on: torch.device | str | None = None,
 ) -> ResidentTextEncoder:
-    """Load the frozen text encoder, up to the last of `layers`, as `dtype` on `device`.
+    """Load the frozen text encoder, up to the last of the source's `text_layers`, as `dtype` on `device`.
 
     Linears are held in `precision`, and quantized on `quantize_on`, by default `device`, while they are loaded.
 
     Raises:
         AccessError: tensors are missing or have a wrong shape; the error names them.
-        ConfigError: it has fewer layers, or `max_length` is shorter than the template.
+        ConfigError: it has fewer layers, or the source's `text_length` is shorter than the template.
     """
-    config = _text_config(source, layers)
+    config = _text_config(source)
     depth = config.num_hidden_layers
     with _config_errors_reported("text encoder", source.text_encoder):
         model = _language_model(config, source.flavour.text)
@@ -268,8 +266,8 @@ def load_text_encoder(
         model.eval(),
         _tokenizer(source, fix_regex),
         text=source.flavour.text,
-        layers=layers,
-        max_length=max_length,
+        layers=source.text_layers,
+        max_length=source.text_length,
     )
 
 
@@ -278,8 +276,6 @@ def stream_text_encoder(
     dtype: torch.dtype,
     device: torch.device | str,
     *,
-    layers: tuple[int, ...],
-    max_length: int,
     fix_regex: bool,
     folder: Path,
     precision: str = NO_CHANGE,
@@ -292,9 +288,9 @@ def stream_text_encoder(
 
     Raises:
         AccessError: tensors are missing or have a wrong shape; the error names them.
-        ConfigError: it has fewer layers, or `max_length` is shorter than the template.
+        ConfigError: it has fewer layers, or the source's `text_length` is shorter than the template.
     """
-    config = _text_config(source, layers)
+    config = _text_config(source)
     depth = config.num_hidden_layers
     stored = stored_weights(source.text_encoder.files, "text_encoder")
     new_names = {name: text_encoder_name(name, depth) for name in stored}
@@ -338,8 +334,8 @@ def stream_text_encoder(
         read_layer,
         _tokenizer(source, fix_regex),
         text=source.flavour.text,
-        layers=layers,
-        max_length=max_length,
+        layers=source.text_layers,
+        max_length=source.text_length,
         width=config.hidden_size,
         dtype=dtype,
         device=device,
@@ -352,8 +348,8 @@ def _layers_plan(precision: str, device: torch.device | str) -> QuantizationPlan
     return QuantizationPlan(precision, ("layers.",), device)
 
 
-def _text_config(source: Source, layers: tuple[int, ...]) -> Any:
-    """transformers' config of the text encoder's language model, truncated after the last of `layers`.
+def _text_config(source: Source) -> Any:
+    """transformers' config of the text encoder's language model, truncated after the last of its `text_layers`.
 
     Raises:
         ConfigError: it has fewer layers.
@@ -367,12 +363,12 @@ def _text_config(source: Source, layers: tuple[int, ...]) -> Any:
             config = Mistral3Config(**written).text_config
         else:
             config = {"mistral": MistralConfig, "qwen3": Qwen3Config}[written["model_type"]](**written)
-    if max(layers) > config.num_hidden_layers:
+    if max(source.text_layers) > config.num_hidden_layers:
         raise ConfigError.of(
-            f"custom_text_encoder_intermediary_layers = {','.join(map(str, layers))}",
+            f"custom_text_encoder_intermediary_layers = {','.join(map(str, source.text_layers))}",
             f"at most {config.num_hidden_layers}, the layers of this text encoder",
         )
-    return _cut(config, max(layers))
+    return _cut(config, max(source.text_layers))
 
 
 def _cut(config: Any, layers: int) -> Any:
@@ -432,8 +428,6 @@ def text_encoder_id(
     source: Source,
     dtype: torch.dtype,
     *,
-    layers: tuple[int, ...],
-    max_length: int,
     fix_regex: bool,
     precision: str = NO_CHANGE,
     all_bytes: bool = False,
@@ -449,20 +443,8 @@ def text_encoder_id(
     kind = [text.kind] if text.kind != default.kind else []
     template = [text.system_message] if text.system_message != default.system_message else []
     padding = [text.padding_side] if text.padding_side != default.padding_side else []
-    return sha256_json(
-        [
-            "contexts 1, sdpa",
-            *weights,
-            str(dtype),
-            list(layers),
-            max_length,
-            fix_regex,
-            *quantized_in,
-            *kind,
-            *template,
-            *padding,
-        ]
-    )
+    settings = [str(dtype), list(source.text_layers), source.text_length, fix_regex]
+    return sha256_json(["contexts 1, sdpa", *weights, *settings, *quantized_in, *kind, *template, *padding])
 
 
 def _fill(

@@ -19,8 +19,6 @@ from simpletuner.flux2.load import (
 )
 from simpletuner.flux2.source import Source, Weights
 
-TEXT = {"layers": (10, 20, 30), "max_length": 512, "fix_regex": False}
-
 
 def bfl_tensors(tensors: dict[str, torch.Tensor], spec: TransformerSpec = TINY) -> dict[str, torch.Tensor]:
     """diffusers' tensors as BFL keeps them, written for this test from the description of both."""
@@ -168,7 +166,7 @@ def test_batch_norm_statistics_are_never_cast(tiny_source):
 
 
 def test_the_text_encoder_has_only_the_layers_that_are_used(tiny_source):
-    model = load_text_encoder(tiny_source, torch.float32, "cpu", **TEXT)._model
+    model = load_text_encoder(tiny_source, torch.float32, "cpu", fix_regex=False)._model
     assert len(model.layers) == 30
     assert isinstance(model.norm, torch.nn.Identity)
     assert model.config._attn_implementation == "sdpa"
@@ -176,7 +174,7 @@ def test_the_text_encoder_has_only_the_layers_that_are_used(tiny_source):
     # 1 / theta^(2i / head_dim), and in fp32 whatever the weights are.
     expected = 1e9 ** -(torch.arange(0, 16, 2) / 16)
     assert torch.allclose(model.rotary_emb.inv_freq, expected)
-    half = load_text_encoder(tiny_source, torch.bfloat16, "cpu", **TEXT)._model
+    half = load_text_encoder(tiny_source, torch.bfloat16, "cpu", fix_regex=False)._model
     assert torch.equal(half.rotary_emb.inv_freq, model.rotary_emb.inv_freq)
 
 
@@ -190,14 +188,16 @@ def test_text_encoders_of_other_releases(prefix, tiny_source, tmp_path):
     if prefix == "model.":  # a text model without eyes
         config = config["text_config"]
     source = dataclasses.replace(tiny_source, text_encoder=Weights((file,), config))
-    expected = load_text_encoder(tiny_source, torch.float32, "cpu", **TEXT).encode(["a cat"])[0]
-    found = load_text_encoder(source, torch.float32, "cpu", **TEXT).encode(["a cat"])[0]
+    expected = load_text_encoder(tiny_source, torch.float32, "cpu", fix_regex=False).encode(["a cat"])[0]
+    found = load_text_encoder(source, torch.float32, "cpu", fix_regex=False).encode(["a cat"])[0]
     assert torch.equal(found.rows, expected.rows)
 
 
 def test_layers_that_the_text_encoder_does_not_have(tiny_source):
     with pytest.raises(ConfigError, match=r"intermediary_layers = 10,20,33: expected at most 32"):
-        load_text_encoder(tiny_source, torch.float32, "cpu", **{**TEXT, "layers": (10, 20, 33)})
+        load_text_encoder(
+            dataclasses.replace(tiny_source, text_layers=(10, 20, 33)), torch.float32, "cpu", fix_regex=False
+        )
 
 
 def test_a_tokenizer_without_template(tiny_source, tmp_path):
@@ -205,25 +205,29 @@ def test_a_tokenizer_without_template(tiny_source, tmp_path):
         (tmp_path / name).write_bytes((tiny_source.tokenizer / name).read_bytes())
     source = dataclasses.replace(tiny_source, tokenizer=tmp_path)
     with pytest.raises(AccessError, match="has no chat template"):
-        load_text_encoder(source, torch.float32, "cpu", **TEXT)
+        load_text_encoder(source, torch.float32, "cpu", fix_regex=False)
 
 
 def test_ids_name_every_setting_that_matters(tiny_source, tmp_path):
     contexts = [
-        text_encoder_id(tiny_source, torch.float32, **TEXT),
-        text_encoder_id(tiny_source, torch.bfloat16, **TEXT),
-        text_encoder_id(tiny_source, torch.float32, **{**TEXT, "layers": (10, 20)}),
-        text_encoder_id(tiny_source, torch.float32, **{**TEXT, "max_length": 256}),
-        text_encoder_id(tiny_source, torch.float32, **{**TEXT, "fix_regex": True}),
+        text_encoder_id(tiny_source, torch.float32, fix_regex=False),
+        text_encoder_id(tiny_source, torch.bfloat16, fix_regex=False),
+        text_encoder_id(dataclasses.replace(tiny_source, text_layers=(10, 20)), torch.float32, fix_regex=False),
+        text_encoder_id(dataclasses.replace(tiny_source, text_length=256), torch.float32, fix_regex=False),
+        text_encoder_id(tiny_source, torch.float32, fix_regex=True),
     ]
     config = json.loads((tiny_source.tokenizer / "tokenizer_config.json").read_text())
     for path in tiny_source.tokenizer.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<unk>"}))
-    contexts.append(text_encoder_id(dataclasses.replace(tiny_source, tokenizer=tmp_path), torch.float32, **TEXT))
+    contexts.append(
+        text_encoder_id(dataclasses.replace(tiny_source, tokenizer=tmp_path), torch.float32, fix_regex=False)
+    )
     for change in ({"system_message": "another"}, {"padding_side": "right"}):
         flavour = dataclasses.replace(tiny_source.flavour, text=dataclasses.replace(tiny_source.flavour.text, **change))
-        contexts.append(text_encoder_id(dataclasses.replace(tiny_source, flavour=flavour), torch.float32, **TEXT))
+        contexts.append(
+            text_encoder_id(dataclasses.replace(tiny_source, flavour=flavour), torch.float32, fix_regex=False)
+        )
     latents = [
         autoencoder_id(tiny_source, dtype, tiling=tiling, slicing=slicing)
         for dtype in (torch.float32, torch.bfloat16)
@@ -231,7 +235,7 @@ def test_ids_name_every_setting_that_matters(tiny_source, tmp_path):
         for slicing in (False, True)
     ]
     assert len({*contexts, *latents}) == len(contexts) + len(latents)
-    assert text_encoder_id(tiny_source, torch.float32, **TEXT) == contexts[0]
+    assert text_encoder_id(tiny_source, torch.float32, fix_regex=False) == contexts[0]
 
 
 @pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
@@ -274,4 +278,4 @@ def test_values_of_a_text_encoders_config_that_no_model_is_built_from_are_an_err
     config = config | {"text_config": config["text_config"] | wrong}
     source = dataclasses.replace(tiny_source, text_encoder=Weights(tiny_source.text_encoder.files, config))
     with pytest.raises(AccessError):
-        load_text_encoder(source, torch.float32, "cpu", **TEXT)
+        load_text_encoder(source, torch.float32, "cpu", fix_regex=False)

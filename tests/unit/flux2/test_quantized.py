@@ -36,7 +36,7 @@ from simpletuner.memory.precision import QuantizedLinear, quantized_tensors
 
 HERE = [name for name, known in PRECISIONS.items() if not known.needs_accelerator]
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
-TEXT = {"layers": (1, 2, 4), "max_length": 160, "fix_regex": False}
+TEXT_LAYERS = (1, 2, 4)
 BF16 = torch.bfloat16
 MEASURED = {
     "int8": (0.02, 0.998),
@@ -303,9 +303,10 @@ def test_an_interruption_leaves_nothing_that_is_used(tiny_source, tmp_path, monk
 @pytest.mark.parametrize("name", HERE)
 def test_a_quantized_text_encoder_has_the_same_bits_resident_and_streamed(name, embedded_source, tmp_path):
     batches = [["", "a cat"], ["a red square on a white background"]]
-    plain = load_text_encoder(embedded_source, torch.float32, "cpu", **TEXT)
-    resident = load_text_encoder(embedded_source, torch.float32, "cpu", **TEXT, precision=name)
-    streamed = stream_text_encoder(embedded_source, torch.float32, "cpu", **TEXT, precision=name, folder=tmp_path)
+    source = dataclasses.replace(embedded_source, text_layers=TEXT_LAYERS, text_length=160)
+    plain = load_text_encoder(source, torch.float32, "cpu", fix_regex=False)
+    resident = load_text_encoder(source, torch.float32, "cpu", fix_regex=False, precision=name)
+    streamed = stream_text_encoder(source, torch.float32, "cpu", fix_regex=False, precision=name, folder=tmp_path)
     held = {n for n, module in resident._model.named_modules() if isinstance(module, QuantizedLinear)}
     assert held == {n for n, module in plain._model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert all(n.startswith("layers.") for n in held)
@@ -322,17 +323,18 @@ def test_a_quantized_text_encoder_has_the_same_bits_resident_and_streamed(name, 
 
 def test_contexts_of_another_precision_are_others(tiny_source):
     names = ["no_change", *PRECISIONS]
-    ids = [text_encoder_id(tiny_source, BF16, **TEXT, precision=name) for name in names]
+    ids = [text_encoder_id(tiny_source, BF16, fix_regex=False, precision=name) for name in names]
     assert len({*ids}) == len(names)
-    assert ids[0] == text_encoder_id(tiny_source, BF16, **TEXT)
+    assert ids[0] == text_encoder_id(tiny_source, BF16, fix_regex=False)
 
 
 @pytest.mark.parametrize("name", HERE)
 def test_bytes_of_a_quantized_text_encoder(name, tiny_source):
-    model = load_text_encoder(tiny_source, BF16, "cpu", **TEXT, precision=name)._model
+    source = dataclasses.replace(tiny_source, text_layers=TEXT_LAYERS)
+    model = load_text_encoder(source, BF16, "cpu", fix_regex=False, precision=name)._model
     held = sum(tensor.nbytes for tensor in model.parameters())
     text = text_from_config(tiny_source.text_encoder.config)
-    weights, beside = resident_text_bytes(text, TEXT["layers"], tokens=0, precision=name, dtype=BF16)
+    weights, beside = resident_text_bytes(text, TEXT_LAYERS, tokens=0, precision=name, dtype=BF16)
     assert (weights, beside) == (held, 64 * 128 * 2), "and one plain weight of the widest"
 
 

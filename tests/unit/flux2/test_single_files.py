@@ -75,21 +75,12 @@ def earlier_latents_id(source: Source, is_whole: bool) -> str:
 
 
 def context_id(source: Source, **options: bool) -> str:
-    layers, length = source.text_layers, source.text_length
-    return text_encoder_id(source, torch.float32, layers=layers, max_length=length, fix_regex=True, **options)
+    return text_encoder_id(source, torch.float32, fix_regex=True, **options)
 
 
 def contexts(source: Source, load: object = load_text_encoder, **options: Path) -> torch.Tensor:
     """Of two captions."""
-    encoder = load(  # type: ignore[operator]
-        source,
-        torch.float32,
-        "cpu",
-        layers=source.text_layers,
-        max_length=source.text_length,
-        fix_regex=True,
-        **options,
-    )
+    encoder = load(source, torch.float32, "cpu", fix_regex=True, **options)  # type: ignore[operator]
     return torch.cat([each.rows for each in encoder.encode(["a red boat", "two birds"])])
 
 

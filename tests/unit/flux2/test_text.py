@@ -13,8 +13,8 @@ END_OF_PROMPT = 4  # [/INST]
 
 
 def load(source: Source, layers: tuple[int, ...] = (10, 20, 30), max_length: int = 512, **given) -> TextEncoder:
-    given = {"fix_regex": False, **given}
-    return load_text_encoder(source, torch.float32, "cpu", layers=layers, max_length=max_length, **given)
+    source = dataclasses.replace(source, text_layers=layers, text_length=max_length)
+    return load_text_encoder(source, torch.float32, "cpu", **{"fix_regex": False, **given})
 
 
 @pytest.fixture

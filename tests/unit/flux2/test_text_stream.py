@@ -24,7 +24,7 @@ from simpletuner.flux2.footprint import resident_text_bytes
 from simpletuner.flux2.load import load_text_encoder, stream_text_encoder
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.spec import text_from_config
-from simpletuner.flux2.text import CODECS, TokenBatch
+from simpletuner.flux2.text import CODECS, ResidentTextEncoder, TokenBatch
 from simpletuner.flux2.text_stream import StreamedTextEncoder, portions
 
 BATCHES = [
@@ -35,8 +35,14 @@ BATCHES = [
 ]
 
 
-def settings(layers: tuple[int, ...] = (10, 20, 30), max_length: int = 160):
-    return {"layers": layers, "max_length": max_length, "fix_regex": False}
+def shortened(source: Source, layers: tuple[int, ...] = (10, 20, 30), max_length: int = 160) -> Source:
+    return dataclasses.replace(source, text_layers=layers, text_length=max_length)
+
+
+def loaded(
+    source: Source, dtype: torch.dtype = torch.float32, layers: tuple[int, ...] = (10, 20, 30)
+) -> ResidentTextEncoder:
+    return load_text_encoder(shortened(source, layers), dtype, "cpu", fix_regex=False)
 
 
 def streamed(
@@ -48,7 +54,7 @@ def streamed(
     memory_bytes: int = 2**30,
     **given,
 ) -> StreamedTextEncoder:
-    encoder = stream_text_encoder(source, dtype, "cpu", **settings(**given), folder=folder)
+    encoder = stream_text_encoder(shortened(source, **given), dtype, "cpu", fix_regex=False, folder=folder)
     encoder._portion_tokens, encoder._memory_bytes = portion_tokens, memory_bytes
     return encoder
 
@@ -63,7 +69,7 @@ def same(one: list[TextContext], two: list[TextContext]) -> bool:
     "layers", [(10, 20, 30), *(pytest.param(each, marks=pytest.mark.slow) for each in ((1, 2), (3,)))], ids=str
 )
 def test_contexts_are_the_bits_of_the_resident_encoder(tiny_source, tmp_path, dtype, layers):
-    resident = load_text_encoder(tiny_source, dtype, "cpu", **settings(layers))
+    resident = loaded(tiny_source, dtype, layers)
     encoder = streamed(tiny_source, tmp_path, dtype, layers=layers)
     found = list(encoder.encode_batches(BATCHES))
     for batch, contexts in zip(BATCHES, found, strict=True):
@@ -83,7 +89,7 @@ def mean_of_values(value: torch.Tensor) -> torch.Tensor:
 def test_contexts_do_not_depend_on_what_a_kernel_gives_in_fully_masked_rows(
     tiny_source, tmp_path, monkeypatch, dtype, fill
 ):
-    expected = load_text_encoder(tiny_source, dtype, "cpu", **settings()).encode(BATCHES[0])
+    expected = loaded(tiny_source, dtype).encode(BATCHES[0])
     attention, filled = torch.nn.functional.scaled_dot_product_attention, []
 
     def other_kernel(query, key, value, attn_mask=None, **given):
@@ -93,14 +99,14 @@ def test_contexts_do_not_depend_on_what_a_kernel_gives_in_fully_masked_rows(
         return torch.where(blank, fill(value), output)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", other_kernel)
-    assert same(load_text_encoder(tiny_source, dtype, "cpu", **settings()).encode(BATCHES[0]), expected)
+    assert same(loaded(tiny_source, dtype).encode(BATCHES[0]), expected)
     assert same(streamed(tiny_source, tmp_path, dtype).encode(BATCHES[0]), expected)
     assert min(filled) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_padding_row_is_the_token_and_what_each_mlp_adds_to_it(tiny_source, dtype):
-    encoder = load_text_encoder(tiny_source, dtype, "cpu", **settings())
+    encoder = loaded(tiny_source, dtype)
     (context,) = encoder.encode(["a cat"])
     model = encoder._model
     # Twice the same row: on the CPU a product with one row may take another kernel, with other last digits.
@@ -114,9 +120,9 @@ def test_the_padding_row_is_the_token_and_what_each_mlp_adds_to_it(tiny_source, 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_behind_the_text_attends_to_it_and_is_left_alone(tiny_source, side):
-    batch = load_text_encoder(tiny_source, torch.float32, "cpu", **settings((1,)))._padded([[1, 5, 6], [1]])
+    batch = loaded(tiny_source, layers=(1,))._padded([[1, 5, 6], [1]])
     seen = batch.attention_mask if side == "left" else batch.attention_mask.flip(1)
-    with_zeros, plain = (load_text_encoder(tiny_source, torch.float32, "cpu", **settings((1,)))._model for _ in "ab")
+    with_zeros, plain = (loaded(tiny_source, layers=(1,))._model for _ in "ab")
     plain.layers[0].self_attn._forward_hooks.clear()
     found = []
     for model in (with_zeros, plain):
@@ -127,7 +133,7 @@ def test_padding_behind_the_text_attends_to_it_and_is_left_alone(tiny_source, si
 
 
 def test_a_padding_row_that_is_not_finite_names_the_layer(tiny_source, tmp_path):
-    resident = load_text_encoder(tiny_source, torch.float32, "cpu", **settings())
+    resident = loaded(tiny_source)
     with torch.no_grad():
         resident._model.layers[14].mlp.down_proj.weight[0] = torch.inf
     stream = streamed(tiny_source, tmp_path)
@@ -146,7 +152,7 @@ def test_a_padding_row_that_is_not_finite_names_the_layer(tiny_source, tmp_path)
 
 
 def test_a_row_that_is_not_finite_names_the_layer_and_the_prompt(embedded_source):
-    encoder = load_text_encoder(embedded_source, torch.float32, "cpu", **settings())
+    encoder = loaded(embedded_source)
     dog, cat = (set(ids) for ids in encoder._tokenize(["a dog", "a cat"]))
     with torch.no_grad():
         encoder._model.embed_tokens.weight[list(cat - dog)] = torch.nan
@@ -264,7 +270,7 @@ def test_bytes_of_the_resident_encoder_are_its_weights_and_a_batch(embedded_sour
     def needed(dtype: torch.dtype, tokens: int) -> int:
         return sum(resident_text_bytes(text, (10, 20, 30), tokens=tokens, precision=NO_CHANGE, dtype=dtype))
 
-    model = load_text_encoder(embedded_source, torch.float32, "cpu", **settings())._model
+    model = loaded(embedded_source)._model
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert needed(torch.float32, 0) == weights
     assert needed(torch.bfloat16, 0) == weights // 2
@@ -314,7 +320,7 @@ def large(embedded_source, tmp_path_factory) -> Source:
 
 
 BOUNDED = """
-import hashlib, json, resource, sys
+import dataclasses, hashlib, json, resource, sys
 from pathlib import Path
 import torch
 from simpletuner.flux2.load import load_text_encoder, stream_text_encoder
@@ -326,10 +332,10 @@ mode, allowed, folder, request = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]
 none = Weights((), None)
 text = Weights(tuple(map(Path, request["files"])), request["config"])
 flavour, tokenizer = FLAVOURS[request["flavour"]], Path(request["tokenizer"])
-source = Source("large", flavour, None, none, none, text, tokenizer, (10, 20, 30), 512, None)
-given = dict(layers=(10, 20, 30), max_length=64, fix_regex=False)
+source = Source("large", flavour, None, none, none, text, tokenizer, (10, 20, 30), 64, None)
 # Once with a single layer, so that every library has what it takes.
-list(stream_text_encoder(source, torch.bfloat16, "cpu", **given | {"layers": (1,)}, folder=folder).encode(["a"]))
+first = dataclasses.replace(source, text_layers=(1,))
+list(stream_text_encoder(first, torch.bfloat16, "cpu", fix_regex=False, folder=folder).encode(["a"]))
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -338,10 +344,10 @@ def status(field):
 if allowed:
     resource.setrlimit(resource.RLIMIT_DATA, (status("VmData:") + allowed,) * 2)
 if mode == "streamed":
-    encoder = stream_text_encoder(source, torch.bfloat16, "cpu", **given, folder=folder)
+    encoder = stream_text_encoder(source, torch.bfloat16, "cpu", fix_regex=False, folder=folder)
     encoder._memory_bytes = 0
 else:
-    encoder = load_text_encoder(source, torch.bfloat16, "cpu", **given)
+    encoder = load_text_encoder(source, torch.bfloat16, "cpu", fix_regex=False)
 digest = hashlib.sha256()
 for batch in encoder.encode_batches(request["batches"]):
     for context in batch:
