@@ -9,6 +9,7 @@ transformers, the VAE diffusers: if one is missing, its measurements are left ou
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -74,13 +75,7 @@ def text(name: FlavourName, device: torch.device, tiny: bool) -> None:
         else:
             parameter.normal_(std=0.02, generator=generator)
     tokenizer = _tokenizer(locate(ModelOptions(model_flavour=small), report=lambda _: None), False)
-    encoder = ResidentTextEncoder(
-        model.eval(),
-        tokenizer,
-        text=flavour,
-        layers=flavour.layers,
-        max_length=64 if tiny else flavour.length,
-    )
+    encoder = ResidentTextEncoder(model.eval(), tokenizer, replace(flavour, length=64) if tiny else flavour)
     captions = [CAPTION[: 120 + index] for index in range(TEXT_BATCH)]
     rate = TEXT_BATCH / seconds_of(lambda: encoder.encode(captions), device, rounds=ROUNDS)
     tokens = statistics.mean(encoder.lengths(captions))

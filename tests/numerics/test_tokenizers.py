@@ -44,9 +44,7 @@ def source_of(flavour: FlavourName, folder: Path) -> Source:
 
 def encoder_of(source: Source, fix_regex: bool = False) -> TextEncoder:
     """A text encoder that tokenizes and pads, and has no layers."""
-    return ResidentTextEncoder(
-        None, _tokenizer(source, fix_regex), text=source.flavour.text, layers=(), max_length=source.text_length
-    )
+    return ResidentTextEncoder(None, _tokenizer(source, fix_regex), dataclasses.replace(source.text, layers=()))
 
 
 def folder_of(name: str, shared_folder: Path, write: Callable[[Path], None]) -> Path:

@@ -262,13 +262,7 @@ def load_text_encoder(
     quantize = _layers_plan(precision, device if quantize_on is None else quantize_on)
     stored = stored_weights(source.text_encoder.files, "text_encoder")
     _fill(model, stored, text_encoder_renaming(depth), dtype, device, unknown_allowed=True, quantize=quantize)
-    return ResidentTextEncoder(
-        model.eval(),
-        _tokenizer(source, fix_regex),
-        text=source.flavour.text,
-        layers=source.text_layers,
-        max_length=source.text_length,
-    )
+    return ResidentTextEncoder(model.eval(), _tokenizer(source, fix_regex), source.text)
 
 
 def stream_text_encoder(
@@ -333,9 +327,7 @@ def stream_text_encoder(
         embed,
         read_layer,
         _tokenizer(source, fix_regex),
-        text=source.flavour.text,
-        layers=source.text_layers,
-        max_length=source.text_length,
+        source.text,
         width=config.hidden_size,
         dtype=dtype,
         device=device,

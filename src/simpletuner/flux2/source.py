@@ -15,6 +15,7 @@ from simpletuner.config.flavours import (
     FLAVOURS,
     AutoencoderSpec,
     Flavour,
+    TextContextSpec,
     TextEncoderKind,
     TextSpec,
     TransformerSpec,
@@ -129,6 +130,11 @@ class Source:
             AccessError: it is not a FLUX.2 transformer.
         """
         return transformer_spec(self.transformer, self.name)
+
+    @property
+    def text(self) -> TextContextSpec:
+        """How prompts become contexts: as in the flavour, with this source's layers and length."""
+        return replace(self.flavour.text, layers=self.text_layers, length=self.text_length)
 
     @property
     def distillation_warning(self) -> str | None:

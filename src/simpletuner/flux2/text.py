@@ -123,18 +123,17 @@ class TextEncoder(abc.ABC):
 
     Contexts have the model's dtype and are on the CPU. For the same batch of prompts they are bit-identical, wherever
     the weights are stored. `text` defines the
-    chat messages and the side of the padding.
+    chat messages, the layers, the length of a context and the side of its padding.
 
     Raises:
-        ConfigError: the template alone exceeds `max_length`.
+        ConfigError: the template alone exceeds that length.
         AccessError: the tokenizer has no chat template or no padding token.
     """
 
-    def __init__(self, tokenizer: Any, *, text: TextContextSpec, layers: tuple[int, ...], max_length: int) -> None:
+    def __init__(self, tokenizer: Any, text: TextContextSpec) -> None:
         self._tokenizer = tokenizer
         self._text = text
-        self._layers = layers
-        self._max_length = max_length
+        self._layers, self._max_length = text.layers, text.length
         self._truncated: dict[str, None] = {}
         self._control_tokens: dict[str, tuple[str, ...]] = {}
         self._pad: Tensor | None = None
@@ -144,9 +143,9 @@ class TextEncoder(abc.ABC):
                 remedy="Use the tokenizer folder that comes with the model.",
             )
         (template,) = self._tokenize([""])
-        if len(template) > max_length:
+        if len(template) > text.length:
             raise ConfigError.of(
-                f"tokenizer_max_length = {max_length}", f"at least {len(template)}, which the template alone takes"
+                f"tokenizer_max_length = {text.length}", f"at least {len(template)}, which the template alone takes"
             )
         self._added = {index: str(token.content) for index, token in tokenizer.added_tokens_decoder.items()}
         self._template_added = self._count_added(template)
@@ -306,17 +305,15 @@ def control_token_notice(by_prompt: Mapping[str, Sequence[str]]) -> str:
 class ResidentTextEncoder(TextEncoder):
     """A text encoder whose whole model is in memory.
 
-    `model` is transformers' MistralModel or Qwen3Model, cut after the last of `layers` and without the final norm,
-    which would change the last state. `layers` count from 1.
+    `model` is transformers' MistralModel or Qwen3Model, cut after the last of the layers of `text` and without the
+    final norm, which would change the last state. Layers count from 1.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, *, text: TextContextSpec, layers: tuple[int, ...], max_length: int
-    ) -> None:
-        super().__init__(tokenizer, text=text, layers=layers, max_length=max_length)
+    def __init__(self, model: Any, tokenizer: Any, text: TextContextSpec) -> None:
+        super().__init__(tokenizer, text)
         self._model = model
         self._layer_outputs: dict[int, Tensor] = {}
-        for layer in layers:
+        for layer in text.layers:
             model.layers[layer - 1].register_forward_hook(self._recording_hook(layer))
 
     def _states(self, batches: Sequence[TokenBatch], _report: ShareDone, /) -> Iterator[Float[Tensor, "b n d"]]:

@@ -33,7 +33,6 @@ class StreamedTextEncoder(TextEncoder):
         read_layer: returns a layer by its number from 0, on `device`, as a transformers model that has only this
             layer, without embedding and final norm. Masks and positions are computed by the same code as in the whole
             model, so the bits are equal.
-        layers: numbers, from 1, of the layers whose output states form the context.
         width: number of features of a state.
         dtype: dtype of states and weights.
         folder: for the temporary file of states that exceed `memory_bytes`.
@@ -49,10 +48,8 @@ class StreamedTextEncoder(TextEncoder):
         embed: Embed,
         read_layer: Callable[[int], Any],
         tokenizer: Any,
-        *,
         text: TextContextSpec,
-        layers: tuple[int, ...],
-        max_length: int,
+        *,
         width: int,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -60,7 +57,7 @@ class StreamedTextEncoder(TextEncoder):
         portion_tokens: int = PORTION_TOKENS,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        super().__init__(tokenizer, text=text, layers=layers, max_length=max_length)
+        super().__init__(tokenizer, text)
         self._embed = embed
         self._read_layer = read_layer
         self._width = width
