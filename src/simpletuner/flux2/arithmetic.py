@@ -8,14 +8,14 @@ formula and an example.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from simpletuner.config.flavours import TransformerSpec
-from simpletuner.config.options.conditioning import ReferenceView
 from simpletuner.flux2.activations import TransformerPass
 from simpletuner.flux2.lora import LoraLinear
-from simpletuner.flux2.transformer import Flux2Transformer
+from simpletuner.flux2.transformer import Flux2Transformer, empty_transformer
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,13 @@ def training_flop(
         is_compiled: whether blocks are compiled. A compiled graph saves its tensors after all of its products, so
             recompute runs all of them; without compilation it skips a block's last product where it can.
     """
-    count = _Count(planned_adapters(pass_) if adapters is None else adapters, pass_.is_full)
-    _walk(count, pass_, is_compiled=is_compiled)
+    count = _counted(pass_, adapters, is_compiled=is_compiled)
     return PassFlop(count.forward + count.backward, count.forward + count.backward + count.recomputed) * pass_.batch
 
 
 def sampling_flop(pass_: TransformerPass, adapters: AdapterSizes | None = None) -> PassFlop:
     """FLOP of one pass without gradients. Takes the arguments of `training_flop`; nothing is recomputed."""
-    count = _Count(planned_adapters(pass_) if adapters is None else adapters, pass_.is_full)
-    _walk(count, pass_)
+    count = _counted(pass_, adapters)
     return PassFlop(count.forward, count.forward) * pass_.batch
 
 
@@ -98,7 +96,9 @@ class _Count:
     `tracked` says whether an input requires a gradient; each method returns whether its output does.
     """
 
-    def __init__(self, adapters: AdapterSizes, is_full: bool) -> None:
+    def __init__(self, spec: TransformerSpec, adapters: AdapterSizes, is_full: bool) -> None:
+        self._hidden = spec.hidden
+        self._sizes = _weight_sizes(spec)
         self._adapters = adapters
         self._is_full = is_full
         self.forward = 0
@@ -108,14 +108,14 @@ class _Count:
         self._block_start = self._last_save = 0
         """Values of `forward` at the start of the block and at autograd's last saved tensor."""
 
-    def linear(self, name: str, tokens: int, columns: int, rows: int, *, tracked: bool) -> bool:
-        """Count a Linear and its adapter. The next operation saves their output."""
-        needs_gradient = self.base(tokens, columns, rows, tracked=tracked) | self.adapter(name, tokens, tracked=tracked)
+    def linear(self, name: str, tokens: int, *, tracked: bool) -> bool:
+        """Count the Linear `name` and its adapter. The next operation saves their output."""
+        needs_gradient = self.base(name, tokens, tracked=tracked) | self.adapter(name, tokens, tracked=tracked)
         return self.save(needs_gradient)
 
-    def base(self, tokens: int, columns: int, rows: int, *, tracked: bool) -> bool:
+    def base(self, name: str, tokens: int, *, tracked: bool) -> bool:
         """Count a Linear. The gradients of weight and input each cost as much as the forward product."""
-        product = 2 * tokens * columns * rows
+        product = 2 * tokens * self._sizes[name]
         self.save(tracked or self._is_full)
         self.forward += product
         self.backward += product * (tracked + self._is_full)
@@ -133,12 +133,12 @@ class _Count:
         self.backward += down * (1 + tracked) + 2 * up
         return True
 
-    def attention(self, pairs: int, hidden: int, *, tracked: bool) -> bool:
+    def attention(self, pairs: int, *, tracked: bool) -> bool:
         """Count the scores of `pairs` query-key pairs, and their product with the values.
 
         The backward pass counts in full if any input requires a gradient: fused kernels compute all of it.
         """
-        product = 2 * pairs * hidden
+        product = 2 * pairs * self._hidden
         self.forward += 2 * product
         self.backward += 4 * product * tracked
         self.recomputed += product * tracked
@@ -159,58 +159,52 @@ class _Count:
         self.recomputed += self._last_save - self._block_start
 
 
-def _walk(count: _Count, pass_: TransformerPass, *, is_compiled: bool = False) -> None:
+@lru_cache(maxsize=16)
+def _weight_sizes(spec: TransformerSpec) -> dict[str, int]:
+    """Number of elements of each module's weight."""
+    return {name.removesuffix(".weight"): weight.numel() for name, weight in empty_transformer(spec).named_parameters()}
+
+
+def _counted(pass_: TransformerPass, adapters: AdapterSizes | None, *, is_compiled: bool = False) -> _Count:
     """Count the products of one sample in the order of `Flux2Transformer.forward`."""
-    spec, hidden, text = pass_.spec, pass_.spec.hidden, pass_.text_tokens
+    spec, text, references = pass_.spec, pass_.text_tokens, pass_.reference_tokens
+    count = _Count(spec, planned_adapters(pass_) if adapters is None else adapters, pass_.is_full)
     vector_tracked = False
     for embedder in ("timestep_embedder", "guidance_embedder") if spec.guidance_embeds else ("timestep_embedder",):
         name = f"time_guidance_embed.{embedder}"
-        first_tracked = count.linear(f"{name}.linear_1", 1, spec.timestep_channels, hidden, tracked=False)
-        vector_tracked |= count.linear(f"{name}.linear_2", 1, hidden, hidden, tracked=first_tracked)
-    image_gates_tracked = count.linear(
-        "double_stream_modulation_img.linear", 1, hidden, 6 * hidden, tracked=vector_tracked
-    )
-    text_gates_tracked = count.linear(
-        "double_stream_modulation_txt.linear", 1, hidden, 6 * hidden, tracked=vector_tracked
-    )
-    single_gates_tracked = count.linear(
-        "single_stream_modulation.linear", 1, hidden, 3 * hidden, tracked=vector_tracked
-    )
-    references = pass_.reference_tokens
-    image_tracked = count.linear("x_embedder", pass_.image_tokens + references, spec.in_channels, hidden, tracked=False)
-    text_tracked = count.linear("context_embedder", text, spec.context_dim, hidden, tracked=False)
+        first_tracked = count.linear(f"{name}.linear_1", 1, tracked=False)
+        vector_tracked |= count.linear(f"{name}.linear_2", 1, tracked=first_tracked)
+    image_gates_tracked = count.linear("double_stream_modulation_img.linear", 1, tracked=vector_tracked)
+    text_gates_tracked = count.linear("double_stream_modulation_txt.linear", 1, tracked=vector_tracked)
+    single_gates_tracked = count.linear("single_stream_modulation.linear", 1, tracked=vector_tracked)
+    image_tracked = count.linear("x_embedder", pass_.image_tokens + references, tracked=False)
+    text_tracked = count.linear("context_embedder", text, tracked=False)
     is_clipped = pass_.is_autocast or pass_.dtype == torch.float16
     for index in range(spec.blocks):
         name = _block_name(pass_, index)
         route = next((route for route in pass_.routes if route.start <= index <= route.end), None)
         image = pass_.image_tokens if route is None else route.keeps(pass_.image_tokens)
-        pairs = attended_pairs(text + image, references, pass_.reference_attention)
+        total = text + image + references
+        # With the view "own", reference tokens attend only to reference tokens.
+        pairs = total**2 if pass_.reference_attention == "full" else (text + image) * total + references**2
         count.begin_block()
         if index < spec.double_blocks:
             streams = (
                 _Stream(text, text_tracked, text_gates_tracked),
                 _Stream(image + references, image_tracked, image_gates_tracked),
             )
-            text_tracked, image_tracked = _double(count, spec, name, *streams, pairs, is_clipped=is_clipped)
+            text_tracked, image_tracked = _double(count, name, *streams, pairs, is_clipped=is_clipped)
         else:
-            stream = _Stream(text + image + references, text_tracked or image_tracked, single_gates_tracked)
-            text_tracked = image_tracked = _single(count, spec, name, stream, pairs, is_clipped=is_clipped)
+            stream = _Stream(total, text_tracked or image_tracked, single_gates_tracked)
+            text_tracked = image_tracked = _single(count, name, stream, pairs, is_clipped=is_clipped)
         if pass_.recomputed and pass_.recomputed[index]:
             count.save(is_compiled)
             count.recompute_block()
-    gates_tracked = count.linear("norm_out.linear", 1, hidden, 2 * hidden, tracked=vector_tracked)
+    gates_tracked = count.linear("norm_out.linear", 1, tracked=vector_tracked)
     # Here text and image tokens are one tensor, of which the image tokens are a slice.
     tracked = text_tracked or image_tracked or gates_tracked
-    count.linear("proj_out", pass_.image_tokens, hidden, spec.in_channels, tracked=tracked)
-
-
-def attended_pairs(tokens: int, references: int, view: ReferenceView) -> int:
-    """Query-key pairs of a sample that has `tokens` text and image tokens and `references` reference tokens.
-
-    With the view "own", reference tokens attend only to reference tokens.
-    """
-    total = tokens + references
-    return total**2 if view == "full" else tokens * total + references**2
+    count.linear("proj_out", pass_.image_tokens, tracked=tracked)
+    return count
 
 
 @dataclass(frozen=True)
@@ -227,43 +221,37 @@ class _Stream:
 
 
 def _double(
-    count: _Count, spec: TransformerSpec, name: str, text: _Stream, image: _Stream, pairs: int, *, is_clipped: bool
+    count: _Count, name: str, text: _Stream, image: _Stream, pairs: int, *, is_clipped: bool
 ) -> tuple[bool, bool]:
     """Count a double block with `pairs` query-key pairs. Returns whether text and image output require gradients."""
-    hidden, inner = spec.hidden, spec.mlp_hidden
-
-    def project(part: str, stream: _Stream, tracked: bool) -> bool:
-        return count.linear(f"{name}.attn.{part}", stream.tokens, hidden, hidden, tracked=tracked)
-
     text_tracked, image_tracked = text.modulated_is_tracked, image.modulated_is_tracked
-    inputs = [project(part, text, text_tracked) for part in ("add_q_proj", "add_k_proj", "add_v_proj")]
-    inputs += [project(part, image, image_tracked) for part in ("to_q", "to_k", "to_v")]
-    attended_tracked = count.attention(pairs, hidden, tracked=any(inputs))
-    text_tracked |= project("to_add_out", text, attended_tracked)
-    image_tracked |= project("to_out.0", image, attended_tracked)
+    projections = [(part, text.tokens, text_tracked) for part in ("add_q_proj", "add_k_proj", "add_v_proj")]
+    projections += [(part, image.tokens, image_tracked) for part in ("to_q", "to_k", "to_v")]
+    inputs = [count.linear(f"{name}.attn.{part}", tokens, tracked=tracked) for part, tokens, tracked in projections]
+    attended_tracked = count.attention(pairs, tracked=any(inputs))
+    text_tracked |= count.linear(f"{name}.attn.to_add_out", text.tokens, tracked=attended_tracked)
+    image_tracked |= count.linear(f"{name}.attn.to_out.0", image.tokens, tracked=attended_tracked)
 
     # The base product of the image's last Linear runs at the end of the block, its adapter earlier.
-    hidden_tracked = count.linear(f"{name}.ff.linear_in", image.tokens, hidden, 2 * inner, tracked=image_tracked)
+    hidden_tracked = count.linear(f"{name}.ff.linear_in", image.tokens, tracked=image_tracked)
     image_adapted = count.adapter(f"{name}.ff.linear_out", image.tokens, tracked=hidden_tracked)
-    text_hidden_tracked = count.linear(
-        f"{name}.ff_context.linear_in", text.tokens, hidden, 2 * inner, tracked=text_tracked
-    )
-    text_tracked |= count.base(text.tokens, inner, hidden, tracked=text_hidden_tracked)
-    text_tracked |= count.adapter(f"{name}.ff_context.linear_out", text.tokens, tracked=text_hidden_tracked)
+    text_hidden_tracked = count.linear(f"{name}.ff_context.linear_in", text.tokens, tracked=text_tracked)
+    text_out = f"{name}.ff_context.linear_out"
+    text_tracked |= count.base(text_out, text.tokens, tracked=text_hidden_tracked)
+    text_tracked |= count.adapter(text_out, text.tokens, tracked=text_hidden_tracked)
     count.save(text.has_tracked_gates or (is_clipped and text_tracked))
-    image_tracked |= image_adapted | count.base(image.tokens, inner, hidden, tracked=hidden_tracked)
+    image_tracked |= image_adapted | count.base(f"{name}.ff.linear_out", image.tokens, tracked=hidden_tracked)
     count.save(image.has_tracked_gates)
     return text_tracked, image_tracked
 
 
-def _single(count: _Count, spec: TransformerSpec, name: str, stream: _Stream, pairs: int, *, is_clipped: bool) -> bool:
+def _single(count: _Count, name: str, stream: _Stream, pairs: int, *, is_clipped: bool) -> bool:
     """Count a single block with `pairs` query-key pairs. Returns whether its output requires a gradient."""
-    hidden, inner, tokens = spec.hidden, spec.mlp_hidden, stream.tokens
-    tracked, fused_rows = stream.modulated_is_tracked, 3 * hidden + 2 * inner
-    fused_tracked = count.linear(f"{name}.attn.to_qkv_mlp_proj", tokens, hidden, fused_rows, tracked=tracked)
-    count.attention(pairs, hidden, tracked=fused_tracked)
-    tracked |= count.adapter(f"{name}.attn.to_out", tokens, tracked=fused_tracked)
-    tracked |= count.base(tokens, hidden + inner, hidden, tracked=fused_tracked)
+    tracked = stream.modulated_is_tracked
+    fused_tracked = count.linear(f"{name}.attn.to_qkv_mlp_proj", stream.tokens, tracked=tracked)
+    count.attention(pairs, tracked=fused_tracked)
+    tracked |= count.adapter(f"{name}.attn.to_out", stream.tokens, tracked=fused_tracked)
+    tracked |= count.base(f"{name}.attn.to_out", stream.tokens, tracked=fused_tracked)
     count.save(stream.has_tracked_gates or (is_clipped and tracked))
     return tracked
 
