@@ -369,14 +369,11 @@ class Queue:
 
     def _new_number(self) -> int:
         """A number above all earlier ones, so that a number never refers to two entries."""
-        path = self.folder / "last"
+        path, last = self.folder / "last", 0
         with contextlib.suppress(FileNotFoundError, ValueError):
             last = int(path.read_text(encoding="ascii"))
-            return self._recorded(max([last, *(e.id for e in self._stored_entries())]) + 1)
-        return self._recorded(max([0, *(e.id for e in self._stored_entries())]) + 1)
-
-    def _recorded(self, number: int) -> int:
-        write_json(self.folder / "last", number)
+        number = max([last, *(entry.id for entry in self._stored_entries())]) + 1
+        write_json(path, number)
         return number
 
     @contextlib.contextmanager
