@@ -124,6 +124,13 @@ def parse_command(
     return command
 
 
+def whole_number(text: str) -> int:
+    """A `convert` function that accepts a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def one_of(words: Sequence[Word]) -> Callable[[str], Word]:
     """A `convert` function that accepts only one of `words`."""
     return lambda text: words[words.index(text)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from simpletuner.base.console import say
 from simpletuner.base.errors import Problem
 from simpletuner.cli import imagefolder
-from simpletuner.cli.arguments import Flag, parse_command, verb_of
+from simpletuner.cli.arguments import Flag, parse_command, verb_of, whole_number
 from simpletuner.cli.printing import json_text
 
 USAGE = """usage: simpletuner dataset scan|show|cache [--json] [--set ID] [--verify] [options of `simpletuner train`]
@@ -22,13 +22,6 @@ USAGE = """usage: simpletuner dataset scan|show|cache [--json] [--set ID] [--ver
   duplicates  list images with the same bytes, and images that look nearly the same
   delete      move images with their captions into FOLDER/.simpletuner/trash; --undo restores them
 """
-
-
-def _count(text: str) -> int:
-    count = int(text) if text.isdecimal() else 0
-    if count == 0:
-        raise ValueError(text)
-    return count
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class DatasetCommand:
     count: int = Flag(
         "number of crops on a contact sheet, spread evenly over the dataset; 24 by default",
         "N",
-        convert=_count,
+        convert=whole_number,
         expects="a whole number above 0",
     ).default(24)
     train_options: tuple[str, ...] = ()

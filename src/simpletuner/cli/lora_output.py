@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 from simpletuner.base.console import say
 from simpletuner.base.errors import Problem
 from simpletuner.base.sizes import format_size
-from simpletuner.cli.arguments import Flag, one_of
+from simpletuner.cli.arguments import Flag, one_of, whole_number
 from simpletuner.cli.printing import json_text
 from simpletuner.config.options.lora import LoraFormat
 from simpletuner.config.values import join_names
@@ -23,12 +23,6 @@ if TYPE_CHECKING:
 USUAL_ENERGY = 0.99
 _FORMATS: tuple[LoraFormat, ...] = get_args(LoraFormat)
 _DTYPES = ("fp32", "bf16", "fp16")
-
-
-def _rank(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 def _energy(text: str) -> float:
@@ -48,7 +42,7 @@ class LoraOutput:
     rank: int | None = Flag(
         "the maximum rank of each layer",
         "N",
-        convert=_rank,
+        convert=whole_number,
         expects="a whole number of at least 1",
         follows="a rank",
     ).default(None)

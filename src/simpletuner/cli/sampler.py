@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from simpletuner.base.console import complain
-from simpletuner.base.errors import AccessError, CheckpointError, MemoryBudgetError
+from simpletuner.base.errors import AccessError, CheckpointError, MemoryBudgetError, UserError
 from simpletuner.base.files import file_errors_reported, sha256_file, write_atomic
 from simpletuner.cli.progress import ReportSteps
 from simpletuner.cli.sample import FROM_RUN, LoraWithStrength, SampleConfig
@@ -259,26 +259,29 @@ class _LoadedModel:
 
 
 @dataclass(frozen=True)
-class _LoraFile:
-    """A LoRA file with its size and modification time when it was read."""
+class _StampedFile:
+    """A file of weights with its size and modification time when it was read."""
 
     path: Path
     size: int
     modified_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> Self:
-        file = path / LORA_NAME if path.is_dir() else path
-        with file_errors_reported(file, CheckpointError, doing="read"):
+    def of(cls, file: Path, error_class: type[UserError] = AccessError) -> Self:
+        with file_errors_reported(file, error_class, doing="read"):
             stat = file.stat()
         return cls(file, stat.st_size, stat.st_mtime_ns)
+
+    @classmethod
+    def of_lora(cls, path: Path) -> Self:
+        return cls.of(path / LORA_NAME if path.is_dir() else path, CheckpointError)
 
 
 @dataclass(frozen=True)
 class _AttachedLora:
     """A LoRA or another adapter that is attached to a transformer."""
 
-    file: _LoraFile
+    file: _StampedFile
     sha256: str
     layers: Mapping[str, AdapterLayer]
     scales: Mapping[str, float]
@@ -289,7 +292,7 @@ class _AttachedLoras:
     """The LoRAs on a transformer. They stay attached until a request names other files."""
 
     def __init__(self) -> None:
-        self._requested: list[_LoraFile] = []
+        self._requested: list[_StampedFile] = []
         self._contents: list[LoadedLora | AdapterFile] = []
         """Contents of the requested files, until they are attached."""
         self._attached: list[_AttachedLora] = []
@@ -298,7 +301,7 @@ class _AttachedLoras:
         """Read the files of `loras` unless they are attached, and attach them to a transformer without weights. That
         detects a LoRA of another model before gigabytes of weights are read.
         """
-        self._requested = [_LoraFile.of(lora.path) for lora in loras]
+        self._requested = [_StampedFile.of_lora(lora.path) for lora in loras]
         self._contents = []
         if self._are_attached():
             return
@@ -370,14 +373,9 @@ def _model_options(config: SampleConfig) -> dict[str, Any]:
     return config.model_dump(include=set(FROM_RUN) - {"model_type", "seed", "verify_base"})
 
 
-def _stamps(source: Source) -> list[tuple[Path, int, int]]:
-    """Path, size and modification time of each file of weights."""
-    stamps = []
-    for file in (*source.transformer.files, *source.vae.files, *source.text_encoder.files):
-        with file_errors_reported(file, AccessError, doing="read"):
-            stat = file.stat()
-        stamps.append((file, stat.st_size, stat.st_mtime_ns))
-    return stamps
+def _stamps(source: Source) -> list[_StampedFile]:
+    """Each file of weights."""
+    return [*map(_StampedFile.of, (*source.transformer.files, *source.vae.files, *source.text_encoder.files))]
 
 
 def _write_png(image: Image.Image, parameters: Mapping[str, Any], folder: Path) -> Path:
