@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from simpletuner.base.errors import Problem
-from simpletuner.config.options.kinds import Slice
+from simpletuner.config.options.kinds import Slice, untyped_value
 from simpletuner.config.other_keys import NO_OTHER_KEYS, NOT_YET, OtherKey, OtherKeys
 from simpletuner.config.paths import stray_text
 from simpletuner.config.values import (
@@ -101,9 +101,9 @@ def check_givens(
             other_key = known_keys.other_keys.of(key)
             if other_key is None:
                 faulty[key] = _unknown_key(label, key, given_value, known_keys)
-            elif other_key.is_ignored and not other_key.passes(_untyped_value(given_value.value)):
+            elif other_key.is_ignored and not other_key.passes(untyped_value(given_value.value)):
                 ignored.setdefault(other_key.meaning, []).append(given_value.spelled)
-            elif not other_key.passes(_untyped_value(given_value.value)):
+            elif not other_key.passes(untyped_value(given_value.value)):
                 faulty[key] = _rejected_key(label, given_value, other_key)
         elif given_value.value is not None:
             kind = all_kinds[key]
@@ -136,20 +136,6 @@ def check_givens(
     return checked
 
 
-def _untyped_value(value: object) -> object:
-    """The value of a key that has no declared type: text that looks like a boolean or a number is converted to one."""
-    if not isinstance(value, str):
-        return value
-    if value in ("true", "false"):
-        return value == "true"
-    for number in (int, float):
-        try:
-            return number(value)
-        except ValueError:
-            continue
-    return value
-
-
 def refused(model: type[Slice], values: dict[str, Any]) -> list[str]:
     """The keys in `values` that `model` rejects, and the required keys that are missing."""
     try:
@@ -161,7 +147,7 @@ def refused(model: type[Slice], values: dict[str, Any]) -> list[str]:
 
 def _rejected_key(label: str, given_value: GivenValue, other_key: OtherKey) -> Problem:
     # Show the value only if another value would be accepted; otherwise it may be a secret.
-    value = f" = {value_text(_untyped_value(given_value.value))}" if other_key.off else ""
+    value = f" = {value_text(untyped_value(given_value.value))}" if other_key.off else ""
     return Problem(f"{label}{value}: {other_key.meaning}", remedy=other_key.remedy)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from simpletuner.base.files import read_json
 from simpletuner.base.tensorfile import is_weight_file
-from simpletuner.config.flavours import FLAVOURS, Flavour, is_distilled_file
+from simpletuner.config.flavours import FLAVOURS, Flavour, GuidanceScales, is_distilled_file
 from simpletuner.config.options.validation import AUTO_PREVIEW
 from simpletuner.config.run import RunConfig
 
@@ -39,6 +39,11 @@ def sampling_flavour(config: RunConfig) -> Flavour:
     if may_be_sibling and _is_distilled(Path(config.validation_preview_model or "")):
         return FLAVOURS[trained.preview or trained.name]
     return trained
+
+
+def validation_scales(config: RunConfig) -> GuidanceScales:
+    """The guidance scales of the validation images, for the model that generates them."""
+    return sampling_flavour(config).guidance_scales(config.validation_guidance, config.validation_guidance_real)
 
 
 def _is_distilled(path: Path) -> bool:

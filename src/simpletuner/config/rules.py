@@ -489,7 +489,7 @@ def _class_preservation(config: RunConfig, datasets: Datasets | None) -> Iterato
 
 def notices(config: RunConfig, datasets: Datasets | None, given_options: Collection[str]) -> Iterator[str]:
     """Notices before the run: the license, options in `given_options` without effect, unusual combinations."""
-    flavour = FLAVOURS[config.model_flavour]
+    flavour, train_sets = FLAVOURS[config.model_flavour], () if datasets is None else datasets.train_sets
     if flavour.license_notice is not None:
         yield flavour.license_notice
     base = sibling(flavour)
@@ -509,13 +509,13 @@ def notices(config: RunConfig, datasets: Datasets | None, given_options: Collect
             f"lora_alpha = {config.alpha:g} at rank {config.lora_rank} scales the adapter by {scale:.3g}: "
             "its effect may be too weak to see. Without lora_alpha the scale is 1."
         )
-    for image_set in () if datasets is None else datasets.train_sets:
+    for image_set in train_sets:
         if image_set.is_regularisation_data and datasets is not None and datasets.is_masked(image_set):
             yield (
                 f"{image_set.id}: its masks have no effect: with is_regularisation_data the base model's prediction is "
                 "preserved everywhere."
             )
-    offset = [each.id for each in datasets.train_sets if each.timestep_sampling_offset] if datasets is not None else []
+    offset = [each.id for each in train_sets if each.timestep_sampling_offset]
     if offset and has_other_distribution(config):
         yield f"{join_names(offset, 'and')}: {no_effect(['timestep_sampling_offset'], 'another distribution is used')}"
     for route in config.tread_routes:
@@ -542,7 +542,6 @@ def notices(config: RunConfig, datasets: Datasets | None, given_options: Collect
             f"learning_rate {config.learning_rate:g} × {config.rate_scale:.4g} for the effective batch of "
             f"{config.effective_batch}: {config.learning_rate * config.rate_scale:.4g}."
         )
-    train_sets = () if datasets is None else datasets.train_sets
     named = [each.id for each in train_sets if each.class_prompt is not None]
     if named and not (config.preserves and config.preservation == "class"):
         yield f"class_prompt in {join_names(named, 'and')} has no effect: preservation class is off."

@@ -17,7 +17,7 @@ from simpletuner.config.optimizers import known_optimizer
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.offload import AUTO
 from simpletuner.config.precisions import NO_CHANGE, PRECISIONS
-from simpletuner.config.previews import sampling_flavour
+from simpletuner.config.previews import validation_scales
 from simpletuner.config.run import RunConfig
 from simpletuner.flux2.activations import Adapted, TransformerPass, sampling, training
 from simpletuner.flux2.configs import Component, Config, read_component_config
@@ -869,9 +869,7 @@ class Footprint:
     @property
     def _has_two_predictions(self) -> bool:
         """Whether validation uses classifier-free guidance."""
-        config = self.config
-        scales = sampling_flavour(config).guidance_scales(config.validation_guidance, config.validation_guidance_real)
-        return scales.real != 1
+        return validation_scales(self.config).real != 1
 
     def validation(self, size: tuple[int, int]) -> PhasePlan:
         """A validation image of `size` during training."""

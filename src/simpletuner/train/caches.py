@@ -16,7 +16,7 @@ from simpletuner.base.sizes import format_duration
 from simpletuner.base.storage import Storage
 from simpletuner.config.datasets import WHOLE_RUN, FolderDataset, ImageSet, TextStore, Windows
 from simpletuner.config.load import LoadedConfig
-from simpletuner.config.previews import sampling_flavour
+from simpletuner.config.previews import validation_scales
 from simpletuner.config.prompts import Prompt
 from simpletuner.config.run import RunConfig
 from simpletuner.data.batch import read_contexts, read_latents
@@ -392,8 +392,7 @@ def prompts_to_encode(prepared: PreparedData) -> dict[TextStore, list[str]]:
     general += [UNCONDITIONAL_CAPTION, *(prompt.text for prompt in prepared.loaded.prompts.values())]
     if not config.validation_disable:
         general += config.validation_drift_prompts or ()
-    scales = sampling_flavour(config).guidance_scales(config.validation_guidance, config.validation_guidance_real)
-    if scales.real != 1.0:
+    if validation_scales(config).real != 1.0:
         general.append(config.validation_negative_prompt)
     return prompts_of
 

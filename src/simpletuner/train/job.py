@@ -28,9 +28,8 @@ from simpletuner.base.errors import (
 )
 from simpletuner.base.files import file_errors_reported, sha256_json, write_json
 from simpletuner.base.sizes import format_duration, format_size
-from simpletuner.config.flavours import GuidanceScales
 from simpletuner.config.load import LoadedConfig
-from simpletuner.config.previews import preview_flavour, sampling_flavour
+from simpletuner.config.previews import preview_flavour, validation_scales
 from simpletuner.config.record import recorded_options, weight_options
 from simpletuner.config.rules import profile_findings
 from simpletuner.config.run import RunConfig
@@ -644,7 +643,7 @@ class Attempt:
         return ValidationSampler(
             run=self.run,
             options=self.config,
-            scales=self.validation_scales,
+            scales=validation_scales(self.config),
             both_at_once=frozenset(size for size in self.config.sizes if self.budget.footprint.batches_guidance(size)),
             seed=self.config.seed,
             model=model,
@@ -671,7 +670,7 @@ class Attempt:
         return DriftMeter(
             folder=self.run.drift,
             options=self.config,
-            scales=self.validation_scales,
+            scales=validation_scales(self.config),
             seed=self.config.seed,
             model=model,
             trained=product.trained,
@@ -682,12 +681,6 @@ class Attempt:
             is_sharded=isinstance(model, TrainedModel) and is_sharded(product.transformer),
             steps_with_drift=frozenset(steps_with_drift(self.run)),
         )
-
-    @property
-    def validation_scales(self) -> GuidanceScales:
-        """The guidance scales of the options, for the model that generates the validation images."""
-        config = self.config
-        return sampling_flavour(config).guidance_scales(config.validation_guidance, config.validation_guidance_real)
 
     def announce(
         self, prepared: PreparedData, schedule: RunSchedule, product: Product, resumed: resume.ResumePoint | None

@@ -91,6 +91,20 @@ def list_as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def untyped_value(value: object) -> object:
+    """The value of a key that has no declared type: text that looks like a boolean or a number is converted to one."""
+    if not isinstance(value, str):
+        return value
+    if value in ("true", "false"):
+        return value == "true"
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            continue
+    return value
+
+
 Text = Annotated[str, MinLen(1)]
 PathText = Annotated[str, MinLen(1), IsPath()]
 ModelText = Annotated[str, MinLen(1), IsModel()]

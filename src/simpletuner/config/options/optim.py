@@ -17,22 +17,11 @@ from simpletuner.config.options.kinds import (
     UnitInterval,
     Whole,
     list_as_tuple,
+    untyped_value,
 )
 
 Argument = Annotated[bool | int | float | str | tuple[int | float, ...] | None, BeforeValidator(list_as_tuple)]
 Beta = Annotated[float, Ge(0), Lt(1)]
-
-
-def _parsed_value(text: str) -> bool | int | float | str:
-    """Parse the value of `k=v` as a boolean or a number; else return the text."""
-    if text in ("true", "false"):
-        return text == "true"
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _arguments(value: object) -> object:
@@ -42,7 +31,7 @@ def _arguments(value: object) -> object:
     pairs = [part.partition("=") for part in value.split(",")]
     if not all(name.strip() and equals for name, equals, _ in pairs):
         return value
-    return {name.strip(): _parsed_value(text.strip()) for name, _, text in pairs}
+    return {name.strip(): untyped_value(text.strip()) for name, _, text in pairs}
 
 
 def _canonical_name(name: str) -> str:
