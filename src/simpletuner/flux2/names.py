@@ -93,8 +93,9 @@ _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """Prefixes of a transformer's names in ComfyUI's files."""
 
 
-def _bare(name: str) -> str:
-    return next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), name)
+def _bare(name: str, prefixes: Sequence[str] = _PREFIXES) -> str:
+    """`name` without the first of `prefixes` that it has."""
+    return next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
 
 
 def from_bfl(name: str) -> RenamedTensor | None:
@@ -235,10 +236,7 @@ def text_encoder_name(name: str, layers: int) -> str | None:
     None for tensors that text encoding does not need: vision tower, head, final norm, and layers after the first
     `layers`.
     """
-    for prefix in _TEXT_PREFIXES:
-        if name.startswith(prefix):
-            name = name.removeprefix(prefix)
-            break
+    name = _bare(name, _TEXT_PREFIXES)
     if name == "embed_tokens.weight":
         return name
     match = re.match(r"layers\.(\d+)\.", name)

@@ -259,10 +259,8 @@ def _with_format(
         raise _FormatError("a marker of quantized weights whose format is not a string")
     if "pre_quant_scale" in side_tensors:
         raise _FormatError("quantized weights whose inputs are scaled (pre_quant_scale)")
-    if format_name == "nvfp4":
-        return _with_blocks(weight, side_tensors, "nvfp4")
-    if format_name == "mxfp8":
-        return _with_blocks(weight, side_tensors, "mxfp8")
+    if format_name in ("nvfp4", "mxfp8"):
+        return _with_blocks(weight, side_tensors, format_name)
     if format_name == "int8_tensorwise":
         assert marker is not None
         group = _rotated_group(marker)
