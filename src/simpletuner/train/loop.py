@@ -217,10 +217,7 @@ class TrainingLoop:
         """Compute, store and report the held-out loss, if there are held-out samples."""
         if self.held_out is None:
             return
-        with (
-            self.reporter.phase("validation", "measuring the held-out loss") as progress,
-            optim.averaged_weights(self.stepper.optimizer, self.stepper.masters),
-        ):
+        with self.reporter.phase("validation", "measuring the held-out loss") as progress, self.stepper.averaged():
             by_sigma = self.held_out(progress)
             ema_loss = None
             if self.ema is not None and self.schedule.config.ema_validation != "none":
@@ -245,10 +242,7 @@ class TrainingLoop:
         """Generate the validation images and measure the drift, and report both."""
         event = None
         if self.sampler is not None:
-            with (
-                self.reporter.phase("validation") as progress,
-                optim.averaged_weights(self.stepper.optimizer, self.stepper.masters),
-            ):
+            with self.reporter.phase("validation") as progress, self.stepper.averaged():
                 event = self.sampler.sample_base(step, progress)
                 if step > 0:
                     if event is not None:
@@ -279,10 +273,7 @@ class TrainingLoop:
         drifts: dict[str, dict[str, float]] = {}
 
         def measure() -> None:
-            with (
-                self.reporter.phase("validation", "measuring the drift") as progress,
-                optim.averaged_weights(self.stepper.optimizer, self.stepper.masters),
-            ):
+            with self.reporter.phase("validation", "measuring the drift") as progress, self.stepper.averaged():
                 if drift.ensure_base(step, progress):
                     drifts.update(drift(progress))
 

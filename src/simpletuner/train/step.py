@@ -388,6 +388,10 @@ class Stepper:
             raise PartialStepError.for_step("gradient", global_batch.step, global_batch.names)
         return StepResult(math.fsum(losses) / global_batch.size, grad_norm, self._rollout_calls(global_batch))
 
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the model computes with the optimizer's averaged weights: see `optim.averaged_weights`."""
+        return optim.averaged_weights(self.optimizer, self.masters)
+
     def discard(self) -> None:
         """Discard the gradients of a step that is not taken."""
         self.scaler.update()
