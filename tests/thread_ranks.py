@@ -63,6 +63,8 @@ def on_ranks(size: int, work: Callable[[World], T], *, machines: int = 1) -> lis
     device, each = torch.device("cpu"), size // machines
     meeting, *of_machine = (Meeting(threading.Barrier(count)) for count in (size, *[each] * machines))
     raised: list[BaseException] = []
+    broken: list[BaseException] = []
+    """Waits that ended because another rank failed, or after their timeout."""
 
     def world(number: int) -> World:
         machine, local = divmod(number, each)
@@ -76,14 +78,13 @@ def on_ranks(size: int, work: Callable[[World], T], *, machines: int = 1) -> lis
         try:
             return work(world(number))
         except BaseException as error:  # noqa: BLE001  raised by the caller's thread
-            if not isinstance(error, threading.BrokenBarrierError):
-                raised.append(error)
+            (broken if isinstance(error, threading.BrokenBarrierError) else raised).append(error)
             for each in (meeting, *of_machine):
                 each.barrier.abort()
             return None
 
     with ThreadPoolExecutor(size) as pool:
         results = list(pool.map(rank, range(size)))
-    if raised:
-        raise raised[0]
+    for error in (*raised, *broken):
+        raise error
     return [result for result in results if result is not None]

@@ -175,10 +175,11 @@ def test_a_later_step_on_another_machine_is_not_passed_over(tmp_path: Path) -> N
 
 
 def test_machine_0_alone_chooses_the_checkpoint(given: Given, tmp_path: Path) -> None:
+    loaded = [given("--resume_from_checkpoint="), given("--resume_from_checkpoint=latest")]
+
     def work(world: World) -> ResumePoint | None:
         run = RunDirectory(tmp_path / f"own-{world.machine}")
-        flag = "--resume_from_checkpoint=" if world.is_main else "--resume_from_checkpoint=latest"
-        return find_checkpoint(run, given(flag), Reporter(), with_writers(world, run.root))[0]
+        return find_checkpoint(run, loaded[world.rank], Reporter(), with_writers(world, run.root))[0]
 
     assert on_ranks(2, work, machines=2) == []
 
@@ -189,6 +190,7 @@ def seen_of_checkpoint(world: World, folder: str) -> list[str]:
     os.chdir(Path(folder) / f"machine-{world.machine}")
     with on_each_machine(Path("saved/step-000003"), run, world) as checkpoint:
         texts = [path.read_text() for path in checkpoint.glob("*.txt")]
+    world.barrier("the other machine's deletion of its copy")
     return [*texts, *map(str, Path().rglob("*.txt")), *map(str, run.root.rglob("*.txt"))]
 
 
