@@ -29,7 +29,7 @@ from simpletuner.config.rules import precision_findings
 from simpletuner.config.run import RunConfig
 from simpletuner.config.values import join_names
 from simpletuner.data.discover import discover
-from simpletuner.flux2.places import Hub, hub_cache, missing_download
+from simpletuner.flux2.model_locations import Hub, hub_cache, missing_download
 
 USAGE = """usage: simpletuner doctor [--online] [--json] [options of `simpletuner train`]
 

@@ -23,6 +23,7 @@ from simpletuner.config.given import (
     by_canonical_name,
     check_givens,
 )
+from simpletuner.config.launched import with_launched_processes
 from simpletuner.config.listing import DatasetListing, PathContext, read_datasets
 from simpletuner.config.options.checkpoint import LATEST
 from simpletuner.config.other_keys import OPTION_ALIASES, OTHER_OPTIONS
@@ -38,7 +39,6 @@ from simpletuner.config.previews import with_preview_defaults
 from simpletuner.config.prompts import Prompt, load_prompts
 from simpletuner.config.rules import findings, notices, validation_image_notices
 from simpletuner.config.run import OPTION_NAMES, RunConfig
-from simpletuner.config.started import with_launched_processes
 from simpletuner.config.values import join_names, kinds, nearest, value_text
 
 RUN = KnownKeys(

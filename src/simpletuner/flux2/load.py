@@ -18,7 +18,6 @@ from simpletuner.base.quiet import quiet_import
 from simpletuner.config.flavours import FLAVOURS, TextContextSpec
 from simpletuner.config.precisions import NO_CHANGE
 from simpletuner.flux2.autoencoder import Autoencoder
-from simpletuner.flux2.kept import QuantizedBaseCache
 from simpletuner.flux2.names import (
     RenamedTensor,
     TensorRenaming,
@@ -26,6 +25,7 @@ from simpletuner.flux2.names import (
     text_encoder_renaming,
     transformer_renaming,
 )
+from simpletuner.flux2.quantized_cache import QuantizedBaseCache
 from simpletuner.flux2.source import Source, Weights
 from simpletuner.flux2.stored import BLOCKS, StoredRows, StoredWeight, native_precisions, open_stored, stored_weights
 from simpletuner.flux2.text import ResidentTextEncoder, zero_fully_masked_rows

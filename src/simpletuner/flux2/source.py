@@ -27,8 +27,8 @@ from simpletuner.config.rules import layer_findings
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.configs import Component, Config, check_tokenizer, read_component_config, read_index, read_object
 from simpletuner.flux2.content import LEDGER_NAME, ContentHashes
+from simpletuner.flux2.model_locations import Hub, ModelFolder, ModelLocation, ReportLine, fetch
 from simpletuner.flux2.names import text_encoder_name
-from simpletuner.flux2.places import Hub, ModelFolder, ModelLocation, ReportLine, fetch
 from simpletuner.flux2.single import (
     COMPONENTS,
     check_holds,

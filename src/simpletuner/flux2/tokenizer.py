@@ -12,7 +12,7 @@ from simpletuner.config.flavours import FLAVOURS, TextContextSpec
 from simpletuner.config.options.model import ModelOptions
 from simpletuner.flux2 import tiny
 from simpletuner.flux2.configs import check_tokenizer
-from simpletuner.flux2.places import Hub, cached_snapshot
+from simpletuner.flux2.model_locations import Hub, cached_snapshot
 from simpletuner.flux2.single import single_files
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from simpletuner.data.references import LARGEST_REFERENCE, reference_crops
 from simpletuner.data.sample import Crop, Sample
 from simpletuner.flux2.arithmetic import training_flop
 from simpletuner.flux2.footprint import Architecture, Footprint, Workload, tokens_of
-from simpletuner.flux2.places import base_name, missing_download
+from simpletuner.flux2.model_locations import base_name, missing_download
 from simpletuner.flux2.tokenizer import longest_caption
 from simpletuner.memory.free import free_memory_bytes
 from simpletuner.memory.peak import PeakMemory

@@ -31,9 +31,9 @@ from simpletuner.data.references import reference_crops
 from simpletuner.data.sample import Crop, Sample
 from simpletuner.data.storages import latent_storage, text_storage
 from simpletuner.flow.condition import References, TextContext
+from simpletuner.flux2.base_location import check_same_model
 from simpletuner.flux2.components import open_autoencoder, open_text_encoder, text_codec
 from simpletuner.flux2.load import autoencoder_id, earlier_autoencoder_id
-from simpletuner.flux2.located import check_same_model
 from simpletuner.flux2.source import Source
 from simpletuner.flux2.text import CODECS, TextEncoder, control_token_notice
 from simpletuner.flux2.tokens import reference_tokens

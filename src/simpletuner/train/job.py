@@ -34,11 +34,11 @@ from simpletuner.config.record import recorded_options, weight_options
 from simpletuner.config.rules import profile_findings
 from simpletuner.config.run import RunConfig
 from simpletuner.data.order import Cut, MicroBatch, Order, Visit
+from simpletuner.flux2.base_location import locate_on_each_machine
 from simpletuner.flux2.components import check_precisions, check_trainable
 from simpletuner.flux2.denoiser import Denoiser
 from simpletuner.flux2.footprint import tokens_of
 from simpletuner.flux2.load import checked_skeleton
-from simpletuner.flux2.located import locate_on_each_machine
 from simpletuner.flux2.lora import Adapter
 from simpletuner.flux2.modelspec import modelspec, most_common_size
 from simpletuner.flux2.routes import Route, resolve

@@ -11,8 +11,8 @@ from simpletuner.base.errors import AccessError, DiskError
 from simpletuner.base.machine import free_disk_bytes
 from simpletuner.config.flavours import FLAVOURS
 from simpletuner.config.options.model import ModelOptions
-from simpletuner.flux2 import places
-from simpletuner.flux2.places import Hub, fetch, missing_download
+from simpletuner.flux2 import model_locations
+from simpletuner.flux2.model_locations import Hub, fetch, missing_download
 
 SECRET = "hf_thisIsNobodysToken"
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
@@ -39,7 +39,7 @@ def start(hub, options, monkeypatch):
 
 
 def partial(options):
-    (left,) = places.hub_cache(options).rglob("*.incomplete")
+    (left,) = model_locations.hub_cache(options).rglob("*.incomplete")
     return left
 
 
@@ -54,7 +54,7 @@ def test_a_download_that_was_cut_off_goes_on_at_the_next_start(hub, start, optio
     assert hub.bytes_sent[VAE] <= whole + whole // 2 - kept
     assert path.read_bytes() == (repository / VAE).read_bytes()
     assert line.startswith(f"To download from acme/flux2: {(whole - kept) / 2**20:.1f} MiB in 1 file, to "), line
-    assert not list(places.hub_cache(options).rglob("*.incomplete"))
+    assert not list(model_locations.hub_cache(options).rglob("*.incomplete"))
 
 
 def test_a_second_start_asks_for_the_listing_alone(hub, start):
@@ -113,7 +113,9 @@ def test_a_longer_partial_file_than_the_whole_is_replaced(hub, start, options, r
 
 
 def test_what_a_killed_download_of_huggingface_hub_left_is_removed(start, options, repository):
-    left = places.hub_cache(options) / f"models--acme--flux2/blobs/{sha256(repository / VAE)}.0123abcd.incomplete"
+    left = (
+        model_locations.hub_cache(options) / f"models--acme--flux2/blobs/{sha256(repository / VAE)}.0123abcd.incomplete"
+    )
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half of it")
     start(VAE)
@@ -233,7 +235,7 @@ def test_offline_asks_nobody_and_says_so(hub, start, monkeypatch):
 
 
 def test_a_full_disk_refuses_before_a_byte_of_weights(hub, start, options):
-    hub.size_shown = free_disk_bytes(places.hub_cache(options)) + 2**30
+    hub.size_shown = free_disk_bytes(model_locations.hub_cache(options)) + 2**30
     with pytest.raises(DiskError, match=r"to download and .* free in .*cache\. Free some space, or .* --cache_dir"):
         start(VAE, "vae/config.json")
     assert hub.requests == []

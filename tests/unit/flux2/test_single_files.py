@@ -27,8 +27,8 @@ from simpletuner.flux2.load import (
     stream_text_encoder,
     text_encoder_id,
 )
+from simpletuner.flux2.model_locations import missing_download
 from simpletuner.flux2.modelfile import save_pipeline, save_transformer
-from simpletuner.flux2.places import missing_download
 from simpletuner.flux2.source import Source, locate
 from simpletuner.flux2.tiny.make import VERSION
 from simpletuner.flux2.tokenizer import find_tokenizer

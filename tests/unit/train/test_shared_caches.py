@@ -19,7 +19,7 @@ from tests.thread_ranks import ALONE, on_ranks
 from simpletuner.base.errors import AccessError, DataError
 from simpletuner.base.storage import LocalStorage
 from simpletuner.config.load import LoadedConfig, load
-from simpletuner.flux2.located import locate_on_each_machine
+from simpletuner.flux2.base_location import locate_on_each_machine
 from simpletuner.flux2.source import Source, locate
 from simpletuner.memory.world import World
 from simpletuner.train import caches

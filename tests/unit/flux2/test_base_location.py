@@ -11,7 +11,7 @@ from tests.thread_ranks import on_ranks
 
 from simpletuner.base.errors import AccessError
 from simpletuner.config.options.model import ModelOptions
-from simpletuner.flux2.located import locate_on_each_machine, recorded_source, source_record
+from simpletuner.flux2.base_location import locate_on_each_machine, recorded_source, source_record
 from simpletuner.flux2.source import Source, Weights, locate
 from simpletuner.memory.world import World
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from simpletuner.config.started import first_node
+from simpletuner.config.launched import first_node
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {
