@@ -48,7 +48,7 @@ def _host(text: str) -> str:
 
 
 def _port(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text[:6]) <= 65535):
+    if not (text.isascii() and text.isdecimal() and len(text) <= 5 and int(text) <= 65535):
         raise ValueError(text)
     return int(text)
 

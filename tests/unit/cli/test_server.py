@@ -82,7 +82,7 @@ def test_every_mistake_in_the_flags_is_told_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", ["-1", "65536", "x", "", "٣"])
+@pytest.mark.parametrize("text", ["-1", "65536", "0000001234567", "x", "", "٣"])
 def test_a_port_is_a_number(text: str) -> None:
     with pytest.raises(ConfigError, match="--port = "):
         server.run([f"--port={text}"])
