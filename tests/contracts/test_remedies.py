@@ -62,8 +62,14 @@ class Text:
     text: str
 
 
-def texts() -> Iterator[Text]:
-    """Every string that is not documentation of the code. What a command is put together of counts as one."""
+@cache
+def texts() -> tuple[Text, ...]:
+    """Every string that is not documentation of the code, read when a test first asks for them."""
+    return tuple(parsed_texts())
+
+
+def parsed_texts() -> Iterator[Text]:
+    """Strings of the program. What a command is put together of counts as one."""
     for path in sorted(SOURCE.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         inner: set[int] = set()
@@ -122,13 +128,10 @@ def faults_of_value(name: str, value: str) -> list[str]:
     return [str(problem) for problem in checked.problems.values()]
 
 
-ALL = list(texts())
-
-
 def test_every_command_that_is_named_is_one() -> None:
     wrong = []
     seen = 0
-    for each in ALL:
+    for each in texts():
         for match in COMMAND.finditer(each.text):
             word, more = match[1], match[2].split()
             if word in COMMANDS:
@@ -147,7 +150,7 @@ def test_every_command_that_is_named_is_one() -> None:
 def test_every_flag_that_is_named_is_one_and_takes_the_value_that_is_shown() -> None:
     everything = options().union(*(flags_of(command) for command in COMMANDS))
     wrong = []
-    for each in ALL:
+    for each in texts():
         for name, value in FLAG.findall(each.text):
             if name not in everything | OF_THE_PROGRAM | OF_TORCHRUN:
                 wrong.append(f"{each.place}: --{name} is no flag")
@@ -160,7 +163,7 @@ def test_every_option_that_is_named_with_a_value_takes_it() -> None:
     wrong = []
     names = {*RunConfig.model_fields, *ImageSet.model_fields, *ConditioningSet.model_fields, *TextStore.model_fields}
     seen = 0
-    for each in ALL:
+    for each in texts():
         for name, value in ASSIGNED.findall(each.text):
             if name in RunConfig.model_fields:
                 seen += 1
@@ -175,7 +178,7 @@ def test_every_option_that_is_named_with_a_value_takes_it() -> None:
 def test_every_package_that_is_named_is_one() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     seen = set()
-    for each in ALL:
+    for each in texts():
         for what in PIP.findall(each.text):
             extra = re.fullmatch(r"-e '\.\[([\w,-]+)\]'", what)
             if extra:
