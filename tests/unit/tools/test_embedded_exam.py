@@ -24,10 +24,10 @@ def test_without_the_words_nothing_is_right(candidate):
 
 
 def test_a_picture_does_not_depend_on_those_drawn_with_it(candidate):
-    prompts = [scene.caption for scene in held_out_scenes()[:3]]
+    prompts = [scene.caption for scene in held_out_scenes()[:2]]
     together = candidate.draw(prompts, seed=5)
-    alone = candidate.draw(prompts[2:], seed=7)
-    pixels = [torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8) for picture in (together[2], alone[0])]
+    alone = candidate.draw(prompts[1:], seed=6)
+    pixels = [torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8) for picture in (together[1], alone[0])]
     assert (pixels[0].int() - pixels[1].int()).abs().max() <= 2  # rounding of other batch shapes
 
 
