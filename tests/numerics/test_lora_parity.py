@@ -95,7 +95,9 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize(("alpha", "spec"), [(4.0, TINY), (6.0, TINY), (6.0, TINY_KLEIN)])
+@pytest.mark.parametrize(
+    ("alpha", "spec"), [(4.0, TINY), pytest.param(6.0, TINY, marks=pytest.mark.slow), (6.0, TINY_KLEIN)]
+)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_gradients_equal_pefts(preset: str, alpha: float, spec: TransformerSpec) -> None:
     """With the expanded tensors in PEFT; of its gradients, those of the live rows and columns are ours."""
@@ -138,7 +140,9 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
     return caplog
 
 
-@pytest.mark.parametrize(("alpha", "spec"), [(4.0, TINY), (6.0, TINY), (6.0, TINY_KLEIN)])
+@pytest.mark.parametrize(
+    ("alpha", "spec"), [(4.0, TINY), pytest.param(6.0, TINY, marks=pytest.mark.slow), (6.0, TINY_KLEIN)]
+)
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.no_grad()
 def test_an_exported_file_loads_in_diffusers(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.tiers import others_slow
 from torch import Tensor
 
 from simpletuner.config.options.lora import LoraOptions
@@ -85,7 +86,7 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("width", "height", "steps"), SIZES)
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("guidance", others_slow([1.0, 4.0], 4.0))
 def test_latents(
     pipe: Any, denoise: Denoiser, context: Tensor, width: int, height: int, steps: int, guidance: float
 ) -> None:
@@ -95,7 +96,9 @@ def test_latents(
     assert_near(pack_latents(found), expected)
 
 
-@pytest.mark.parametrize(("width", "height", "steps"), SIZES)
+@pytest.mark.parametrize(
+    ("width", "height", "steps"), [*SIZES[:2], *(pytest.param(*each, marks=pytest.mark.slow) for each in SIZES[2:])]
+)
 def test_pictures(
     pipe: Any, source: Source, denoise: Denoiser, context: Tensor, width: int, height: int, steps: int
 ) -> None:

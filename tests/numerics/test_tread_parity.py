@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.tiers import others_slow
 from torch import Tensor
 
 from simpletuner.config.flavours import TransformerSpec
@@ -106,7 +107,7 @@ def asked(transformer: Flux2Transformer, choices: tuple[TokenChoice, ...], *, pe
 
 
 @pytest.mark.parametrize("routes", PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("recomputed", others_slow([False, True], True), ids=["kept", "recomputed"])
 def test_velocity_and_every_gradient_are_those_of_the_plain_loop(routes: list[Route], recomputed: bool) -> None:
     choices = draw_choices(routes, seed=0, step=1, slots=[0, 1], tokens=HEIGHT * WIDTH)
     assert len(choices) == len(routes)

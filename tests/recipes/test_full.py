@@ -82,7 +82,8 @@ def test_the_losses_are_what_they_were(workplace: Workplace, precision: str) -> 
     assert workplace.losses() == pytest.approx(PINNED[precision], rel=1e-5 if precision == "no" else 2e-3)
 
 
-@pytest.mark.parametrize("precision", [pytest.param("no", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_rate_of_nothing_leaves_every_bit_of_the_base(workplace: Workplace, precision: str) -> None:
     workplace.config |= {"learning_rate": 1e-37, "mixed_precision": precision, "max_train_steps": 2}
     assert workplace.train() == 0
@@ -368,6 +369,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
     assert "output/run will hold 3 more checkpoints of about 65.0 MiB each" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rollouts_and_strata_train_the_whole_model_too(workplace: Workplace) -> None:
     workplace.config |= {"scheduled_sampling_max_step_offset": 20, "timestep_strata": True, "max_train_steps": 1}
     assert workplace.train() == 0

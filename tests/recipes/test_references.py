@@ -38,6 +38,7 @@ def give_references(place: Workplace) -> None:
     place.config |= {"train_batch_size": 2, "gradient_accumulation_steps": 1}
 
 
+@pytest.mark.slow
 def test_dropped_references_are_as_none(workplace: Workplace) -> None:
     """With a probability of 1 the run has the losses and the LoRA of one without conditioning sets, bit for bit."""
     workplace.config |= {"max_train_steps": 2, "train_batch_size": 2, "gradient_accumulation_steps": 1}

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests.lora_dialects import write_dialect
 from tests.recipes.conftest import Workplace
+from tests.tiers import others_slow
 
 from simpletuner.base import machine
 from simpletuner.base.storage import LocalStorage
@@ -31,7 +32,7 @@ from simpletuner.train.caches import EncoderKeys
 PINNED = {"no": [1.3900223, 1.2224635, 1.6412856], "bf16": [1.3881238, 1.2261445, 1.6526977]}
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", others_slow(["no", "bf16"], "bf16"))
 @pytest.mark.parametrize("gradient_checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_losses_are_what_they_were(workplace: Workplace, precision: str, gradient_checkpointing: bool) -> None:
     workplace.config |= {"mixed_precision": precision, "gradient_checkpointing": gradient_checkpointing}
@@ -125,6 +126,7 @@ def test_a_run_is_a_directory_that_anyone_can_read(workplace: Workplace, capsys:
     assert str(workplace.folder).encode() not in (root / "pytorch_lora_weights.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_base_pictures_are_drawn_once_and_are_the_base_models(workplace: Workplace) -> None:
     workplace.prompts = {"one": "a gradient"}
     workplace.config |= {

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.tiers import others_slow
 from torch import Tensor
 
 from simpletuner.config.flavours import TransformerSpec
@@ -126,7 +127,7 @@ def shared_bytes(at: TransformerPass) -> int:
 
 @pytest.mark.parametrize(
     ("spec", "side", "keys"),
-    [case if index % 3 == 0 else pytest.param(*case, marks=pytest.mark.slow) for index, case in enumerate(CASES)],
+    [case if index % 5 == 0 else pytest.param(*case, marks=pytest.mark.slow) for index, case in enumerate(CASES)],
 )
 def test_the_sum_of_blocks_is_what_a_real_step_holds(
     spec: TransformerSpec, side: tuple[int, int], keys: dict[str, object]
@@ -182,7 +183,7 @@ def blocks_keep(at: TransformerPass) -> int:
     return saved_bytes(at) - saved_bytes(replace(at, spec=none, adapted=(), recomputed=()))
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("recomputes", others_slow([False, True], True))
 def test_routes_leave_out_what_goes_around(recomputes: bool) -> None:
     at = described(WIDE, (16, 16), options=LORA, recomputes=recomputes)
     routed = replace(at, routes=(Route(2, 5, 0.5),))
@@ -193,7 +194,7 @@ def test_routes_leave_out_what_goes_around(recomputes: bool) -> None:
     assert training(routed).total == pytest.approx(peak, rel=0.08)
 
 
-@pytest.mark.parametrize(("view", "recomputes"), [("full", True), ("own", False)])
+@pytest.mark.parametrize(("view", "recomputes"), [pytest.param("full", True, marks=pytest.mark.slow), ("own", False)])
 def test_references_are_in_the_sum(view: str, recomputes: bool) -> None:
     alone = described(WIDE, (12, 12), options=LORA, recomputes=recomputes, batch=2)
     at = replace(alone, reference_tokens=160, reference_attention=view)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiers import others_slow
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from simpletuner.config.flavours import FLAVOURS, TransformerSpec
@@ -104,7 +105,7 @@ EVERY_OTHER = tuple(index % 2 == 0 for index in range(SPEC.blocks))
 RECOMPUTED = [(), (True,) * SPEC.blocks, EVERY_OTHER]
 
 
-@pytest.mark.parametrize("recomputed", RECOMPUTED, ids=["kept", "recomputed", "partly"])
+@pytest.mark.parametrize("recomputed", others_slow(RECOMPUTED, EVERY_OTHER), ids=["kept", "recomputed", "partly"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_hardware_flop_of_a_lora_is_what_torch_counts(name: str, recomputed: tuple[bool, ...]) -> None:
     at = passing(recomputed=recomputed)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.tiers import others_slow
 from tests.unit.flux2.test_load import bfl_tensors
 
 from simpletuner.base.errors import ConfigError, DiskError
@@ -35,6 +36,7 @@ from simpletuner.flux2.transformer import Flux2Transformer
 from simpletuner.memory.precision import QuantizedLinear, quantized_tensors
 
 HERE = [name for name, known in PRECISIONS.items() if not known.needs_accelerator]
+ONE_OF_EACH_LIBRARY = others_slow(HERE, "int4-quanto", "fp8wo-torchao", "nf4-bnb")
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 TEXT_LAYERS = (1, 2, 4)
 BF16 = torch.bfloat16
@@ -64,7 +66,7 @@ def test_no_change_is_what_it_was(tiny_source):
     assert not Path("nowhere").exists()
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", ONE_OF_EACH_LIBRARY)
 def test_the_linears_of_blocks_and_nothing_else(name, tiny_source):
     plain = load_transformer(tiny_source, BF16, "cpu")
     found = load_transformer(tiny_source, BF16, "cpu", name)
@@ -86,7 +88,7 @@ def passed_in_bf16(tiny_source):
     return passed(load_transformer(tiny_source, BF16, "cpu"))
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", ONE_OF_EACH_LIBRARY)
 def test_velocity_and_gradients_are_near_those_of_bf16(name, tiny_source, passed_in_bf16):
     velocity, gradients = passed_in_bf16
     found, others = passed(load_transformer(tiny_source, BF16, "cpu", name))
@@ -184,7 +186,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", ONE_OF_EACH_LIBRARY)
 def test_what_was_kept_is_the_same_and_is_all_that_is_read(name, tiny_source, tmp_path):
     told: list[str] = []
     folder = tmp_path / "kept"
@@ -300,7 +302,7 @@ def test_an_interruption_leaves_nothing_that_is_used(tiny_source, tmp_path, monk
 # --- the text encoder -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", ONE_OF_EACH_LIBRARY)
 def test_a_quantized_text_encoder_has_the_same_bits_resident_and_streamed(name, embedded_source, tmp_path):
     batches = [["", "a cat"], ["a red square on a white background"]]
     source = dataclasses.replace(embedded_source, text_layers=TEXT_LAYERS, text_length=160)
@@ -328,7 +330,7 @@ def test_contexts_of_another_precision_are_others(tiny_source):
     assert ids[0] == text_encoder_id(tiny_source, BF16, fix_regex=False)
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", ONE_OF_EACH_LIBRARY)
 def test_bytes_of_a_quantized_text_encoder(name, tiny_source):
     source = dataclasses.replace(tiny_source, text_layers=TEXT_LAYERS)
     model = load_text_encoder(source, BF16, "cpu", fix_regex=False, precision=name)._model

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.thread_ranks import ALONE
+from tests.tiers import others_slow
 
 from simpletuner.base.errors import AccessError, ConfigError, DataError, DiskError
 from simpletuner.base.storage import LocalStorage
@@ -64,7 +65,7 @@ def same(one: list[TextContext], two: list[TextContext]) -> bool:
     return all(torch.equal(a.rows, b.rows) and torch.equal(a.index, b.index) for a, b in pairs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", others_slow([torch.float32, torch.bfloat16], torch.bfloat16), ids=str)
 @pytest.mark.parametrize(
     "layers", [(10, 20, 30), *(pytest.param(each, marks=pytest.mark.slow) for each in ((1, 2), (3,)))], ids=str
 )
@@ -85,7 +86,11 @@ def mean_of_values(value: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fill", [lambda value: value[..., :1, :] * float("nan"), mean_of_values], ids=["nan", "mean"])
+@pytest.mark.parametrize(
+    "fill",
+    [lambda value: value[..., :1, :] * float("nan"), pytest.param(mean_of_values, marks=pytest.mark.slow)],
+    ids=["nan", "mean"],
+)
 def test_contexts_do_not_depend_on_what_a_kernel_gives_in_fully_masked_rows(
     tiny_source, tmp_path, monkeypatch, dtype, fill
 ):
@@ -161,8 +166,18 @@ def test_a_row_that_is_not_finite_names_the_layer_and_the_prompt(embedded_source
     assert "dog" not in str(caught.value)
 
 
-@pytest.mark.parametrize("portion_tokens", [1, 300, 10**6])
-@pytest.mark.parametrize("memory_bytes", [0, 100_000, 2**30])
+@pytest.mark.parametrize(
+    ("memory_bytes", "portion_tokens"),
+    [
+        (0, 300),
+        (100_000, 1),
+        (2**30, 10**6),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in ((0, 1), (0, 10**6), (100_000, 300), (100_000, 10**6), (2**30, 1), (2**30, 300))
+        ),
+    ],
+)
 def test_portions_and_the_file_change_no_bit_and_leave_nothing(tiny_source, tmp_path, portion_tokens, memory_bytes):
     layers = (1, 2, 4)
     expected = list(streamed(tiny_source, tmp_path, layers=layers).encode_batches(BATCHES))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.tiers import others_slow
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -232,7 +233,7 @@ def quantized_base(precision: str) -> Flux2Transformer:
     return transformer
 
 
-@pytest.mark.parametrize("precision", ["int8-quanto", "int4-quanto", "nf4-bnb"])
+@pytest.mark.parametrize("precision", others_slow(["int8-quanto", "int4-quanto", "nf4-bnb"], "int8-quanto"))
 def test_over_a_quantized_base_it_stops_there_too(precision: str) -> None:
     gradients, counts = [], []
     for recomputed in (False, True):

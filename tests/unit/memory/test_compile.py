@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tiers import others_slow
 from tests.unit.memory.test_offload import CPU, WIDTH, HiddenLinear, Model, assert_same, batch, train, weights_alive
 from torch import Tensor, nn
 
@@ -68,7 +69,7 @@ def run(blocks: nn.ModuleList, *shape: int) -> tuple[torch.Tensor, list[torch.Te
     return x.detach(), [parameter.grad.clone() for parameter in blocks.parameters() if parameter.grad is not None]
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", others_slow([False, True], True))
 def test_blocks_of_a_kind_share_one_artifact_over_all_shapes(recomputed: bool) -> None:
     plain, blocks = stack(), stack()
     compiled = compilation.install(list(blocks), backend="aot_eager")
@@ -244,19 +245,16 @@ def test_compiled_streamed_passes_in_any_order_are_the_resident_ones_bit_for_bit
             assert_same(passes_in_any_order(streamed, seed), each)
 
 
-def test_streaming_adds_no_compilation() -> None:
+@pytest.mark.parametrize("ahead", others_slow([None, False, True], True), ids=["resident", "in turn", "ahead"])
+def test_streaming_adds_no_compilation(ahead: bool | None) -> None:
     """Weights come and go as other tensors each time: of the same shapes, in another place."""
-    counts = []
-    for ahead in (None, False, True):
-        blocks = list((model := Model()).blocks)
-        torch._dynamo.reset()
-        compiled = compilation.install(blocks, backend="aot_eager")
-        if ahead is not None:
-            offload.install(model, offload.block_groups(blocks, 2), device=CPU, ahead=ahead)
-        recompute.install(blocks)
-        train(model, 2)
-        counts.append(compiled.count)
-    assert counts == [2, 2, 2]  # the first block's input wants no gradient
+    blocks = list((model := Model()).blocks)
+    compiled = compilation.install(blocks, backend="aot_eager")
+    if ahead is not None:
+        offload.install(model, offload.block_groups(blocks, 2), device=CPU, ahead=ahead)
+    recompute.install(blocks)
+    train(model, 2)
+    assert compiled.count == 2  # the first block's input wants no gradient
 
 
 @pytest.mark.parametrize("ahead", [False, True])

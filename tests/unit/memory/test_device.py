@@ -37,6 +37,7 @@ def test_tf32_is_forbidden_with_the_choice_of_the_device(open_device: object) ->
     assert allowed() == (False, False)
 
 
+@pytest.mark.slow  # a process of its own; choosing the device is tested above in this one
 def test_products_of_fp32_stay_fp32_in_nvidias_containers() -> None:
     """The variable is read when torch is imported."""
     script = (

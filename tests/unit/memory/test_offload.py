@@ -210,8 +210,8 @@ CASES = list(itertools.product(KINDS, LEVELS, RECOMPUTED, (False, True)))
 
 @pytest.mark.parametrize(
     ("kind", "level", "keep_every", "ahead"),
-    # Eleven is no divisor of the number of any of them, so that the quick ones have something of all.
-    [case if index % 11 == 0 else pytest.param(*case, marks=pytest.mark.slow) for index, case in enumerate(CASES)],
+    # Nineteen is no divisor of the number of any of them, so that the quick ones have something of all.
+    [case if index % 19 == 0 else pytest.param(*case, marks=pytest.mark.slow) for index, case in enumerate(CASES)],
 )
 def test_twenty_steps_are_the_resident_ones_bit_for_bit(
     resident: dict[str, list[Tensor]], kind: str, level: str, keep_every: int | bool | None, ahead: bool
@@ -266,7 +266,7 @@ def peak(model: Model, before: int) -> int:
     return most
 
 
-@pytest.mark.parametrize("keep_every", [False, None])
+@pytest.mark.parametrize("keep_every", [pytest.param(False, marks=pytest.mark.slow), None])
 @pytest.mark.parametrize("ahead", [False, True])
 def test_no_more_weights_are_alive_than_the_ring_holds(ahead: bool, keep_every: bool | None) -> None:
     """Counted without what the program says of itself. The packed copy is alive too: here it is the same memory."""
@@ -457,7 +457,7 @@ def test_from_a_disk_the_bits_are_the_same_and_files_are_used_again(
     assert files_of(tmp_path) == files
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("ahead", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "level", ["block", *(pytest.param(level, marks=pytest.mark.slow) for level in ("all blocks", "leaf"))]
 )
@@ -484,7 +484,7 @@ def test_from_a_slow_disk_the_bits_are_the_same_and_files_are_read_ahead(
     assert reads_ahead >= {"block": reads - 20, "all blocks": 0, "leaf": reads // 2}[level]
 
 
-@pytest.mark.parametrize("moment", ["forward", "backward"])
+@pytest.mark.parametrize("moment", [pytest.param("forward", marks=pytest.mark.slow), "backward"])
 def test_a_file_that_vanishes_ends_the_step_and_the_next_is_right(
     tmp_path: Path, resident: dict[str, list[Tensor]], moment: str
 ) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.tiers import others_slow
 
 from simpletuner.base.errors import ConfigError
 from simpletuner.base.signals import REPEAT_S, STOPPED
@@ -142,7 +143,15 @@ except DataError:
 }
 
 
-@pytest.mark.parametrize("case", ENDINGS)
+@pytest.mark.parametrize(
+    "case",
+    others_slow(
+        ENDINGS,
+        "an error of rank 1 that rank 0 notices",
+        "rank 1 is killed, and rank 0 finds its connection closed",
+        "rank 0 is killed",
+    ),
+)
 def test_the_first_failing_rank_comes_last_and_once(
     run: RunDirectory, case: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,7 +404,9 @@ ON_TWO_MACHINES: dict[str, tuple[str, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", ON_TWO_MACHINES)
+@pytest.mark.parametrize(
+    "case", others_slow(ON_TWO_MACHINES, "an error that rank 0 notices", "a rank is killed", "all is well")
+)
 def test_each_machine_says_what_ended_a_rank_of_another(machines: Started, case: str) -> None:
     code, exit_code, text = ON_TWO_MACHINES[case]
     first, second = endings(machines("def fail(): raise DataError.of('no images')\n" + code))

@@ -63,7 +63,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "events.jsonl"
 
 
-def test_columns_are_what_json_reads_of_any_events(path: Path) -> None:
+@pytest.mark.parametrize("count", [1000, pytest.param(4000, marks=pytest.mark.slow)])
+def test_columns_are_what_json_reads_of_any_events(path: Path, count: int) -> None:
     draw = random.Random(1)
     numbers: list[Callable[[], Any]] = [
         draw.random,
@@ -77,7 +78,7 @@ def test_columns_are_what_json_reads_of_any_events(path: Path) -> None:
     ]
     texts = ["\u2028 line", 'a "quote" \\', '{"type": "step", "step": 4}', "ü 🙂", "\ttab\u0000", "NaN"]
     lines = []
-    for number in range(1, 4000):
+    for number in range(1, count):
         values = {name: draw.choice(numbers)() for name in COLUMNS}
         event = {"v": 1, "id": number, "time": "2026-01-01T00:00:00.000+00:00", "attempt": 1, "type": "step"}
         event |= values | {"step": draw.randint(1, 3000), "epoch": 0, "rollout_calls": 0}

@@ -131,8 +131,14 @@ def assert_same(found: Batch, expected: Batch) -> None:
 PRESERVING = {"preservation": "class", "preservation_trigger": "two", "preservation_class": "2"}
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 3])
-@pytest.mark.parametrize("preserves", [False, True])
+@pytest.mark.parametrize(
+    ("accumulation", "preserves"),
+    [
+        (1, False),
+        (3, True),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, True), (2, False), (2, True), (3, False))),
+    ],
+)
 def test_two_ranks_are_two_accumulation_steps(own_folder: Path, accumulation: int, preserves: bool) -> None:
     prepared = prepared_in(own_folder, PRESERVING if preserves else {}, is_regularisation_data=preserves)
     alone = builder(prepared, 2 * accumulation, rank=0, size=1)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tests.tiers import others_slow
 from torch.optim import Optimizer
 
 from simpletuner.base.errors import ConfigError, MemoryBudgetError
@@ -214,7 +215,7 @@ RUNS = [
 
 
 @pytest.mark.usefixtures("project")
-@pytest.mark.parametrize("flags", RUNS, ids=" ".join)
+@pytest.mark.parametrize("flags", others_slow(RUNS, (), RUNS[2], RUNS[4]), ids=" ".join)
 def test_every_rung_works_as_it_is_typed(flags: tuple[str, ...]) -> None:
     work = {"bucket": (1280, 1280), "samples_images": True}
     own = budget(CARD, *DEV, *flags, **work)

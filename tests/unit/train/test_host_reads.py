@@ -146,16 +146,21 @@ def stepper(
     )
 
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-MODELS = pytest.mark.parametrize(
-    "make",
-    [adapter, lambda dtype, device: adapter(dtype, device, dropout=0.1), whole_model],
-    ids=["lora", "dropout", "full"],
+def with_dropout(dtype: torch.dtype, device: torch.device) -> tuple[Flux2Transformer, Trainable]:
+    return adapter(dtype, device, dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        pytest.param(adapter, torch.float32, id="lora-fp32", marks=pytest.mark.slow),
+        pytest.param(adapter, torch.bfloat16, id="lora-bf16"),
+        pytest.param(with_dropout, torch.float32, id="dropout-fp32"),
+        pytest.param(with_dropout, torch.bfloat16, id="dropout-bf16", marks=pytest.mark.slow),
+        pytest.param(whole_model, torch.float32, id="full-fp32", marks=pytest.mark.slow),
+        pytest.param(whole_model, torch.bfloat16, id="full-bf16"),
+    ],
 )
-
-
-@DTYPES
-@MODELS
 def test_a_step_reads_once(make: Callable[..., tuple[Flux2Transformer, Trainable]], dtype: torch.dtype) -> None:
     made = make(dtype, CPU)
     step = stepper(Stepper, made, CPU, optimizer="adamw" if dtype == torch.float32 else "adamw_bf16")
@@ -172,7 +177,7 @@ def test_a_step_reads_once(make: Callable[..., tuple[Flux2Transformer, Trainable
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=["bf16"])
-@pytest.mark.parametrize("make", [adapter, whole_model], ids=["lora", "full"])
+@pytest.mark.parametrize("make", [adapter, pytest.param(whole_model, marks=pytest.mark.slow)], ids=["lora", "full"])
 def test_on_a_device_a_step_waits_for_nothing_but_that_read(
     make: Callable[..., tuple[Flux2Transformer, Trainable]], dtype: torch.dtype
 ) -> None:

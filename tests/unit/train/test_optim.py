@@ -246,7 +246,10 @@ def test_both_parts_of_muon_obey_the_schedule_and_keep_one_state() -> None:
     assert all(torch.equal(group["params"][0], torch.ones_like(group["params"][0])) for group in groups)
 
 
-@pytest.mark.parametrize("name", ["pytorch_optimizer:muon", "pytorch_optimizer:adan", "torch:radam"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("pytorch_optimizer:muon", marks=pytest.mark.slow), "pytorch_optimizer:adan", "torch:radam"],
+)
 def test_one_of_a_library_is_rehearsed_with_vectors_too(name: str) -> None:
     groups = model()
     built = optim.build(groups, OptimOptions(optimizer=name))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiers import others_slow
 
 from simpletuner.config.options.lora import LoraOptions
 from simpletuner.config.options.model import ModelOptions
@@ -117,7 +118,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("count", [0, 3, *(pytest.param(each, marks=pytest.mark.slow) for each in (8, 99))])
+@pytest.mark.parametrize("count", others_slow((0, 3, 8, 99), 3))
 @pytest.mark.parametrize("way", WAYS)
 def test_with_resident_blocks_it_gives_the_resident_ones_bits(
     tiny: Source, resident: list[torch.Tensor], way: str, count: int

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiers import others_slow
 from tests.unit.flux2.test_arithmetic import FUSED
 from tests.unit.flux2.test_shards import SPEC, a_batch, adapted, base
 from torch import Tensor
@@ -273,7 +274,7 @@ def test_of_a_sharded_model_every_rank_makes_as_many_passes() -> None:
         assert (calls, len(taken)) == ([*first, True, False, True], idle)
 
 
-@pytest.mark.parametrize("kept", [16, 12, 4])
+@pytest.mark.parametrize("kept", others_slow([16, 12, 4], 12))
 @pytest.mark.parametrize("kind", ["second loss", "regularization", "prior"])
 def test_passes_are_counted(kind: str, kept: int) -> None:
     """With a route that keeps 4 of 16 tokens, or as many as masks force."""
@@ -294,7 +295,7 @@ def test_passes_are_counted(kind: str, kept: int) -> None:
     assert meter.flop(whole(batch)).hardware == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", others_slow([False, True], True))
 def test_the_peak_is_that_of_a_step_without(checkpointing: bool) -> None:
     """Bytes of all tensors of a step, traced: at most 3 % above the step without."""
     peaks = []

@@ -55,11 +55,13 @@ def micro_batches(objective: Objective, routes: Sequence[Route] = (), *, is_roll
         {},
         {"gradient_checkpointing": False},
         pytest.param({"gradient_checkpointing_interval": 2}, marks=pytest.mark.slow),
-        {"scheduled_sampling_max_step_offset": 50, "scheduled_sampling_sampler": "heun"},
+        pytest.param(
+            {"scheduled_sampling_max_step_offset": 50, "scheduled_sampling_sampler": "heun"}, marks=pytest.mark.slow
+        ),
         pytest.param(
             {"scheduled_sampling_max_step_offset": 50, "scheduled_sampling_reflexflow": False}, marks=pytest.mark.slow
         ),
-        ROUTED,
+        pytest.param(ROUTED, marks=pytest.mark.slow),
         ROUTED | {"scheduled_sampling_max_step_offset": 50},
     ],
     ids=["recomputed", "kept", "partly", "rollout", "rollout without ReflexFlow", "routed", "routed rollout"],
