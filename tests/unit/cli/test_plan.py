@@ -351,32 +351,43 @@ def test_images_that_nobody_has_looked_at_are_not_counted(capsys: pytest.Capture
     assert "LoRA of the embedded model on images that are not scanned yet, 5 steps; needs " in found["summary"]
 
 
+MISTAKES = [
+    (["--vram"], "--vram: nothing follows it: expected a size in GiB"),
+    (["--vram", "--ram=3"], "--vram: nothing follows it"),
+    (["--vram=big"], "--vram = 'big': expected a size in GiB such as 24"),
+    (["--ram=-3"], "--ram = '-3': expected a size in GiB such as 24"),
+    (["--ram=0"], "--ram = 0: expected a size in GiB above 0"),
+    (["--gpus"], "--gpus: nothing follows it: expected a number of GPUs"),
+    (["--gpus=0"], "--gpus = '0': expected a whole number from 1 to 1024"),
+    (["--gpus=-1"], "--gpus = '-1': expected a whole number from 1 to 1024"),
+    (["--gpus=1000000"], "--gpus = '1000000': expected a whole number from 1 to 1024"),
+    (["--gpus=two"], "--gpus = 'two': expected a whole number from 1 to 1024"),
+    (["--gpus=2", "--show-timesteps"], "--gpus with --show-timesteps: expected one of them"),
+    (["--vram=24", "--lora_rnak=3"], "--lora_rnak: no such option"),
+]
+"""Flags, and what the answer says."""
+
+
 @pytest.mark.usefixtures("project")
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--vram"], "--vram: nothing follows it: expected a size in GiB"),
-        (["--vram", "--ram=3"], "--vram: nothing follows it"),
-        (["--vram=big"], "--vram = 'big': expected a size in GiB such as 24"),
-        (["--ram=-3"], "--ram = '-3': expected a size in GiB such as 24"),
-        (["--ram=0"], "--ram = 0: expected a size in GiB above 0"),
-        (["--gpus"], "--gpus: nothing follows it: expected a number of GPUs"),
-        (["--gpus=0"], "--gpus = '0': expected a whole number from 1 to 1024"),
-        (["--gpus=-1"], "--gpus = '-1': expected a whole number from 1 to 1024"),
-        (["--gpus=1000000"], "--gpus = '1000000': expected a whole number from 1 to 1024"),
-        (["--gpus=two"], "--gpus = 'two': expected a whole number from 1 to 1024"),
-        (["--gpus=2", "--show-timesteps"], "--gpus with --show-timesteps: expected one of them"),
-        (["--vram=24", "--lora_rnak=3"], "--lora_rnak: no such option"),
-    ],
-)
-def test_mistakes_are_answered_without_torch(flags: list[str], message: str) -> None:
-    code = (
-        "import sys\nfrom simpletuner.cli.main import main\n"
-        f"code = main(['plan', *{flags!r}])\nsys.exit(99 if 'torch' in sys.modules else code)"
-    )
+def test_mistakes_are_answered_without_torch() -> None:
+    """All in one process, which starts once."""
+    code = f"""
+import contextlib, io, json, sys
+from simpletuner.cli.main import main
+
+answers = []
+for flags in {[flags for flags, _ in MISTAKES]!r}:
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        answers.append((main(["plan", *flags]), told.getvalue()))
+print(json.dumps([answers, "torch" in sys.modules]))
+"""
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
+    assert done.returncode == 0, done.stderr
+    answers, has_torch = json.loads(done.stdout)
+    assert not has_torch
+    for (flags, message), (exit_code, told) in zip(MISTAKES, answers, strict=True):
+        assert exit_code == 2, flags
+        assert message in told, flags
 
 
 @pytest.mark.usefixtures("project")
