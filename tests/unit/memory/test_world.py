@@ -114,7 +114,8 @@ def meet_by_machine(world: World) -> list[Any]:
     return [place, total.item(), gathered, first, told.named]
 
 
-@pytest.mark.parametrize("starter", [pytest.param("our supervisor", marks=pytest.mark.slow), "torchrun"])
+@pytest.mark.slow  # four processes that import torch; tests/unit/runs/test_ranks.py has two machines without it
+@pytest.mark.parametrize("starter", ["our supervisor", "torchrun"])
 def test_the_ranks_of_a_machine_are_a_world_too(starter: str) -> None:
     without_folder = {RANKS_FOLDER: ""} if starter == "torchrun" else {}
     answers = in_ranks(4, meet_by_machine, machines=2, **without_folder)
