@@ -301,7 +301,8 @@ def test_this_machine_is_planned_for_by_default(capsys: pytest.CaptureFixture[st
     told = capsys.readouterr().out.splitlines()
     assert told[2] == "Memory plan, worst moment of each phase (8 images):"
     assert told[-1].startswith("It fits: ")
-    assert max(map(len, told)) <= 160
+    # The path of the tokenizer, where an earlier test made the embedded model, is as long as the temporary folder's.
+    assert max(len(line) for line in told if "tokenizer.json" not in line) <= 160
 
 
 @pytest.mark.usefixtures("project")
