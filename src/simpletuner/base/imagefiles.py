@@ -90,6 +90,12 @@ def list_images(folder: Path) -> ImageFolder:
     return ImageFolder(dict(sorted(images.items())), captions)
 
 
+def trashed_files(folder: Path) -> int:
+    """Number of files in the trash of a folder of images, of all deletions."""
+    trash = folder / SIMPLETUNER_FOLDER / TRASH_FOLDER
+    return sum(each.is_symlink() or not each.is_dir() for each in trash.rglob("*"))
+
+
 def _suffix(name: str) -> str:
     dot = name.rfind(".")
     return name[dot:].lower() if name.rfind("/") + 1 < dot < len(name) - 1 else ""

@@ -11,6 +11,7 @@ from simpletuner.base.commandline import command_text
 from simpletuner.base.console import ask_user, complain, say
 from simpletuner.base.errors import ConfigError, Problem
 from simpletuner.base.files import file_errors_reported
+from simpletuner.base.imagefiles import trashed_files
 from simpletuner.cli.arguments import Flag, Positional, parse_command
 from simpletuner.cli.printing import json_text, table
 from simpletuner.data.captionedits import (
@@ -23,14 +24,7 @@ from simpletuner.data.captionedits import (
     without_caption,
 )
 from simpletuner.data.ownfolder import listed_images
-from simpletuner.data.removal import (
-    empty_trash,
-    plan_partner_removal,
-    plan_removal,
-    remove_images,
-    restore_images,
-    trashed_files,
-)
+from simpletuner.data.removal import empty_trash, plan_partner_removal, plan_removal, remove_images, restore_images
 from simpletuner.data.sample import Rejection
 
 MAX_SHOWN = 10

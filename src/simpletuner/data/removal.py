@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simpletuner.base.errors import DataError
 from simpletuner.base.files import file_errors_reported
-from simpletuner.base.imagefiles import SIMPLETUNER_FOLDER, TRASH_FOLDER, caption_key, find_partners
+from simpletuner.base.imagefiles import TRASH_FOLDER, caption_key, find_partners, trashed_files
 from simpletuner.data.ownfolder import check_names, inside, listed_images, own_folder
 from simpletuner.data.rejected import Rejected
 from simpletuner.data.sample import Rejection
@@ -105,12 +105,6 @@ def restore_images(folder: Path) -> tuple[int, list[Rejection]]:
         if not blocked:
             shutil.rmtree(source)
     return returned, blocked
-
-
-def trashed_files(folder: Path) -> int:
-    """Number of files in a folder's trash, of all deletions."""
-    trash = folder / SIMPLETUNER_FOLDER / TRASH_FOLDER
-    return sum(each.is_symlink() or not each.is_dir() for each in trash.rglob("*"))
 
 
 def empty_trash(folder: Path) -> int:

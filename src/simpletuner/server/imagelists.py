@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simpletuner.base.imagefiles import SIMPLETUNER_FOLDER, TRASH_FOLDER, UNDO_FILE, ImageFolder, list_images
+from simpletuner.base.imagefiles import SIMPLETUNER_FOLDER, UNDO_FILE, ImageFolder, list_images
 from simpletuner.base.storage import Stamp, StoredFile
 from simpletuner.base.text import is_visible
 
@@ -69,11 +69,6 @@ class ImageLists:
             while len(self._cache) > FOLDERS_KEPT:
                 self._cache.popitem(last=False)
         return texts
-
-
-def trashed(folder: Path) -> int:
-    """Number of files in a folder's trash, which can be restored."""
-    return sum(not path.is_dir() for path in (folder / SIMPLETUNER_FOLDER / TRASH_FOLDER).rglob("*"))
 
 
 def can_undo(folder: Path) -> bool:

@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 
-from simpletuner.base.imagefiles import caption_key, find_partners
+from simpletuner.base.imagefiles import caption_key, find_partners, trashed_files
 from simpletuner.config.datasets import MAX_REFERENCES
 from simpletuner.server.body import RequestBody
 from simpletuner.server.commands import LONGEST_TEXT, printed_json
 from simpletuner.server.context import InContext, ServerContext
 from simpletuner.server.faults import Fault
-from simpletuner.server.imagelists import allowed_images, can_undo, trashed
+from simpletuner.server.imagelists import allowed_images, can_undo
 from simpletuner.server.shell import until_disconnect
 from simpletuner.server.work import CommandJob
 
@@ -158,7 +158,7 @@ def images(
         without_caption=len(matches.without_caption),
         names=matches.names,
         missing=[name for name in matches.names if name in matches.without_caption],
-        trashed=trashed(path),
+        trashed=trashed_files(path),
         can_undo=can_undo(path),
     )
 
